@@ -1,0 +1,350 @@
+"""What travels between stages: frozen values that are JSON on disk, with the files that they own beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, PlainSerializer, SerializationInfo, TypeAdapter, ValidationInfo
+
+T = TypeVar("T")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _absolute(path: Any, info: ValidationInfo) -> Any:
+    return Path(info.context["root"]) / path if info.context else path
+
+
+def _relative(path: Path, info: SerializationInfo) -> str:
+    return path.relative_to(info.context["root"]).as_posix() if info.context else path.as_posix()
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a stage; `path` is absolute in memory and relative to the stage's folder on disk."""
+
+    path: Annotated[Path, BeforeValidator(_absolute), PlainSerializer(_relative)]
+    sha256: str
+    bytes: int
+
+    @staticmethod
+    def of(path: Path) -> File:
+        return File(path, sha256_of(path), path.stat().st_size)
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How an image becomes the network's input; one value for scoring, accuracy, export and the phone team.
+
+    `shape` is (channels, height, width); pixels are RGB in 0..1, then `(pixel - mean) / std` per channel. The resize is
+    `interpolation` to `floor(side / crop_pct)`, then a centre crop (`squash`: straight to (height, width), no crop).
+    """
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    crop_pct: float
+    crop_mode: Literal["center", "squash"] = "center"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build the dense module, weights aside."""
+
+    source: Literal["timm", "factory"]
+    name: str
+    kwargs: dict[str, Any]
+    library: str
+    """For timm its version, for a factory the digest of its file."""
+    location: str = field(default="", metadata={"key": False})
+    """Where a factory is found on this machine: `/path/file.py:function` or `module:function`."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network at rest: architecture, what the plan did to it (None: dense), weights as safetensors."""
+
+    architecture: Architecture
+    plan: File | None
+    weights: File
+    input: InputSpec
+    outputs: int
+    params: int
+    macs: int
+    """Multiply-accumulates of one image."""
+    license: str | None
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Image:
+    """`path` is relative to the folder of the recipe's `calibration.images`; `label` indexes the model's outputs."""
+
+    path: str
+    sha256: str
+    label: int
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and where they lie on this machine; the place does not count in a stage's key."""
+
+    images: tuple[Image, ...]
+    root: Path = field(metadata={"key": False})
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint: `fit` shapes the model, `selection` makes every choice, `holdout` only reports."""
+
+    labels: tuple[str, ...]
+    """One name per model output."""
+    fit: tuple[Image, ...]
+    selection: tuple[Image, ...]
+    holdout: tuple[Image, ...]
+
+
+# --- pruning ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the units of a group live in one tensor: unit i owns `offset + i * repeat` up to `repeat` indices on `axis`."""
+
+    module: str
+    parameter: str
+    axis: int
+    offset: int
+    repeat: int
+
+    @property
+    def tensor(self) -> str:
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+
+@dataclass(frozen=True)
+class UnitAttribute:
+    """An attribute that forward code reads and that counts units: after a cut it is `kept units * per_unit`."""
+
+    module: str
+    name: str
+    per_unit: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can only leave together with all that is coupled to them: coupled structure as data."""
+
+    name: str
+    kind: Literal["channels", "heads"]
+    units: int
+    members: tuple[Slice, ...]
+    attributes: tuple[UnitAttribute, ...] = ()
+
+    @property
+    def consumers(self) -> tuple[Slice, ...]:
+        """The slices through which the rest of the network reads the units: input axes of weights."""
+        return tuple(member for member in self.members if member.axis == 1 and member.parameter == "weight")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a cost term and how many of its `size` indices each unit of each group owns."""
+
+    size: int
+    owners: tuple[tuple[str, int], ...]
+
+    def kept(self, removed: Mapping[str, int]) -> int:
+        return self.size - sum(removed.get(group, 0) * repeat for group, repeat in self.owners)
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """Parameters and MACs (one image) that shrink with the kept part of each axis."""
+
+    name: str
+    params: int
+    macs: int
+    axes: tuple[Axis, ...]
+
+    def fraction(self, removed: Mapping[str, int]) -> float:
+        return prod(axis.kept(removed) / axis.size for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A structure that is not pruned, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Groups:
+    groups: tuple[Group, ...]
+    refused: tuple[Refusal, ...]
+    terms: tuple[CostTerm, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    def cost(self, keep: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
+        """(params, macs) of the network that keeps these units; groups that `keep` does not name stay whole."""
+        removed = {name: self.by_name[name].units - len(units) for name, units in keep.items()}
+        fractions = [term.fraction(removed) for term in self.terms]
+        params = sum(term.params * fraction for term, fraction in zip(self.terms, fractions, strict=True))
+        return params, sum(term.macs * fraction for term, fraction in zip(self.terms, fractions, strict=True))
+
+
+Verdict = Literal["critical", "neutral", "detrimental", "unresolved"]
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Per unit of one group. `keep_value`: what the network loses when the unit leaves; the lowest leave first.
+
+    The other fields are empty for criteria that are not causal. `effect`: mean change of log p(true class) when the unit
+    leaves (negative: the unit helps, positive: it harms); `error`: its standard error; `xi`: the relative effect
+    mean((p* - p) / p) of C-SWAP (arXiv 2510.18636).
+    """
+
+    group: str
+    units: tuple[int, ...]
+    """Indices in the dense group."""
+    keep_value: tuple[float, ...]
+    effect: tuple[float, ...] = ()
+    error: tuple[float, ...] = ()
+    xi: tuple[float, ...] = ()
+    verdict: tuple[Verdict, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    criterion: str
+    images: int
+    groups: tuple[GroupScores, ...]
+
+
+@dataclass(frozen=True)
+class PruningStep:
+    """One step of the progressive schedule; `drop_pp` is measured on the selection images, not the hold-out."""
+
+    params: float
+    macs: float
+    """Fractions of the dense network that are kept after this step."""
+    removed: dict[str, tuple[int, ...]]
+    """Units that left in this step, by dense index; removal is judged given what already left."""
+    drop_pp: float
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    keep: dict[str, tuple[int, ...]]
+    """Dense unit indices kept, ascending, for each group."""
+    steps: tuple[PruningStep, ...]
+    scores: Scores | None
+    """Scores of the last step, over the units that were still there."""
+
+
+# --- export and proof ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Distance of a model's logits from PyTorch's on real images."""
+
+    images: int
+    max_abs: float
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    graph: File
+    opset: int
+    ir_version: int
+    nodes: int
+    parity: Parity
+    note: str
+    """Why the graph is what it is, when it is not what was asked for; else empty."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Raw outcome on a split: per image the predicted class and whether the true one is among the first five."""
+
+    predicted: tuple[int, ...]
+    in_top5: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Gate:
+    max_drop_pp: float | None
+    rule: Literal["point", "bound"]
+    confidence: float
+    verdict: Literal["pass", "fail", "off"]
+    proven: bool
+    images_to_prove: int | None
+
+
+@dataclass(frozen=True)
+class AccuracyReport:
+    """Raw counts of every model on the same hold-out images; percentages and intervals are derived from them."""
+
+    labels: tuple[int, ...]
+    """True class of each image."""
+    source: Evaluation
+    pruned: Evaluation
+    exported: Evaluation
+    gate: Gate
+
+
+@dataclass(frozen=True)
+class BundleFiles:
+    """An assembled bundle: `root` holds manifest.json and every file that it lists."""
+
+    manifest: File
+    files: tuple[File, ...]
+
+
+# --- codec -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def encode(value: object, root: Path) -> Any:
+    """Plain JSON data of an artefact whose files lie under `root`."""
+    return _adapter(type(value)).dump_python(value, mode="json", context={"root": root})
+
+
+def decode(kind: type[T], data: Any, root: Path) -> T:
+    return _adapter(kind).validate_python(data, context={"root": root})
+
+
+def canonical(data: Any) -> str:
+    """JSON with one spelling for one value: what digests and stored files are made of."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,85 @@
+"""Every error that a user can cause, with the exit code that it ends in.
+
+CswapError             1   the base; raised bare it is a bug of ours
+├── UsageError         2   a command line or a work folder that cannot be used
+│   ├── RecipeError        a recipe: file, line, key, value, what was expected
+│   ├── MissingPartError   a command lacks an optional part of the installation
+│   └── WorkdirError       a work folder: locked, of another version, not writable
+├── DataError          3   images, class folders, labels
+├── ModelError         4   model name, factory, checkpoint, a plan that does not fit its network
+│   └── PruningError       a target or a multiple that the network cannot reach
+├── DeviceError        5   target, TensorRT, engine
+├── ExportError        6   ONNX export, parity with PyTorch
+└── VerifyError        9   a bundle that differs from its manifest
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CswapError(Exception):
+    """An error with a way out. `hint` is one sentence in the imperative, or empty."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(CswapError):
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """One fault of a recipe; `where` is `file:line`, `key` dotted."""
+
+    def __init__(self, message: str, hint: str = "", *, where: str = "", key: str = "") -> None:
+        super().__init__(f"{where}: {message}" if where else message, hint)
+        self.where = where
+        self.key = key
+
+
+class MissingPartError(UsageError):
+    pass
+
+
+class WorkdirError(UsageError):
+    pass
+
+
+class DataError(CswapError):
+    exit_code = 3
+
+
+class ModelError(CswapError):
+    exit_code = 4
+
+
+class PruningError(ModelError):
+    pass
+
+
+class DeviceError(CswapError):
+    exit_code = 5
+
+
+class ExportError(CswapError):
+    exit_code = 6
+
+
+class VerifyError(CswapError):
+    exit_code = 9
+
+
+def require_module(name: str, extra: str = "host") -> None:
+    """Refuse early, with the command that helps, when an optional library is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        raise MissingPartError(
+            f"this command needs the Python package {name!r}, which is not installed",
+            hint=f'install it with: pip install "cswap-deploy[{extra}]"',
+        )

@@ -1,0 +1,67 @@
+"""Calibration images in memory, handed out as normalised tensors on the device that scores and fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cswap_deploy.artifacts import ImageSet, InputSpec
+from cswap_deploy.images import load, normalise
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+BATCH_ELEMENTS = 3 << 20
+"""Input elements per batch: 1,024 images of 3x32x32, 20 of 3x224x224."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Iterates (images float32 (n, C, H, W) normalised, labels int64 (n,)) in a fixed order."""
+
+    pixels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    spec: InputSpec
+    device: str
+
+    @staticmethod
+    def read(images: ImageSet, spec: InputSpec, device: str) -> Batches:
+        pixels, labels = load(images, spec)
+        return Batches(pixels, labels, spec, device)
+
+    def first(self, count: int) -> Batches:
+        """The first `count` images; a split lists its images in random order."""
+        return Batches(self.pixels[:count], self.labels[:count], self.spec, self.device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        import torch
+
+        size = self.size
+        for start in range(0, len(self), size):
+            images = torch.from_numpy(normalise(self.pixels[start : start + size], self.spec))
+            labels = torch.from_numpy(self.labels[start : start + size])
+            yield images.to(self.device), labels.to(self.device)
+
+    @property
+    def size(self) -> int:
+        """Images per batch, so that the activations of deep networks stay within some hundred megabytes."""
+        channels, height, width = self.spec.shape
+        return max(1, min(128, BATCH_ELEMENTS // (channels * height * width)))
+
+
+def resolve_device(wanted: str) -> str:
+    """`auto` is cuda where PyTorch sees one, else cpu. Errors: ModelError when cuda is asked for and absent."""
+    import torch
+
+    from cswap_deploy.errors import DeviceError
+
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise DeviceError("the recipe asks for device: cuda, and PyTorch finds no CUDA device", "set device: auto")
+    return ("cuda" if available else "cpu") if wanted == "auto" else wanted

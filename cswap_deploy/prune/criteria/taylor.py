@@ -1,0 +1,46 @@
+"""First-order Taylor importance of weights (Molchanov et al. 2019, arXiv 1906.10771): squared gradient times weight, per unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cswap_deploy.artifacts import Group, GroupScores
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.criteria.weights import scores_of, unit_rows
+from cswap_deploy.recipe import TaylorCriterion
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """keep_value = sum over the unit's tensors of (sum of weight * gradient of the mean cross-entropy) squared."""
+
+    settings: TaylorCriterion
+
+    def score(self, module: nn.Module, groups: Sequence[Group], batches: Batches) -> tuple[GroupScores, ...]:
+        import torch
+        import torch.nn.functional as F
+
+        batches = batches.first(self.settings.images)
+        parameters = dict(module.named_parameters())
+        wanted = [parameter.requires_grad for parameter in parameters.values()]
+        module.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                loss = sum((F.cross_entropy(module(x), y, reduction="sum") for x, y in batches), torch.zeros(()))
+                gradients = torch.autograd.grad(loss / len(batches), list(parameters.values()), allow_unused=True)
+        finally:
+            for parameter, want in zip(parameters.values(), wanted, strict=True):
+                parameter.requires_grad_(want)
+        products = {
+            name: parameter.detach() * gradient
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+            if gradient is not None
+        }
+        return tuple(
+            scores_of(group, [rows.sum(1).square() for rows in unit_rows(products, group)]) for group in groups
+        )

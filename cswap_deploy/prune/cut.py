@@ -1,0 +1,179 @@
+"""Plan → smaller module. Pure: every function works on a copy. A network is saved and rebuilt without pickle or tracing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.artifacts import Architecture, File, Group, Network, PruningPlan, Slice, UnitAttribute
+from cswap_deploy.errors import ModelError, PruningError
+from cswap_deploy.model import build, load_state, read_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SCHEMA = "cswap-deploy/plan/1"
+Keep = Mapping[str, Sequence[int]]
+
+
+def cut_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
+    """A copy of `module` with only the kept units of each group; groups that `keep` does not name stay whole."""
+    module = copy.deepcopy(module)
+    for (owner, parameter, axis), indices in _kept_indices(module, groups, keep).items():
+        _select(module.get_submodule(owner), parameter, axis, indices)
+    for owner in {member.module for group in groups if group.name in keep for member in group.members}:
+        _repair(module.get_submodule(owner))
+    for group in groups:
+        for attribute in group.attributes if group.name in keep else ():
+            setattr(module.get_submodule(attribute.module), attribute.name, len(keep[group.name]) * attribute.per_unit)
+    return module
+
+
+def masked_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
+    """A copy of `module` of the same shape in which nothing reads the units that are not kept."""
+    import torch
+
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for group in groups:
+            gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+            for member in group.consumers:
+                weight: Any = module.get_submodule(member.module).weight
+                weight[:, positions(member, gone)] = 0
+    return module
+
+
+def positions(member: Slice, units: Sequence[int]) -> list[int]:
+    """The indices that these units own on the member's axis."""
+    return [member.offset + unit * member.repeat + k for unit in units for k in range(member.repeat)]
+
+
+def add_bias(module: nn.Module, name: str) -> Tensor:
+    """The bias of layer `name`, created as zeros where the layer has none."""
+    import torch
+    from torch import nn
+
+    layer: Any = module.get_submodule(name)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device))
+    bias: Tensor = layer.bias
+    return bias
+
+
+# --- at rest
+
+
+def write_plan(path: Path, dense: nn.Module, pruned: nn.Module, network: Network, groups: Sequence[Group], plan: PruningPlan) -> None:
+    """All that is needed to rebuild `pruned` from its architecture's name: read by `rebuild`."""
+    before, after = _shapes(dense), _shapes(pruned)
+    biases = sorted(set(after) - set(before))
+    document = {
+        "schema": SCHEMA,
+        "source": {key: getattr(network.architecture, key) for key in ("source", "name", "kwargs", "library")},
+        "groups": [asdict(group) for group in groups if group.name in plan.keep],
+        "keep": plan.keep,
+        "rewrites": [{"kind": "add_bias", "module": name.removesuffix(".bias")} for name in biases],
+        "shapes": {"before": before, "after": after},
+        "steps": [asdict(step) for step in plan.steps],
+        "scores": asdict(plan.scores) if plan.scores else None,
+    }
+    path.write_text(json.dumps(document, indent=1))
+
+
+def restore(network: Network) -> nn.Module:
+    """The module of a network at rest, in eval mode, on the CPU. Errors: ModelError."""
+    return rebuild(build(network.architecture), network.architecture, network.plan, network.weights)
+
+
+def rebuild(dense: nn.Module, architecture: Architecture, plan: File | None, weights: File) -> nn.Module:
+    """Apply a stored plan to a freshly built dense module and load the stored weights."""
+    module = dense
+    if plan is not None:
+        document = json.loads(plan.path.read_text())
+        if document.get("schema") != SCHEMA:
+            raise ModelError(f"{plan.path.name} has schema {document.get('schema')!r}, expected {SCHEMA!r}", "update cswap-deploy")
+        _require_shapes(dense, document["shapes"]["before"], document, architecture)
+        groups = [_group(item) for item in document["groups"]]
+        module = cut_copy(dense, groups, document["keep"])
+        for rewrite in document["rewrites"]:
+            if rewrite["kind"] != "add_bias":
+                raise ModelError(f"plan asks for an unknown rewrite {rewrite['kind']!r}", "update cswap-deploy")
+            add_bias(module, rewrite["module"])
+        _require_shapes(module, document["shapes"]["after"], document, architecture)
+    load_state(module, read_checkpoint(weights.path), weights.path.name)
+    return module.eval().requires_grad_(False)
+
+
+def _group(item: dict[str, Any]) -> Group:
+    members = tuple(Slice(**member) for member in item["members"])
+    attributes = tuple(UnitAttribute(**attribute) for attribute in item["attributes"])
+    return Group(item["name"], item["kind"], item["units"], members, attributes)
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _require_shapes(module: nn.Module, expected: dict[str, list[int]], document: dict[str, Any], found: Architecture) -> None:
+    actual = _shapes(module)
+    different = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
+    if different:
+        name = different[0]
+        raise ModelError(
+            f"the plan was made for another network: {name} is {actual.get(name)}, the plan says {expected.get(name)} "
+            f"({len(different)} tensors differ); made with {document['source']['library']}, built here with {found.library}",
+            "install the version that the plan was made with, or build the bundle again",
+        )
+
+
+# --- surgery
+
+
+def _kept_indices(module: nn.Module, groups: Sequence[Group], keep: Keep) -> dict[tuple[str, str, int], list[int]]:
+    """For each (module, parameter, axis) that shrinks, the indices that stay; several groups may share an axis."""
+    gone: dict[tuple[str, str, int], set[int]] = {}
+    for group in groups:
+        if group.name not in keep:
+            continue
+        removed = sorted(set(range(group.units)) - set(keep[group.name]))
+        if len(removed) == group.units:
+            raise PruningError(f"group {group.name!r} would lose all of its {group.units} units")
+        for member in group.members:
+            gone.setdefault((member.module, member.parameter, member.axis), set()).update(positions(member, removed))
+    kept = {}
+    for (owner, parameter, axis), indices in gone.items():
+        size = getattr(module.get_submodule(owner), parameter).shape[axis]
+        kept[owner, parameter, axis] = [index for index in range(size) if index not in indices]
+    return kept
+
+
+def _select(layer: nn.Module, parameter: str, axis: int, indices: Sequence[int]) -> None:
+    import torch
+    from torch import nn
+
+    old = getattr(layer, parameter)
+    new = old.detach().index_select(axis, torch.tensor(indices, device=old.device, dtype=torch.long)).clone()
+    setattr(layer, parameter, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _repair(layer: Any) -> None:
+    """Make the layer's size attributes say what its tensors are now."""
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.conv import _ConvNd
+
+    match layer:
+        case _ConvNd():
+            depthwise = layer.groups > 1 and layer.weight.shape[1] == 1
+            layer.groups = layer.weight.shape[0] if depthwise else layer.groups
+            layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+        case nn.Linear():
+            layer.out_features, layer.in_features = layer.weight.shape
+        case _BatchNorm():
+            layer.num_features = layer.weight.shape[0] if layer.weight is not None else layer.running_mean.shape[0]
+        case nn.PReLU():
+            layer.num_parameters = layer.weight.shape[0]

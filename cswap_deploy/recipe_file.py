@@ -1,0 +1,398 @@
+"""A YAML file as plain data that knows where each key was written, and its faults in a user's words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from cswap_deploy.errors import RecipeError
+
+Schema = Mapping[str, Any]
+_YAML_TAG = "tag:yaml.org,2002:"
+_LONGEST_VALUE = 60
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key was written: `where` is `file:line` or the `--set` text, `base` the folder of its relative paths."""
+
+    where: str
+    order: tuple[int, int]
+    base: Path
+    value: str = ""
+    """The value as it was written."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    key: str
+    place: Place
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place.where}: {self.key}: {self.text}" if self.key else f"{self.place.where}: {self.text}"
+
+
+@dataclass
+class Document:
+    """Data of a file and of what overrides it; keys of `places` are dotted, the empty one is the file."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def place(self, key: str) -> Place:
+        """The place of a key, or of the nearest block around it."""
+        return self.places[next(k for k in parents(key) if k in self.places)]
+
+    def fault(self, key: str, text: str) -> None:
+        self.faults.append(Fault(key, self.place(key), text))
+
+    def replace(self, key: str, change: Callable[[Path, str], str]) -> None:
+        """Change the text at `key`, if there is one; what `change` cannot read as a path becomes a fault."""
+        *outer, last = key.split(".")
+        block: Any = self.data
+        for part in outer:
+            block = block.get(part) if isinstance(block, dict) else None
+        if isinstance(block, dict) and isinstance(block.get(last), str):
+            try:
+                block[last] = change(self.place(key).base, block[last])
+            except (OSError, RuntimeError, ValueError):
+                self.fault(key, f"expected a path, got {self.place(key).value}")
+
+
+def parents(key: str) -> Iterator[str]:
+    """The dotted key, each block around it, and the empty key."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+    yield ""
+
+
+def refusal(faults: Iterable[Fault]) -> RecipeError:
+    """One error with a line for every fault, in the order of the file."""
+    ordered = sorted(dict.fromkeys(faults), key=lambda fault: fault.place.order)
+    first = ordered[0]
+    head = f"{first.key}: {first.text}" if first.key else first.text
+    message = "\n".join([head, *map(str, ordered[1:])])
+    hint = "`cswap-deploy schema` tells every key with its type and default"
+    return RecipeError(message, hint, where=first.place.where, key=first.key)
+
+
+def absolute(base: Path, text: str) -> str:
+    """`text` as an absolute path; links above the last name are followed, that name stays as the user wrote it."""
+    if not text.strip():
+        raise ValueError("empty path")
+    path = base / Path(text).expanduser()
+    return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, overrides: Sequence[str]) -> Document:
+    """The file with the overrides in it. What is no YAML mapping is refused here; lesser faults are collected."""
+    document = Document()
+    document.places[""] = Place(f"{path}:1", (0, 0), path.parent)
+    node = _compose(_text(path), str(path))
+    if node is None:
+        raise RecipeError("the file is empty", "`cswap-deploy init` writes a commented recipe", where=f"{path}:1")
+    base = path.parent.absolute()
+    walker = _Walker(document, lambda line: Place(f"{path}:{line}", (0, line), base))
+    data = walker.plain(node, "", node.start_mark.line + 1)
+    if not isinstance(data, dict):
+        raise RecipeError(f"expected a mapping of keys, got {shown(data)}", where=document.places[""].where)
+    document.data = data
+    for index, text in enumerate(overrides):
+        _override(document, text, Place(f"--set {_printable(text)}", (1, index), Path.cwd()))
+    return document
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError("this is not UTF-8 text", "save the file as UTF-8", where=f"{path}:{line}") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise RecipeError(
+            f"cannot read the recipe: {reason}", "give the path of a YAML file", where=str(path)
+        ) from None
+
+
+def _compose(text: str, name: str) -> Any:
+    """The YAML node of one document, None when it is empty. Places in errors: `name:line:column`."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.composer.warn_double_anchors = False
+    try:
+        return yaml.compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise RecipeError(f"not valid YAML: {_printable(error.problem or str(error))}", where=where) from None
+    except YAMLError as error:
+        before = text[: getattr(error, "position", 0)]
+        where = f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise RecipeError("not valid YAML: a control character", where=where) from None
+    except RecursionError:
+        raise RecipeError("not valid YAML: nested too deeply", where=name) from None
+
+
+def _override(document: Document, text: str, place: Place) -> None:
+    key, equals, value = text.partition("=")
+    *outer, last = key.split(".")
+    if not equals or not all([*outer, last]):
+        document.faults.append(Fault("", place, "expected KEY.PATH=VALUE, such as prune.steps=4"))
+        return
+    try:
+        node = _compose(value, place.where)
+    except RecipeError as error:
+        document.faults.append(Fault(key, place, error.message.removeprefix(f"{error.where}: ")))
+        return
+    block, path = document.data, ""
+    for part in outer:
+        path = f"{path}.{part}".lstrip(".")
+        if block.get(part) is None:
+            block[part] = {}
+            document.places[path] = place
+        if not isinstance(block[part], dict):
+            text = f"{path} is {document.place(path).value} there, not a block of keys"
+            document.faults.append(Fault(key, place, text))
+            return
+        block = block[part]
+    for old in [k for k in document.places if k == key or k.startswith(f"{key}.")]:
+        del document.places[old]
+    block[last] = _Walker(document, lambda _: place).plain(node, key, 0)
+
+
+@dataclass
+class _Walker:
+    """Turns YAML nodes into plain data, noting the place of each key; never builds objects from tags."""
+
+    document: Document
+    at: Callable[[int], Place]
+    seen: set[int] = field(default_factory=set)
+
+    def plain(self, node: Any, key: str, line: int) -> Any:
+        value = None if node is None else self._value(node, key, line)
+        place = self.at(line)
+        written = node.value if isinstance(value, int | float) else shown(value)
+        self.document.places[key] = Place(place.where, place.order, place.base, written)
+        return value
+
+    def _value(self, node: Any, key: str, line: int) -> Any:
+        kind = str(node.tag).removeprefix(_YAML_TAG)
+        if kind in ("map", "seq") and id(node) in self.seen:
+            return self._refuse(key, line, "an alias of a block is not supported; write the block out")
+        self.seen.add(id(node))
+        match kind, node.value:
+            case "map", list():
+                return self._mapping(node, key)
+            case "seq", list():
+                return [self.plain(v, f"{key}.{i}", v.start_mark.line + 1) for i, v in enumerate(node.value)]
+            case (("str" | "timestamp"), str()):
+                return node.value
+            case (("int" | "float" | "bool" | "null"), str()):
+                return self._scalar(node, key, line)
+            case _:
+                return self._refuse(key, line, f"the YAML tag {_printable(kind)} is not used in recipes")
+
+    def _mapping(self, node: Any, outer: str) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        for name, value in node.value:
+            line = name.start_mark.line + 1
+            if str(name.tag) != f"{_YAML_TAG}str" or not name.value:
+                self._refuse(outer, line, f"expected keys that are text, got {_printable(str(name.value))}")
+                continue
+            key = f"{outer}.{_printable(name.value)}".lstrip(".")
+            if name.value in data:
+                self._refuse(key, line, f"given twice, first at {self.document.places[key].where}")
+            else:
+                data[name.value] = self.plain(value, key, line)
+        return data
+
+    def _scalar(self, node: Any, key: str, line: int) -> Any:
+        from ruamel.yaml import YAML
+
+        try:
+            return YAML(typ="safe", pure=True).constructor.construct_object(node)
+        except (ValueError, KeyError):
+            return self._refuse(key, line, f"not a value: {_printable(node.value)}")
+
+    def _refuse(self, key: str, line: int, text: str) -> None:
+        self.document.faults.append(Fault(key, self.at(line), text))
+
+
+# --- faults in plain words -------------------------------------------------------------------------------------------
+
+
+def explain(errors: Sequence[Mapping[str, Any]], schema: Schema, document: Document) -> list[Fault]:
+    """pydantic's errors as faults. A union's tag is `@` and the class; an error of type `conflict` has its own text."""
+    faults: list[Fault] = []
+    missing: list[tuple[str, Fault]] = []
+    guessed: set[str] = set()
+    for error in errors:
+        loc = tuple(error["loc"])
+        match error["type"]:
+            case "conflict":
+                block = _dotted(_locate(schema, loc)[1])
+                found = [(f"{block}.{key}".strip("."), text) for key, text in error["ctx"]["faults"]]
+                faults += [Fault(key, document.place(key), text) for key, text in found]
+            case "extra_forbidden":
+                node, path = _locate(schema, loc[:-1])
+                key = _dotted((*path, loc[-1]))
+                valid = [name for branch in _branches(schema, node) for name in branch.get("properties", ())]
+                guessed.update(f"{_dotted(path)}.{name}".strip(".") for name in _nearest(loc[-1], valid))
+                faults.append(Fault(key, document.place(key), unknown(loc[-1], valid)))
+            case "missing" if isinstance(loc[-1], str):
+                node, path = _locate(schema, loc)
+                key = _dotted(path)
+                example = f"; for example `{path[-1]}: {flow(node['examples'][0])}`" if "examples" in node else ""
+                missing.append((key, Fault(key, document.place(key), f"required and not given{example}")))
+            case _:
+                node, path = _locate(schema, loc)
+                faults.append(_wrong_value(schema, node, _dotted(path), document))
+    return faults + [fault for key, fault in missing if key not in guessed]
+
+
+def unknown(key: str, valid: Sequence[str]) -> str:
+    """What to say of a key that is not among the valid ones."""
+    if near := _nearest(key, valid):
+        return f"unknown key; did you mean {near[0]!r}?"
+    return f"unknown key; valid here: {', '.join(valid)}"
+
+
+def _wrong_value(schema: Schema, node: Schema, key: str, document: Document) -> Fault:
+    if f"{key}.kind" in document.places:
+        key = f"{key}.kind"
+    value = document.place(key).value
+    choices = [str(choice) for choice in _choices(node)]
+    near = _nearest(value.strip("'\""), choices)
+    text = f"{node.get('errorMessage') or f'expected {_expected(schema, node)}'}, got {value}"
+    if near:
+        text += f"; did you mean {near[0]!r}?"
+    elif value[:1] in "'\"" and _is_number(value[1:-1]):
+        text += " (in quotes it is text)"
+    elif node.get("type") == "string" and value[:1] not in "'\"[{" and value != "null":
+        text += " (put it in quotes to make it text)"
+    return Fault(key, document.place(key), text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return text in ("true", "false")
+
+
+def _nearest(word: str, valid: Sequence[str]) -> list[str]:
+    return get_close_matches(str(word).lower(), valid, n=1)
+
+
+def _dotted(path: Iterable[str | int]) -> str:
+    return ".".join(_printable(str(part)) for part in path)
+
+
+def _locate(schema: Schema, loc: Sequence[str | int]) -> tuple[Schema, list[str | int]]:
+    """The schema of a pydantic location, and the keys that lead to it; stops where the location leaves the schema."""
+    node, path = schema, list[str | int]()
+    for item in loc:
+        if isinstance(item, str) and item.startswith("@"):
+            node = schema["$defs"][item[1:]]
+            continue
+        child = _child(schema, node, item)
+        if child is None:
+            break
+        node = child
+        path.append(item)
+    return node, path
+
+
+def _child(schema: Schema, node: Schema, item: str | int) -> Schema | None:
+    for branch in _branches(schema, node):
+        if item in branch.get("properties", {}):
+            return dict(branch["properties"][item])
+        if isinstance(item, int) and branch.get("type") == "array":
+            return dict(branch.get("items") or branch["prefixItems"][min(item, len(branch["prefixItems"]) - 1)])
+        if isinstance(branch.get("additionalProperties"), Mapping):
+            return dict(branch["additionalProperties"])
+    return None
+
+
+def _branches(schema: Schema, node: Schema) -> Iterator[Schema]:
+    for branch in (node, *node.get("anyOf", ())):
+        yield _resolved(schema, branch)
+
+
+def _resolved(schema: Schema, node: Schema) -> Schema:
+    return {**schema["$defs"][node["$ref"].rpartition("/")[2]], **node} if "$ref" in node else node
+
+
+def _choices(node: Schema) -> list[Any]:
+    own = [node["const"]] if "const" in node else list(node.get("enum", ()))
+    return own + [choice for branch in node.get("anyOf", ()) for choice in _choices(branch)]
+
+
+def _expected(schema: Schema, node: Schema) -> str:
+    node = _resolved(schema, node)
+    match node:
+        case {"anyOf": branches}:
+            return " or ".join(_expected(schema, branch) for branch in branches)
+        case {"const": const}:
+            return flow(const)
+        case {"enum": choices}:
+            return f"one of {', '.join(map(flow, choices))}"
+        case {"type": "integer" | "number" as kind}:
+            return _range("an integer" if kind == "integer" else "a number", node)
+        case {"type": "array", "prefixItems": items}:
+            return f"a list of {len(items)}, each {_expected(schema, items[0])}"
+        case {"type": "array", "items": items}:
+            return f"a list, each {_expected(schema, items)}"
+        case {"type": "object", "properties": keys}:
+            return f"a block with keys among {', '.join(keys)}"
+        case {"format": "path"}:
+            return "a path"
+        case {"type": str() as kind}:
+            return {"string": "text", "boolean": "true or false", "null": "null", "object": "a mapping"}[kind]
+        case _:
+            return "a plain value"
+
+
+def _range(noun: str, node: Schema) -> str:
+    low, high = node.get("minimum"), node.get("maximum")
+    if low is not None and high is not None:
+        return f"{noun} from {low:g} to {high:g}" if high < 1e6 else f"{noun} from {low} to {high}"
+    words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    return " ".join([noun, " and ".join(f"{word} {node[key]:g}" for key, word in words.items() if key in node)]).strip()
+
+
+def shown(value: Any) -> str:
+    """A value in one short line; text in quotes."""
+    text = repr(value) if isinstance(value, str) else flow(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+def flow(value: Any) -> str:
+    """A plain value as one line of YAML."""
+    match value:
+        case str():
+            return _printable(value)
+        case dict():
+            return "{" + ", ".join(f"{_printable(str(key))}: {flow(item)}" for key, item in value.items()) + "}"
+        case list() | tuple():
+            return "[" + ", ".join(map(flow, value)) + "]"
+        case _:
+            return json.dumps(value)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)
