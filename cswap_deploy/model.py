@@ -290,7 +290,7 @@ def _input_spec(module: nn.Module, wanted: InputSettings | None) -> InputSpec:
     if wanted is None:
         return spec
     return InputSpec(
-        shape=wanted.size or spec.shape,
+        shape=(spec.shape[0], *wanted.size) if wanted.size else spec.shape,
         mean=wanted.mean or spec.mean,
         std=wanted.std or spec.std,
         interpolation=wanted.interpolation or spec.interpolation,

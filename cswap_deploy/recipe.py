@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -515,10 +517,12 @@ class Recipe(Settings):
         precision = engine.get("precision") if isinstance(engine, Mapping) else getattr(engine, "precision", None)
         if precision not in ("fp32", "fp16", "int8"):
             return data
-        data = {**data, "ship": data.get("ship", precision)}
-        if isinstance(data.get("latency"), Mapping):
-            data["latency"] = {"runtime": "tensorrt", **data["latency"]}
-        return data
+        latency = data.get("latency")
+        if isinstance(latency, LatencySettings):
+            latency = latency.model_dump(exclude_unset=True)
+        if isinstance(latency, Mapping):
+            latency = {"runtime": "tensorrt", **latency}
+        return {"ship": precision, **data, "latency": latency}
 
     def _conflicts(self) -> Conflicts:
         if self.engine and self.ship != "fp32" and self.ship != self.engine.precision:
@@ -558,7 +562,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        faults = recipe_file.explain(error.errors(), schema(), document)
+        faults = recipe_file.explain(error.errors(include_url=False), _schema(), document)
         raise recipe_file.refusal([*document.faults, *faults]) from None
     if document.faults:
         raise recipe_file.refusal(document.faults)
@@ -573,22 +577,31 @@ def _absolute_factory(base: Path, factory: str) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of what a user writes."""
+    return deepcopy(_schema())
+
+
+@cache
+def _schema() -> dict[str, Any]:
     body = Recipe.model_json_schema()
     for name, block in body["$defs"].items():
         goals = [key for key in ("kind", *_TARGETS) if key in block.get("properties", ())]
         if name.endswith(("Target", "Criterion", "Compensation")):
             block["required"] = goals
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cswap-deploy recipe"}
-    return {**title, **_untitled(body)}
+    return {**title, **_plain(body)}
 
 
-def _untitled(node: Any) -> Any:
-    """Without the titles that pydantic makes out of key names."""
+def _plain(node: Any) -> Any:
+    """Without the titles that pydantic makes out of key names, and as flat as its newer versions write it."""
     if isinstance(node, list):
-        return [_untitled(item) for item in node]
-    if isinstance(node, dict):
-        return {key: _untitled(item) for key, item in node.items() if not (key == "title" and isinstance(item, str))}
-    return node
+        return [_plain(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if len(node.get("allOf", ())) == 1:
+        node = {**node["allOf"][0], **{key: item for key, item in node.items() if key != "allOf"}}
+    if "const" in node:
+        node = {key: item for key, item in node.items() if key != "enum"}
+    return {key: _plain(item) for key, item in node.items() if not (key == "title" and isinstance(item, str))}
 
 
 def to_yaml(recipe: Recipe, digest: Callable[[Path], str], board: str = "") -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Document:
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
+    """Keys whose value was refused while reading; nothing more is said of them."""
 
     def place(self, key: str) -> Place:
         """The place of a key, or of the nearest block around it."""
@@ -182,6 +185,12 @@ class _Walker:
     at: Callable[[int], Place]
     seen: set[int] = field(default_factory=set)
 
+    @cached_property
+    def constructor(self) -> Any:
+        from ruamel.yaml import YAML
+
+        return YAML(typ="safe", pure=True).constructor
+
     def plain(self, node: Any, key: str, line: int) -> Any:
         value = None if node is None else self._value(node, key, line)
         place = self.at(line)
@@ -211,24 +220,27 @@ class _Walker:
         for name, value in node.value:
             line = name.start_mark.line + 1
             if str(name.tag) != f"{_YAML_TAG}str" or not name.value:
-                self._refuse(outer, line, f"expected keys that are text, got {_printable(str(name.value))}")
+                got = _printable(name.value) if isinstance(name.value, str) else "a block"
+                self._fault(outer, line, f"expected keys that are text, got {got or 'nothing'}")
                 continue
             key = f"{outer}.{_printable(name.value)}".lstrip(".")
             if name.value in data:
-                self._refuse(key, line, f"given twice, first at {self.document.places[key].where}")
+                self._fault(key, line, f"given twice, first at {self.document.places[key].where}")
             else:
                 data[name.value] = self.plain(value, key, line)
         return data
 
     def _scalar(self, node: Any, key: str, line: int) -> Any:
-        from ruamel.yaml import YAML
-
         try:
-            return YAML(typ="safe", pure=True).constructor.construct_object(node)
+            return self.constructor.construct_object(node)
         except (ValueError, KeyError):
             return self._refuse(key, line, f"not a value: {_printable(node.value)}")
 
     def _refuse(self, key: str, line: int, text: str) -> None:
+        self.document.unread.add(key)
+        self._fault(key, line, text)
+
+    def _fault(self, key: str, line: int, text: str) -> None:
         self.document.faults.append(Fault(key, self.at(line), text))
 
 
@@ -259,9 +271,9 @@ def explain(errors: Sequence[Mapping[str, Any]], schema: Schema, document: Docum
                 example = f"; for example `{path[-1]}: {flow(node['examples'][0])}`" if "examples" in node else ""
                 missing.append((key, Fault(key, document.place(key), f"required and not given{example}")))
             case _:
-                node, path = _locate(schema, loc)
-                faults.append(_wrong_value(schema, node, _dotted(path), document))
-    return faults + [fault for key, fault in missing if key not in guessed]
+                faults.append(_wrong_value(schema, loc, document))
+    faults += [fault for key, fault in missing if key not in guessed]
+    return [fault for fault in faults if fault.key not in document.unread]
 
 
 def unknown(key: str, valid: Sequence[str]) -> str:
@@ -271,13 +283,17 @@ def unknown(key: str, valid: Sequence[str]) -> str:
     return f"unknown key; valid here: {', '.join(valid)}"
 
 
-def _wrong_value(schema: Schema, node: Schema, key: str, document: Document) -> Fault:
+def _wrong_value(schema: Schema, loc: Sequence[str | int], document: Document) -> Fault:
+    node, path = _locate(schema, loc)
+    while path and isinstance(path[-1], int) and _dotted(path) not in document.places:
+        node, path = _locate(schema, path[:-1])
+    key = _dotted(path)
     if f"{key}.kind" in document.places:
         key = f"{key}.kind"
     value = document.place(key).value
     choices = [str(choice) for choice in _choices(node)]
     near = _nearest(value.strip("'\""), choices)
-    text = f"{node.get('errorMessage') or f'expected {_expected(schema, node)}'}, got {value}"
+    text = f"{node.get('errorMessage') or f'expected {expected(schema, node)}'}, got {value}"
     if near:
         text += f"; did you mean {near[0]!r}?"
     elif value[:1] in "'\"" and _is_number(value[1:-1]):
@@ -295,7 +311,7 @@ def _is_number(text: str) -> bool:
 
 
 def _nearest(word: str, valid: Sequence[str]) -> list[str]:
-    return get_close_matches(str(word).lower(), valid, n=1)
+    return get_close_matches(str(word).lower(), valid, n=1, cutoff=0.5)
 
 
 def _dotted(path: Iterable[str | int]) -> str:
@@ -342,11 +358,12 @@ def _choices(node: Schema) -> list[Any]:
     return own + [choice for branch in node.get("anyOf", ()) for choice in _choices(branch)]
 
 
-def _expected(schema: Schema, node: Schema) -> str:
+def expected(schema: Schema, node: Schema) -> str:
+    """What a schema takes, in plain words."""
     node = _resolved(schema, node)
     match node:
         case {"anyOf": branches}:
-            return " or ".join(_expected(schema, branch) for branch in branches)
+            return " or ".join(expected(schema, branch) for branch in branches)
         case {"const": const}:
             return flow(const)
         case {"enum": choices}:
@@ -354,9 +371,9 @@ def _expected(schema: Schema, node: Schema) -> str:
         case {"type": "integer" | "number" as kind}:
             return _range("an integer" if kind == "integer" else "a number", node)
         case {"type": "array", "prefixItems": items}:
-            return f"a list of {len(items)}, each {_expected(schema, items[0])}"
+            return f"a list of {len(items)}, each {expected(schema, items[0])}"
         case {"type": "array", "items": items}:
-            return f"a list, each {_expected(schema, items)}"
+            return f"a list, each {expected(schema, items)}"
         case {"type": "object", "properties": keys}:
             return f"a block with keys among {', '.join(keys)}"
         case {"format": "path"}:

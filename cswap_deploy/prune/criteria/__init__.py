@@ -16,7 +16,7 @@ from cswap_deploy.prune.criteria.taylor import Taylor
 from cswap_deploy.prune.criteria.variance import Variance
 from cswap_deploy.recipe import (
     CausalCriterion,
-    Criterion,
+    CriterionSettings,
     MagnitudeCriterion,
     RandomCriterion,
     TaylorCriterion,
@@ -32,7 +32,7 @@ class Scorer(Protocol):
         """keep_value of all units of each group, comparable across groups; `module` is left as it was."""
 
 
-def scorer(settings: Criterion, seed: int) -> Scorer:
+def scorer(settings: CriterionSettings, seed: int) -> Scorer:
     match settings:
         case CausalCriterion():
             return CausalEffect(settings)

@@ -1,0 +1,190 @@
+"""What the network does for the units that left: nothing, means into biases, BatchNorm statistics, or least squares.
+
+All work on a masked module: of the dense shape, with nothing reading the units that left. Cutting it changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import assert_never
+
+from cswap_deploy import progress
+from cswap_deploy.artifacts import Group
+from cswap_deploy.prune.ablation import channel_axis, taps
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.cut import Keep, add_bias, masked_copy, positions
+from cswap_deploy.prune.observe import observe
+from cswap_deploy.prune.rows import Rows
+from cswap_deploy.recipe import (
+    BatchNormCompensation,
+    CompensationSettings,
+    LeastSquaresCompensation,
+    MeanCompensation,
+    NoCompensation,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+RIDGE = 1e-3
+"""Ridge of the least squares, relative to the mean diagonal of the Gram matrix; it pulls towards the dense weights."""
+
+
+def compensated(
+    dense: nn.Module, groups: Sequence[Group], keep: Keep, batches: Batches, settings: CompensationSettings
+) -> nn.Module:
+    """A masked copy of `dense` that has absorbed the units which left, as far as the recipe's method can."""
+    import torch
+
+    module = masked_copy(dense, groups, keep)
+    gone = _gone_inputs(groups, keep)
+    with torch.no_grad():
+        match settings:
+            case NoCompensation():
+                pass
+            case _ if not gone:
+                pass
+            case MeanCompensation():
+                _fold_means(dense, module, gone, batches)
+            case BatchNormCompensation():
+                _reestimate(module, batches)
+            case LeastSquaresCompensation():
+                _refit(dense, module, gone, batches)
+            case _:
+                assert_never(settings)
+    return module
+
+
+def _gone_inputs(groups: Sequence[Group], keep: Keep) -> dict[str, list[int]]:
+    """Per consumer layer, the input channels that nothing may read any more."""
+    gone: dict[str, set[int]] = {}
+    for group in groups:
+        removed = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+        for member in group.consumers if removed else ():
+            gone.setdefault(member.module, set()).update(positions(member, removed))
+    return {name: sorted(indices) for name, indices in gone.items()}
+
+
+def _in_order(module: nn.Module, names: Mapping[str, Any], images: Tensor) -> list[str]:
+    """These layers in the order in which a forward calls them."""
+    called: list[str] = []
+    with ExitStack() as undo:
+        for name in names:
+            hook = module.get_submodule(name).register_forward_pre_hook(lambda _layer, _inputs, name=name: called.append(name))
+            undo.callback(hook.remove)
+        module(images)
+    return list(dict.fromkeys(called))
+
+
+# --- mean: b += W_gone mean(a_gone)
+
+
+def _fold_means(dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], batches: Batches) -> None:
+    sums: dict[str, Tensor] = {}
+    for images, _ in batches:
+        with taps(dense, list(gone)) as seen:
+            dense(images)
+        for name, inputs in seen.items():
+            flat = inputs[0].movedim(channel_axis(dense.get_submodule(name)), -1).flatten(0, -2)
+            sums[name] = sums.get(name, 0) + flat.mean(0) * len(images)
+    for name, indices in gone.items():
+        weight: Any = dense.get_submodule(name).weight
+        reach = weight[:, indices].flatten(2).sum(2) if weight.ndim > 2 else weight[:, indices]
+        bias = add_bias(module, name)
+        bias += reach @ (sums[name][indices] / len(batches))
+
+
+# --- batchnorm: statistics of the masked network
+
+
+def _reestimate(module: nn.Module, batches: Batches) -> None:
+    """Reset the running statistics of every BatchNorm and average them anew over the calibration images."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.train()
+    for images, _ in batches:
+        if len(images) > 1:
+            module(images)
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+        layer.eval()
+
+
+# --- least squares: consumers re-fitted in execution order on the already compensated prefix
+
+
+def _refit(dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], batches: Batches) -> None:
+    """Sequential ridge regression of each consumer onto the dense network's values at the same place.
+
+    W = argmin |U W - (Y + drift)|^2 + ridge |W - W_dense|^2 over the inputs that are left: U what the layer reads in the
+    compensated network, Y what it gives in the dense one, drift what the shortcut that it is added to has lost by then.
+    """
+    example = next(iter(batches.first(2)))[0]
+    ordered = _in_order(dense, gone, example)
+    for number, name in enumerate(ordered, 1):
+        place = observe(dense, name, example, as_far_as_sum=True)
+        rows = Rows.of(dense.get_submodule(name), place.inputs, place.output, len(batches))
+        if rows is None:
+            progress.warn(f"{name}: not refitted, its forward is not that of a plain convolution or linear layer")
+            continue
+        system = _normal_equations(dense, module, name, rows, batches, with_sum=place.shortcut is not None)
+        _solve(dense.get_submodule(name), module, name, system, rows, gone[name])
+        progress.advance("layers refitted", number, len(ordered))
+
+
+@dataclass
+class _System:
+    """A = U'U and B = U'Y with U extended by a column of ones; float64."""
+
+    gram: Tensor
+    cross: Tensor
+
+
+def _normal_equations(
+    dense: nn.Module, module: nn.Module, name: str, rows: Rows, batches: Batches, *, with_sum: bool
+) -> _System:
+    import torch
+
+    size = rows.columns + 1
+    gram = torch.zeros(size, size, dtype=torch.float64, device=batches.device)
+    cross = torch.zeros(size, rows.outputs, dtype=torch.float64, device=batches.device)
+    axis = channel_axis(dense.get_submodule(name))
+    for number, (images, _) in enumerate(batches):
+        wanted = observe(dense, name, images, as_far_as_sum=with_sum)
+        found = observe(module, name, images, as_far_as_sum=with_sum)
+        drift = wanted.drift(found, axis)
+        target = wanted.output if drift is None else wanted.output + drift
+        for inputs, targets in rows.draw(found.inputs, target, seed=number):
+            extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+            gram += (extended.T @ extended).double()
+            cross += (extended.T @ targets).double()
+    return _System(gram, cross)
+
+
+def _solve(old: Any, module: nn.Module, name: str, system: _System, rows: Rows, gone: Sequence[int]) -> None:
+    import torch
+
+    layer: Any = module.get_submodule(name)
+    kernel = rows.columns // layer.weight.shape[1]
+    lost = set(gone)
+    left = [c * kernel + k for c in range(layer.weight.shape[1]) if c not in lost for k in range(kernel)] + [rows.columns]
+    index = torch.tensor(left, device=system.gram.device)
+    bias = old.bias if old.bias is not None else old.weight.new_zeros(rows.outputs)
+    start = torch.cat([old.weight.flatten(1), bias[:, None]], 1).T.double()[index]
+    gram, cross = system.gram[index][:, index], system.cross[index]
+    ridge = RIDGE * gram.diagonal().mean()
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    solution = torch.cholesky_solve(cross + ridge * start, factor).float()
+    weight = torch.zeros_like(layer.weight).flatten(1)
+    weight[:, index[:-1]] = solution[:-1].T
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    add_bias(module, name).copy_(solution[-1])

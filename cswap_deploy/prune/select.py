@@ -1,0 +1,110 @@
+"""Scores + cost + target → which units leave. Pure functions on plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cswap_deploy.artifacts import CostTerm, Group, Groups, GroupScores
+from cswap_deploy.errors import PruningError
+
+Kept = dict[str, tuple[int, ...]]
+CostKind = Literal["macs", "params"]
+
+
+def select(
+    groups: Groups, scores: tuple[GroupScores, ...], keep: Kept, kind: CostKind, fraction: float, round_to: int
+) -> Kept:
+    """Remove units, least loss per saved cost first, until `fraction` of the dense cost is left.
+
+    Units leave in lots that keep a channel group's width a multiple of `round_to`; heads leave one by one; the last lot
+    of a group stays. Errors: PruningError when even that is above the target.
+    """
+    bench = _Bench(groups, kind, round_to, {item.group: _ranked(item, keep[item.group]) for item in scores})
+    while bench.cost > fraction * bench.dense * (1 + 1e-12):
+        best = bench.cheapest()
+        if best is None:
+            raise PruningError(
+                f"{fraction:.3f} of the {kind} cannot be reached: with every group at its narrowest "
+                f"{bench.cost / bench.dense:.3f} is left",
+                f"raise prune.target, lower prune.round_to ({round_to}), or shorten prune.skip",
+            )
+        bench.remove(best)
+    return {name: tuple(sorted(unit for unit, _ in ranked)) for name, ranked in bench.ranked.items()}
+
+
+def narrowest(groups: Groups, kind: CostKind, round_to: int) -> float:
+    """The fraction of the dense cost that is left when every group is as narrow as `round_to` lets it be."""
+    keep = {group.name: tuple(range(_floor(group, round_to))) for group in groups.groups}
+    return groups.cost(keep)[kind == "macs"] / groups.cost({})[kind == "macs"]
+
+
+Ranked = list[tuple[int, float]]
+
+
+def _ranked(item: GroupScores, kept: tuple[int, ...]) -> Ranked:
+    """(unit, value) of the kept units, the most valuable first; ties by index so that the same scores give the same plan."""
+    value = dict(zip(item.units, item.keep_value, strict=True))
+    return sorted(((unit, value[unit]) for unit in kept), key=lambda pair: (-pair[1], pair[0]))
+
+
+def _floor(group: Group, round_to: int) -> int:
+    """Units that stay at the least."""
+    return 1 if group.kind == "heads" else min(group.units, round_to)
+
+
+@dataclass
+class _Bench:
+    """Widths on the way down, with what each group's next lot would lose and save."""
+
+    groups: Groups
+    kind: CostKind
+    round_to: int
+    ranked: dict[str, Ranked]
+    savings: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.terms: dict[str, list[CostTerm]] = {name: [] for name in self.ranked}
+        for term in self.groups.terms:
+            for name in _owners(term) & set(self.ranked):
+                self.terms[name].append(term)
+        self.dense = self.groups.cost({})[self.kind == "macs"]
+        keep = {name: tuple(unit for unit, _ in ranked) for name, ranked in self.ranked.items()}
+        self.cost = self.groups.cost(keep)[self.kind == "macs"]
+        self.removed = {name: self.groups.by_name[name].units - len(ranked) for name, ranked in self.ranked.items()}
+        self.savings = {name: self._saving(name) for name in self.ranked}
+
+    def cheapest(self) -> str | None:
+        """The group whose next lot loses least per saved cost; None when every group is at its narrowest."""
+        candidates = [name for name in self.ranked if self._lot(name) and self.savings[name] > 0]
+        return min(candidates, key=lambda name: (self._loss(name) / self.savings[name], name), default=None)
+
+    def remove(self, name: str) -> None:
+        lot = self._lot(name)
+        self.cost -= self.savings[name]
+        self.removed[name] += lot
+        del self.ranked[name][-lot:]
+        for other in {owner for term in self.terms[name] for owner in _owners(term)} & set(self.ranked):
+            self.savings[other] = self._saving(other)
+
+    def _lot(self, name: str) -> int:
+        """Units in the group's next lot; 0 when it is at its narrowest."""
+        group, width = self.groups.by_name[name], len(self.ranked[name])
+        if width <= _floor(group, self.round_to):
+            return 0
+        step = 1 if group.kind == "heads" else self.round_to
+        return width % step or step
+
+    def _loss(self, name: str) -> float:
+        return sum(value for _, value in self.ranked[name][-self._lot(name) :])
+
+    def _saving(self, name: str) -> float:
+        after = {**self.removed, name: self.removed[name] + self._lot(name)}
+        return sum(
+            (term.macs if self.kind == "macs" else term.params) * (term.fraction(self.removed) - term.fraction(after))
+            for term in self.terms[name]
+        )
+
+
+def _owners(term: CostTerm) -> set[str]:
+    return {owner for axis in term.axes for owner, _ in axis.owners}
