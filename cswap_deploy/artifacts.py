@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -280,12 +280,21 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class TestVectors:
+    """Preprocessed images (n, C, H, W) and PyTorch's logits (n, classes) for them, float32, as .npy."""
+
+    input: File
+    output: File
+
+
+@dataclass(frozen=True)
 class OnnxModel:
     graph: File
     opset: int
     ir_version: int
     nodes: int
     parity: Parity
+    vectors: TestVectors
     note: str
     """Why the graph is what it is, when it is not what was asked for; else empty."""
 
@@ -331,18 +340,14 @@ class BundleFiles:
 # --- codec -----------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)
-
-
 def encode(value: object, root: Path) -> Any:
     """Plain JSON data of an artefact whose files lie under `root`."""
-    return _adapter(type(value)).dump_python(value, mode="json", context={"root": root})
+    return TypeAdapter(type(value)).dump_python(value, mode="json", context={"root": root})
 
 
 def decode(kind: type[T], data: Any, root: Path) -> T:
-    return _adapter(kind).validate_python(data, context={"root": root})
+    """The artefact that `encode` wrote, its files now under `root`."""
+    return TypeAdapter(kind).validate_python(data, context={"root": root})
 
 
 def canonical(data: Any) -> str:

@@ -6,7 +6,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import sha256
 from itertools import chain
@@ -16,6 +16,7 @@ from unicodedata import normalize
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Image, Split, sha256_of
 from cswap_deploy.errors import DataError
+from cswap_deploy.stage import stage
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _NOT_CLASSES = frozenset({"train", "training", "val", "valid", "validation", "test"})
@@ -49,37 +50,51 @@ def scan(folder: Path, labels: Path | None, outputs: int) -> Listing:
     return Listing(names, found[0], found[1] if parts else None)
 
 
-def index(
-    folder: Path,
-    labels: Path | None,
-    outputs: int,
-    scoring: int,
-    holdout: int | None,
-    seed: int,
-    digest: Callable[[Path], str] = sha256_of,
-) -> Split:
+@dataclass(frozen=True)
+class Catalogue:
+    """Every image that may take part, by content; `holdout` None: one pool, still to be divided."""
+
+    labels: tuple[str, ...]
+    scoring: tuple[Image, ...]
+    holdout: tuple[Image, ...] | None
+    folder: Path = field(metadata={"key": False})
+
+
+def catalogue(folder: Path, labels: Path | None, outputs: int, digest: Callable[[Path], str] = sha256_of) -> Catalogue:
+    """List and hash the images; `digest` may remember what it has hashed before."""
+    listing = scan(folder, labels, outputs)
+    read = _digested([*listing.scoring, *(listing.holdout or ())], folder, digest)
+    first, second = read[: len(listing.scoring)], read[len(listing.scoring) :]
+    return Catalogue(listing.labels, tuple(first), None if listing.holdout is None else tuple(second), folder)
+
+
+@stage("split", returns=Split)
+def split(out: Path, images: Catalogue, scoring: int, holdout: int | None, seed: int) -> Split:
+    """fit, selection and holdout."""
+    return divide(images, scoring, holdout, seed)
+
+
+def divide(images: Catalogue, scoring: int, holdout: int | None, seed: int) -> Split:
     """Divide the images by seed and content; file names and listing order do not matter.
 
     Every prefix of a part holds as equal counts per class as there are images for. Of exact copies one stays; a copy
     on both sides of a given scoring/holdout division is leakage and refused.
     """
-    listing = scan(folder, labels, outputs)
+    folder = images.folder
     _at_least(4, scoring, "calibration.scoring", "3 fit and 1 selection images")
     _at_least(1, 1 if holdout is None else holdout, "calibration.holdout", "accuracy")
-    read = _digested([*listing.scoring, *(listing.holdout or ())], folder, digest)
-    first, second = read[: len(listing.scoring)], read[len(listing.scoring) :]
-    pool = _deal(_distinct(first), seed)
-    if listing.holdout is None:
+    pool = _deal(_distinct(images.scoring), seed)
+    if images.holdout is None:
         _at_least(5, len(pool), f"different images in {folder}", "3 fit, 1 selection and 1 holdout images")
         _leave_some(len(pool), scoring, folder)
         held = _deal(pool[scoring:], seed)[:holdout]
     else:
         _at_least(4, len(pool), f"different images in {folder / 'scoring'}", "3 fit and 1 selection images")
-        _refuse_leaks(first, second)
-        held = _deal(_distinct(second), seed)[:holdout]
-    _warn_of_unseen(read, held, listing.labels)
+        _refuse_leaks(images.scoring, images.holdout)
+        held = _deal(_distinct(images.holdout), seed)[:holdout]
+    _warn_of_unseen((*images.scoring, *(images.holdout or ())), held, images.labels)
     fit, selection = _fit_and_selection(pool[:scoring], seed)
-    return Split(listing.labels, fit, selection, held)
+    return Split(images.labels, fit, selection, held)
 
 
 def read_labels(file: Path, outputs: int) -> tuple[str, ...]:

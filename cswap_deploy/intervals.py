@@ -6,6 +6,7 @@ Throughout: `n` images, `b` of them only the dense model gets right, `c` only th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from math import sqrt
 from statistics import NormalDist
@@ -72,6 +73,12 @@ def gate(b: int, c: int, n: int, max_drop_pp: float | None, rule: Literal["point
     passed = proven if rule == "bound" else Fraction(100 * (b - c), n) <= _exact(max_drop_pp)
     needed = images_to_prove(b, c, n, limit, confidence)
     return Gate(max_drop_pp, rule, confidence, "pass" if passed else "fail", proven, needed)
+
+
+def discordant(labels: Sequence[int], dense: Sequence[int], shipped: Sequence[int]) -> tuple[int, int]:
+    """(b, c) of predicted classes: images that only the dense model gets right, that only the shipped one gets right."""
+    outcomes = [(a == y, b == y) for y, a, b in zip(labels, dense, shipped, strict=True)]
+    return outcomes.count((True, False)), outcomes.count((False, True))
 
 
 def mcnemar(b: int, c: int) -> float:

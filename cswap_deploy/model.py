@@ -98,7 +98,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"checkpoint {path} is not a valid safetensors file: {error}", "copy or convert it again") from error
+            raise ModelError(
+                f"checkpoint {path} is not a valid safetensors file: {error}", "copy or convert it again"
+            ) from error
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -108,7 +110,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"checkpoint {path} cannot be read: {reason}", "copy it again, or save it as safetensors") from error
+        raise ModelError(
+            f"checkpoint {path} cannot be read: {reason}", "copy it again, or save it as safetensors"
+        ) from error
     return _state_of(data, path)
 
 
@@ -162,14 +166,18 @@ def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Modul
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ModelError(f"timm {timm.__version__} has no model named {name!r}", f"{hint}timm.list_models() lists all names")
+        raise ModelError(
+            f"timm {timm.__version__} has no model named {name!r}", f"{hint}timm.list_models() lists all names"
+        )
     if pretrained:
         _require_pretrained_head(name, kwargs)
     logging.getLogger("timm").setLevel(logging.WARNING)
     try:
         module: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
-        raise ModelError(f"timm cannot build {name!r} with kwargs {dict(kwargs)}: {error}", "correct model.kwargs") from error
+        raise ModelError(
+            f"timm cannot build {name!r} with kwargs {dict(kwargs)}: {error}", "correct model.kwargs"
+        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise ModelError(f"timm cannot build {name!r}: {error}", "correct model.kwargs") from error
@@ -186,7 +194,9 @@ def _require_pretrained_head(name: str, kwargs: Mapping[str, Any]) -> None:
 
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
-        raise ModelError(f"timm publishes no pretrained weights for {name!r}", "set model.checkpoint, or model.pretrained: false")
+        raise ModelError(
+            f"timm publishes no pretrained weights for {name!r}", "set model.checkpoint, or model.pretrained: false"
+        )
     wanted = kwargs.get("num_classes", config.num_classes)
     if wanted != config.num_classes:
         raise ModelError(
@@ -203,7 +213,9 @@ def _call_factory(reference: str, kwargs: Mapping[str, Any]) -> nn.Module:
     try:
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
-        raise ModelError(f"factory {reference!r} does not take these arguments: {error}", "correct model.kwargs") from error
+        raise ModelError(
+            f"factory {reference!r} does not take these arguments: {error}", "correct model.kwargs"
+        ) from error
     module = factory(**kwargs)
     if not isinstance(module, nn.Module):
         raise ModelError(f"factory {reference!r} returned {type(module).__name__}", "it must return a torch.nn.Module")
@@ -227,7 +239,9 @@ def _find_factory(reference: str) -> Callable[..., Any]:
 
 def _import_file(path: Path) -> Any:
     if not path.is_file():
-        raise ModelError(f"factory file {path} does not exist", "correct model.factory; its path starts at the recipe's folder")
+        raise ModelError(
+            f"factory file {path} does not exist", "correct model.factory; its path starts at the recipe's folder"
+        )
     name = f"cswap_factory_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -236,7 +250,9 @@ def _import_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(namespace)
     except Exception as error:
-        raise ModelError(f"factory file {path} cannot be imported: {type(error).__name__}: {error}", "correct the file") from error
+        raise ModelError(
+            f"factory file {path} cannot be imported: {type(error).__name__}: {error}", "correct the file"
+        ) from error
     return namespace
 
 
@@ -244,7 +260,9 @@ def _import_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ModelError(f"factory module {name!r} cannot be imported: {error}", "install it, or correct model.factory") from error
+        raise ModelError(
+            f"factory module {name!r} cannot be imported: {error}", "install it, or correct model.factory"
+        ) from error
 
 
 # --- weights
@@ -257,7 +275,9 @@ def _state_of(data: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not data or not all(isinstance(value, torch.Tensor) for value in data.values()):
-        raise ModelError(f"checkpoint {path} is not a state_dict of tensors", "save model.state_dict(), not something around it")
+        raise ModelError(
+            f"checkpoint {path} is not a state_dict of tensors", "save model.state_dict(), not something around it"
+        )
     if all(key.startswith("module.") for key in data):
         return {key.removeprefix("module."): value for key, value in data.items()}
     return dict(data)
@@ -300,19 +320,21 @@ def _input_spec(module: nn.Module, wanted: InputSettings | None) -> InputSpec:
 
 
 def _timm_input(module: nn.Module) -> InputSpec:
-    import timm.data
+    from timm.data.config import resolve_data_config
 
-    config = timm.data.resolve_model_data_config(module)
+    config: Any = resolve_data_config(model=module)  # type: ignore[no-untyped-call]
     mode = config.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
-        raise ModelError(f"the network's crop mode {mode!r} is not supported", "use a model with crop mode center or squash")
+        raise ModelError(
+            f"the network's crop mode {mode!r} is not supported", "use a model with crop mode center or squash"
+        )
     return InputSpec(
         shape=tuple(config["input_size"]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation=config["interpolation"] if config["interpolation"] != "random" else "bilinear",
         crop_pct=config["crop_pct"],
-        crop_mode=mode,
+        crop_mode="squash" if mode == "squash" else "center",
     )
 
 
@@ -329,7 +351,11 @@ def _count_outputs(module: nn.Module, spec: InputSpec) -> int:
         ) from error
     if not isinstance(result, torch.Tensor) or result.ndim != 2 or result.shape[0] != 2:
         found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
-        raise ModelError(f"the network returns {found}, not logits of shape (images, classes)", "wrap it so that it returns logits")
+        raise ModelError(
+            f"the network returns {found}, not logits of shape (images, classes)", "wrap it so that it returns logits"
+        )
     if result.shape[1] < 2:
-        raise ModelError(f"the network has {result.shape[1]} output; a classifier needs two or more", "set model.num_classes")
+        raise ModelError(
+            f"the network has {result.shape[1]} output; a classifier needs two or more", "set model.num_classes"
+        )
     return int(result.shape[1])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from functools import lru_cache
+import sys
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -12,14 +13,17 @@ NEUTRAL = frozenset({"errors.py", "progress.py", "sources.py", "stage.py"})
 """Files that say and store things but change no result."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def source_digests(module: str) -> dict[str, str]:
-    """Short sha256 of every package file that `module` (dotted) reaches by its imports, wherever in it they stand."""
+    """Short sha256 of every package file that `module` (dotted) reaches by its imports, wherever in it they stand.
+
+    A module from outside the package, such as a user's own stage, counts by its file.
+    """
     reached: dict[str, str] = {}
-    waiting = [_file(module)]
+    waiting = [_file(module) if module.split(".")[0] == PACKAGE.name else Path(str(sys.modules[module].__file__))]
     while waiting:
         path = waiting.pop()
-        name = path.relative_to(PACKAGE).as_posix()
+        name = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
         if name in reached or name in NEUTRAL:
             continue
         source = path.read_bytes()
@@ -34,7 +38,7 @@ def package_imports(source: bytes) -> list[Path]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found += [_file(name) for name in names if _is_module(name)] or [_file(node.module)]
+            found += [_file(name if _is_module(name) else node.module) for name in names]
         elif isinstance(node, ast.Import):
             found += [_file(alias.name) for alias in node.names if alias.name.split(".")[0] == PACKAGE.name]
     return found

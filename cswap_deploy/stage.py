@@ -1,15 +1,17 @@
 """Stages and the work folder that keeps their results: keyed by content, committed atomically, one run at a time.
 
-    <work>/work.json                    format of this folder
-    <work>/lock                         held while a run lives
-    <work>/digests.json                 file digests, remembered by path, size and mtime
-    <work>/history.json                 which results the last runs used; others are removed
-    <work>/stages/<stage>/<key>/        stage.json and the files of one result
-    <work>/tmp/                         unfinished results; emptied at the start of a run
+<work>/work.json                    format of this folder
+<work>/lock                         held while a run lives
+<work>/digests.json                 file digests, remembered by path, size and times
+<work>/history.json                 which results the last runs used; others are removed
+<work>/holdout_reads                how often the hold-out images were read
+<work>/stages/<stage>/<key>/        stage.json and the files of one result
+<work>/tmp/                         unfinished results; emptied at the start of a run
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import inspect
@@ -18,13 +20,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import File, canonical, decode, encode, sha256_of
@@ -38,7 +40,10 @@ FORMAT = 1
 RUNS_KEPT = 4
 """Results that none of this many last runs used are removed."""
 RACY_NS = 2_000_000_000
-"""A file younger than this may change again within one tick of its mtime; its digest is not remembered."""
+"""A file changed less than this ago may change again within one tick of its times; its digest is not remembered."""
+SHOWN = 80
+"""Settings longer than this many characters are not spelt out in a reason."""
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 @dataclass(frozen=True)
@@ -85,30 +90,23 @@ class Workdir:
         self._dry = dry
         self._digests = _Digests(self.root / "digests.json")
         self._used: list[str] = []
+        self._earlier: list[list[str]] = []
 
     @contextmanager
     def open(self) -> Iterator[Workdir]:
-        """Create or check the folder, hold its lock, and tidy up after the run."""
-        if self._dry:
-            if self.root.exists():
-                self._check_format()
-            yield self
-            return
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / "lock").open("a+")
-        except OSError as error:
-            raise WorkdirError(f"cannot use work folder {self.root}: {error.strerror}", "choose another with --work") from error
-        with lock:
-            self._acquire(lock)
-            self._check_format()
-            shutil.rmtree(self.root / "tmp", ignore_errors=True)
-            (self.root / "tmp").mkdir()
+        """Create or check the folder, hold its lock, and tidy up after the run. A dry one is only checked."""
+        with self._full_disk_named(), self._unshared():
+            self._used = []
+            self._earlier = _load(self.root / "history.json", list[list[str]]) or []
             try:
                 yield self
             finally:
-                self._digests.save()
-            self._sweep()
+                if not self._dry:
+                    with suppress(OSError):  # neither is worth hiding why the run ended
+                        self._digests.save()
+                        self._remember()
+            if not self._dry:
+                self._sweep()
 
     def run(self, stage: Stage[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """The stage's artefact: the stored one when everything it depends on is unchanged, else a new one."""
@@ -127,6 +125,8 @@ class Workdir:
                 self._count_holdout_read()
             value = self._execute(stage, parts, entry, args, kwargs)
         self._used.append(reference)
+        if reason is not None:
+            self._remember()
         return value
 
     def publish(self, files: Sequence[File], root: Path, folder: str) -> Path:
@@ -136,6 +136,8 @@ class Workdir:
         present = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
         if present == set(wanted) and all(self.digest(target / name) == file.sha256 for name, file in wanted.items()):
             return target
+        if self._dry:
+            raise WouldRun(folder, "it differs from its result")
         fresh = self._scratch("publish")
         for name, file in wanted.items():
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,13 @@ class Workdir:
     def holdout_reads(self) -> int:
         """How often stages of this work folder have read the hold-out images."""
         path = self.root / "holdout_reads"
-        return int(path.read_text()) if path.exists() else 0
+        text = path.read_text() if path.exists() else "0"
+        if not text.strip().isdecimal():
+            raise WorkdirError(
+                f"{path} does not hold a number, so how often the hold-out was read is lost",
+                "write the number that the last bundle's manifest gives as holdout_reads into it",
+            )
+        return int(text)
 
     # --- keys and reasons
 
@@ -165,7 +173,9 @@ class Workdir:
         for name, value in given:
             parts |= self._flat(name, value)
         parts |= {f"version of {library}": _version(library) for library in stage.libraries}
-        parts |= {f"source {file}": f"sha256:{digest}" for file, digest in source_digests(stage.function.__module__).items()}
+        parts |= {
+            f"source {file}": f"sha256:{digest}" for file, digest in source_digests(stage.function.__module__).items()
+        }
         return parts
 
     def _flat(self, name: str, value: object) -> dict[str, str]:
@@ -178,11 +188,17 @@ class Workdir:
                     flat |= self._flat(f"{name}.{key}", item)
                 return flat
             case Path():
-                return {name: f"sha256:{self.digest(value)}"}
-            case None | bool() | int() | float() | str():
-                return {name: json.dumps(value)}
+                return {name: f"sha256:{self.digest(value)}" if value.exists() else "missing"}
+            case Mapping():
+                return {f"{name}.{key}": self._text(item) for key, item in value.items()}
             case _:
-                return {name: f"sha256:{_digest(self._plain(value))}"}
+                return {name: self._text(value)}
+
+    def _text(self, value: object) -> str:
+        """A short plain value as JSON, so that a reason can show it; anything else by digest."""
+        plain = self._plain(value)
+        text = canonical(plain)
+        return text if _is_json(value) and len(text) <= SHOWN else f"sha256:{_digest(plain)}"
 
     def _plain(self, value: object) -> Any:
         """JSON data of an artefact for its digest: files by content, machine paths left out."""
@@ -207,47 +223,39 @@ class Workdir:
         return self._damage(entry)
 
     def _difference(self, name: str, parts: dict[str, str]) -> str:
-        """What changed against the stored result of this stage that is most like the wanted one."""
-        closest: list[str] | None = None
-        for path in sorted((self.root / "stages" / name).glob("*/stage.json")):
-            try:
-                old = json.loads(path.read_text())["ingredients"]
-            except (OSError, ValueError, KeyError):
-                continue
-            changes = [_change(key, old.get(key), parts.get(key)) for key in {**old, **parts} if old.get(key) != parts.get(key)]
-            if closest is None or len(changes) < len(closest):
-                closest = changes
-        if closest is None:
+        """What changed against the stored result of this stage that is most like the wanted one, then most recent."""
+        age = {reference: -run for run, used in enumerate(self._earlier) for reference in used}
+        entries = sorted((self.root / "stages" / name).glob("*"), key=lambda entry: age.get(f"{name}/{entry.name}", 1))
+        stored = [record.ingredients for entry in entries if (record := _load(entry / "stage.json", _Record))]
+        if not stored:
             return "not run yet"
+        closest = min((_changes(old, parts) for old in stored), key=len)
         more = f" and {len(closest) - 3} more" if len(closest) > 3 else ""
         return ", ".join(closest[:3]) + more
 
     def _damage(self, entry: Path) -> str | None:
-        try:
-            stored = json.loads((entry / "stage.json").read_text())
-            files: dict[str, str] = stored["files"]
-            for name, digest in files.items():
-                if not (entry / name).is_file():
-                    return f"stored file {name} is missing"
-                if self.digest(entry / name) != digest:
-                    return f"stored file {name} is damaged"
-            if _digest(stored["value"]) != stored["value_sha256"]:
-                return "stored result is damaged"
-        except (OSError, ValueError, KeyError, TypeError):
+        record = _load(entry / "stage.json", _Record)
+        if record is None or not record.is_whole():
             return "stored result is damaged"
+        for name, digest in record.files.items():
+            if not (entry / name).is_file():
+                return f"stored file {name} is missing"
+            if self.digest(entry / name) != digest:
+                return f"stored file {name} is damaged"
         return None
 
     # --- reading and committing
 
     def _read(self, stage: Stage[P, T], entry: Path) -> tuple[T, int]:
-        stored = json.loads((entry / "stage.json").read_text())
+        record = _load(entry / "stage.json", _Record)
+        assert record is not None, "just written or just checked"
         try:
-            value = decode(stage.returns, stored["value"], entry)
+            value = decode(stage.returns, record.value, entry)
         except ValidationError as error:
             raise WorkdirError(
                 f"the stored result of stage {stage.name!r} cannot be read", f"run with --force {stage.name}"
             ) from error
-        return value, sum((entry / name).stat().st_size for name in stored["files"])
+        return value, sum((entry / name).stat().st_size for name in record.files)
 
     def _execute(self, stage: Stage[P, T], parts: dict[str, str], entry: Path, args: Any, kwargs: Any) -> T:
         start = time.monotonic()
@@ -256,8 +264,8 @@ class Workdir:
         seconds = time.monotonic() - start
         data = encode(value, out)
         files = {path.relative_to(out).as_posix(): sha256_of(path) for path in sorted(out.rglob("*")) if path.is_file()}
-        record = {"ingredients": parts, "files": files, "value": data, "value_sha256": _digest(data), "seconds": seconds}
-        (out / "stage.json").write_text(json.dumps(record, indent=1))
+        record = _Record(parts, files, data, _digest(data), seconds)
+        (out / "stage.json").write_text(json.dumps(asdict(record), indent=1))
         for path in [*(out / name for name in files), out / "stage.json"]:
             _sync(path)
         if entry.exists():
@@ -279,7 +287,29 @@ class Workdir:
 
     # --- the folder
 
-    def _acquire(self, lock: Any) -> None:
+    @contextmanager
+    def _unshared(self) -> Iterator[None]:
+        """The folder, created or checked, with its lock held; a dry one is only checked."""
+        self._check()
+        if self._dry:
+            yield
+            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / "lock").open("a+")
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot use work folder {self.root}: {error.strerror}", "choose another with --work"
+            ) from error
+        with lock:
+            self._acquire(lock)
+            if not (self.root / "work.json").exists():
+                _write_atomically(self.root / "work.json", json.dumps({"format": FORMAT}))
+            shutil.rmtree(self.root / "tmp", ignore_errors=True)
+            (self.root / "tmp").mkdir(exist_ok=True)
+            yield
+
+    def _acquire(self, lock: IO[str]) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -288,11 +318,18 @@ class Workdir:
                 f"work folder {self.root} is in use by process {lock.read().strip() or 'unknown'}",
                 "wait until that run has ended, or choose another folder with --work",
             ) from None
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot lock work folder {self.root}: {error.strerror}", "choose one on a local disk with --work"
+            ) from error
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
 
-    def _check_format(self) -> None:
+    def _check(self) -> None:
+        """Refuse a folder of something else or of another version; writes nothing."""
+        if self.root.exists() and not self.root.is_dir():
+            raise WorkdirError(f"work folder {self.root} is a file", "choose another with --work")
         marker = self.root / "work.json"
         if marker.exists():
             try:
@@ -304,57 +341,86 @@ class Workdir:
                     f"work folder {self.root} has format {found}; this version of cswap-deploy reads format {FORMAT}",
                     "choose another folder with --work, or delete this one",
                 )
-        elif not self._dry:
-            foreign = [path.name for path in self.root.iterdir() if path.name != "lock"]
+        elif self.root.exists():
+            begun = {"lock", "work.json.new"}
+            foreign = sorted(path.name for path in self.root.iterdir() if path.name not in begun)
             if foreign:
                 raise WorkdirError(
                     f"{self.root} is not a work folder: it holds {foreign[0]!r} and no work.json",
                     "choose an empty or a new folder with --work",
                 )
-            marker.write_text(json.dumps({"format": FORMAT}))
+
+    @contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        """A full or read-only disk ends the run with a message; as a bare OSError it would name no place."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            raise WorkdirError(
+                f"cannot go on in work folder {self.root}: {error.strerror}",
+                "make room, or choose another folder with --work; the stages that have ended are kept",
+            ) from error
 
     def _count_holdout_read(self) -> None:
         _write_atomically(self.root / "holdout_reads", str(self.holdout_reads + 1))
 
+    def _runs(self) -> list[list[str]]:
+        """What the last runs used, this one included, ended or not; it takes the place of runs that it contains."""
+        others = [run for run in self._earlier if not set(run) <= set(self._used)]
+        return [*others, *([self._used] if self._used else [])][-RUNS_KEPT:]
+
+    def _remember(self) -> None:
+        _write_atomically(self.root / "history.json", json.dumps(self._runs()))
+
     def _sweep(self) -> None:
         """Remove results that none of the last runs used. Called only after a run that succeeded."""
-        path = self.root / "history.json"
-        try:
-            history: list[list[str]] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            history = []
-        history = [*[run for run in history if run != self._used], self._used][-RUNS_KEPT:]
-        _write_atomically(path, json.dumps(history))
-        wanted = {reference for run in history for reference in run}
+        wanted = {reference for run in self._runs() for reference in run}
         for entry in (self.root / "stages").glob("*/*"):
             if f"{entry.parent.name}/{entry.name}" not in wanted:
                 shutil.rmtree(entry, ignore_errors=True)
         shutil.rmtree(self.root / "tmp", ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class _Record:
+    """stage.json: one result of a stage and what it was made from."""
+
+    ingredients: dict[str, str]
+    files: dict[str, str]
+    """sha256 by path below the result's folder."""
+    value: Any
+    value_sha256: str
+    seconds: float
+
+    def is_whole(self) -> bool:
+        with suppress(ValueError):
+            return _digest(self.value) == self.value_sha256
+        return False
+
+
 class _Digests:
-    """sha256 of files by path, size and mtime."""
+    """sha256 of files by path, size, mtime and ctime."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed = False
-        try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            self._known = {}
+        self._known = _load(path, dict[str, tuple[int, int, int, str]]) or {}
 
     def of(self, path: Path) -> str:
         if path.is_dir():
             tree = sorted(child for child in _walk(path) if child.is_file())
             return _digest([[child.relative_to(path).as_posix(), self.of(child)] for child in tree])
         status = path.stat()
-        mark = [status.st_size, status.st_mtime_ns]
-        known = self._known.get(str(path))
-        if known and known[:2] == mark:
-            return str(known[2])
+        mark = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        name = str(path.absolute())
+        known = self._known.get(name)
+        if known and known[:3] == mark:
+            return known[3]
         digest = sha256_of(path)
-        if abs(time.time_ns() - status.st_mtime_ns) > RACY_NS:
-            self._known[str(path)] = [*mark, digest]
+        if abs(time.time_ns() - max(mark[1:])) > RACY_NS:
+            self._known[name] = (*mark, digest)
             self._changed = True
         return digest
 
@@ -364,17 +430,40 @@ class _Digests:
             _write_atomically(self._path, json.dumps(known))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """All paths below a folder, links followed, each real folder once; hidden ones left out."""
-    seen: set[Path] = set()
-    for base, names, files in os.walk(folder, followlinks=True):
-        real = Path(base).resolve()
-        if real in seen:
-            names.clear()
+def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, links followed but not back to a folder above; hidden ones left out."""
+    real = folder.resolve()
+    for child in folder.iterdir() if real not in above else ():
+        if child.name.startswith("."):
             continue
-        seen.add(real)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        yield from (Path(base) / name for name in files if not name.startswith("."))
+        if child.is_dir():
+            yield from _walk(child, above | {real})
+        else:
+            yield child
+
+
+def _load(path: Path, kind: type[T]) -> T | None:
+    """What a JSON file of the work folder holds; None when it is absent or not as we write it."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_json(value: object) -> bool:
+    match value:
+        case None | bool() | int() | float() | str():
+            return True
+        case list() | tuple():
+            return all(_is_json(item) for item in value)
+        case dict():
+            return all(_is_json(item) for item in value.values())
+        case _:
+            return False
+
+
+def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    return [_change(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
 def _change(key: str, old: str | None, new: str | None) -> str:
@@ -393,7 +482,7 @@ def _version(library: str) -> str:
 
 
 def _digest(data: Any) -> str:
-    return hashlib.sha256(canonical(data).encode()).hexdigest()
+    return hashlib.sha256(canonical(data).encode(errors="surrogatepass")).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cswap_deploy.artifacts import Image, Split, sha256_of
-from cswap_deploy.data import index, read_labels, scan
+from cswap_deploy.data import catalogue, divide, read_labels, scan
 from cswap_deploy.errors import DataError
 from cswap_deploy.progress import Recording, reporting
 
@@ -25,7 +25,7 @@ def fill(folder: Path, counts: dict[str, int], tag: str = "") -> Path:
 
 
 def split(folder: Path, outputs: int = 3, scoring: int = 8, holdout: int | None = None, seed: int = 0) -> Split:
-    return index(folder, None, outputs, scoring, holdout, seed)
+    return divide(catalogue(folder, None, outputs), scoring, holdout, seed)
 
 
 def per_class(images: Iterable[Image]) -> list[int]:
@@ -141,14 +141,14 @@ def test_copies_count_once(pets: Path) -> None:
 
 
 def test_the_given_digest_is_used(pets: Path) -> None:
-    parts = index(pets, None, 3, 8, None, 0, digest=lambda path: path.as_posix())
+    parts = divide(catalogue(pets, None, 3, digest=lambda path: path.as_posix()), 8, None, 0)
     assert all(image.sha256 == (pets / image.path).as_posix() for image in parts.holdout)
 
 
 def test_labels_number_a_subset(pets: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_bytes("\ufeffdog\r\naxolotl\r\nemu\r\ncat\r\ncafe\u0301\r\n\r\n\r\n".encode())
-    parts = index(pets, labels, 5, 8, None, 0)
+    parts = divide(catalogue(pets, labels, 5), 8, None, 0)
     assert parts.labels == ("dog", "axolotl", "emu", "cat", "caf\u00e9")
     assert {(image.path[:3], image.label) for image in parts.holdout} == {("dog", 0), ("emu", 2), ("cat", 3)}
 

@@ -43,7 +43,9 @@ def taps(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[Te
 
 
 @contextmanager
-def ablated(module: nn.Module, group: Group, units: Sequence[int], means: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+def ablated(
+    module: nn.Module, group: Group, units: Sequence[int], means: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Every consumer of the group reads, in place of these units, zero or the means of its input channels."""
 
     def replace(member: Slice) -> Any:

@@ -74,7 +74,9 @@ def _in_order(module: nn.Module, names: Mapping[str, Any], images: Tensor) -> li
     called: list[str] = []
     with ExitStack() as undo:
         for name in names:
-            hook = module.get_submodule(name).register_forward_pre_hook(lambda _layer, _inputs, name=name: called.append(name))
+            hook = module.get_submodule(name).register_forward_pre_hook(
+                lambda _layer, _inputs, name=name: called.append(name)
+            )
             undo.callback(hook.remove)
         module(images)
     return list(dict.fromkeys(called))
@@ -176,7 +178,9 @@ def _solve(old: Any, module: nn.Module, name: str, system: _System, rows: Rows, 
     layer: Any = module.get_submodule(name)
     kernel = rows.columns // layer.weight.shape[1]
     lost = set(gone)
-    left = [c * kernel + k for c in range(layer.weight.shape[1]) if c not in lost for k in range(kernel)] + [rows.columns]
+    left = [c * kernel + k for c in range(layer.weight.shape[1]) if c not in lost for k in range(kernel)] + [
+        rows.columns
+    ]
     index = torch.tensor(left, device=system.gram.device)
     bias = old.bias if old.bias is not None else old.weight.new_zeros(rows.outputs)
     start = torch.cat([old.weight.flatten(1), bias[:, None]], 1).T.double()[index]

@@ -59,7 +59,9 @@ def add_bias(module: nn.Module, name: str) -> Tensor:
 
     layer: Any = module.get_submodule(name)
     if layer.bias is None:
-        layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device))
+        layer.bias = nn.Parameter(
+            torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
+        )
     bias: Tensor = layer.bias
     return bias
 
@@ -67,7 +69,9 @@ def add_bias(module: nn.Module, name: str) -> Tensor:
 # --- at rest
 
 
-def write_plan(path: Path, dense: nn.Module, pruned: nn.Module, network: Network, groups: Sequence[Group], plan: PruningPlan) -> None:
+def write_plan(
+    path: Path, dense: nn.Module, pruned: nn.Module, network: Network, groups: Sequence[Group], plan: PruningPlan
+) -> None:
     """All that is needed to rebuild `pruned` from its architecture's name: read by `rebuild`."""
     before, after = _shapes(dense), _shapes(pruned)
     biases = sorted(set(after) - set(before))
@@ -95,7 +99,9 @@ def rebuild(dense: nn.Module, architecture: Architecture, plan: File | None, wei
     if plan is not None:
         document = json.loads(plan.path.read_text())
         if document.get("schema") != SCHEMA:
-            raise ModelError(f"{plan.path.name} has schema {document.get('schema')!r}, expected {SCHEMA!r}", "update cswap-deploy")
+            raise ModelError(
+                f"{plan.path.name} has schema {document.get('schema')!r}, expected {SCHEMA!r}", "update cswap-deploy"
+            )
         _require_shapes(dense, document["shapes"]["before"], document, architecture)
         groups = [_group(item) for item in document["groups"]]
         module = cut_copy(dense, groups, document["keep"])
@@ -118,7 +124,9 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _require_shapes(module: nn.Module, expected: dict[str, list[int]], document: dict[str, Any], found: Architecture) -> None:
+def _require_shapes(
+    module: nn.Module, expected: dict[str, list[int]], document: dict[str, Any], found: Architecture
+) -> None:
     actual = _shapes(module)
     different = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
     if different:
@@ -143,12 +151,20 @@ def _kept_indices(module: nn.Module, groups: Sequence[Group], keep: Keep) -> dic
         if len(removed) == group.units:
             raise PruningError(f"group {group.name!r} would lose all of its {group.units} units")
         for member in group.members:
-            gone.setdefault((member.module, member.parameter, member.axis), set()).update(positions(member, removed))
+            indices = positions(member, removed)
+            gone.setdefault((member.module, member.parameter, member.axis), set()).update(indices)
+            if member.parameter == "weight" and member.axis == 0 and _has_bias(module.get_submodule(member.module)):
+                gone.setdefault((member.module, "bias", 0), set()).update(indices)
     kept = {}
     for (owner, parameter, axis), indices in gone.items():
         size = getattr(module.get_submodule(owner), parameter).shape[axis]
         kept[owner, parameter, axis] = [index for index in range(size) if index not in indices]
     return kept
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    """Also of a bias that compensation gave to a layer which had none when the groups were found."""
+    return getattr(layer, "bias", None) is not None
 
 
 def _select(layer: nn.Module, parameter: str, axis: int, indices: Sequence[int]) -> None:
@@ -157,7 +173,9 @@ def _select(layer: nn.Module, parameter: str, axis: int, indices: Sequence[int])
 
     old = getattr(layer, parameter)
     new = old.detach().index_select(axis, torch.tensor(indices, device=old.device, dtype=torch.long)).clone()
-    setattr(layer, parameter, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    setattr(
+        layer, parameter, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    )
 
 
 def _repair(layer: Any) -> None:

@@ -37,7 +37,9 @@ def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = ()) -> Groups
     refused: list[Refusal] = [item for item in proposals if isinstance(item, Refusal)]
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
     candidates = _without_overlap(
-        sorted((item for item in proposals if isinstance(item, Group)), key=lambda group: order[group.members[0].module])
+        sorted(
+            (item for item in proposals if isinstance(item, Group)), key=lambda group: order[group.members[0].module]
+        )
     )
     for number, group in enumerate(candidates, 1):
         progress.advance("groups proven", number, len(candidates))
@@ -64,7 +66,9 @@ def _heads(module: nn.Module) -> Iterator[Group | Refusal]:
             continue
         parameters = ["weight", "bias"] if block.qkv.bias is not None else ["weight"]
         members = [
-            Slice(f"{name}.qkv", parameter, 0, part * heads * size, size) for parameter in parameters for part in range(3)
+            Slice(f"{name}.qkv", parameter, 0, part * heads * size, size)
+            for parameter in parameters
+            for part in range(3)
         ]
         members.append(Slice(f"{name}.proj", "weight", 1, 0, size))
         attributes = [UnitAttribute(name, "num_heads", 1)]
@@ -91,7 +95,10 @@ def _channels(module: nn.Module, spec: InputSpec) -> Iterator[Group | Refusal]:
     """Coupled channels and linear units as torch-pruning traces them; groups that touch an attention block's inside are left out."""
     names = {child: name for name, child in module.named_modules()}
     attention = {
-        f"{name}.{part}" for name, block in module.named_modules() if _is_fused_attention(block) for part in ("qkv", "proj")
+        f"{name}.{part}"
+        for name, block in module.named_modules()
+        if _is_fused_attention(block)
+        for part in ("qkv", "proj")
     }
     for proposal in _trace(module, spec):
         root = names[proposal[0].dep.target.module]
@@ -159,7 +166,9 @@ def _channel_group(proposal: Any, names: dict[Any, str]) -> Group:
 def _has_parameters(target: Any) -> bool:
     from torch import nn
 
-    return isinstance(target, nn.Parameter) or bool(list(target.parameters())) if hasattr(target, "parameters") else False
+    return (
+        isinstance(target, nn.Parameter) or bool(list(target.parameters())) if hasattr(target, "parameters") else False
+    )
 
 
 def _cut_axes(layer: nn.Module, handler: str) -> list[tuple[str, int]]:
@@ -245,7 +254,11 @@ def _disproof(module: nn.Module, group: Group, spec: InputSpec) -> str | None:
     if cut.shape != masked.shape:
         return "its units are outputs of the network"
     difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
-    return None if difference <= TOLERANCE else f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
+    return (
+        None
+        if difference <= TOLERANCE
+        else f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
+    )
 
 
 # --- cost

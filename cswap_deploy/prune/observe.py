@@ -114,7 +114,7 @@ def _watch(module: nn.Module, name: str, as_far_as_sum: bool) -> _Watch:
 
     watch = _Watch(module, name, as_far_as_sum)
 
-    class Mode(TorchFunctionMode):  # type: ignore[misc]
+    class Mode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             watch.see(func, args, kwargs or {})
             result = func(*args, **(kwargs or {}))

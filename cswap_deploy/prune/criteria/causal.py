@@ -77,7 +77,7 @@ def _attribution(
     for images, labels in batches:
         images.requires_grad_(True)
         with torch.enable_grad(), taps(module, layers) as seen:
-            _log_p(module, images, labels).sum().backward()
+            torch.autograd.backward(_log_p(module, images, labels).sum())
         products = {name: [_product(module, name, tap, means) for tap in inputs] for name, inputs in seen.items()}
         for part, group in zip(parts, groups, strict=True):
             total = [

@@ -20,4 +20,6 @@ class Magnitude:
 
     def score(self, module: nn.Module, groups: Sequence[Group], batches: Batches) -> tuple[GroupScores, ...]:
         matrices = {name: value.detach() for name, value in module.named_parameters() if value.ndim >= 2}
-        return tuple(relative_scores(group, [rows.norm(dim=1) for rows in unit_rows(matrices, group)]) for group in groups)
+        return tuple(
+            relative_scores(group, [rows.norm(dim=1) for rows in unit_rows(matrices, group)]) for group in groups
+        )

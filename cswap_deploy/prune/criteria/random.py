@@ -22,5 +22,6 @@ class Random:
 
         generator = np.random.default_rng(self.seed)
         return tuple(
-            GroupScores(group.name, tuple(range(group.units)), tuple(generator.random(group.units).tolist())) for group in groups
+            GroupScores(group.name, tuple(range(group.units)), tuple(generator.random(group.units).tolist()))
+            for group in groups
         )

@@ -26,7 +26,9 @@ class Variance:
         import torch
 
         layers = sorted({member.module for group in groups for member in group.consumers})
-        moments: dict[str, list[Tensor]] = {group.name: [torch.zeros(group.units).double() for _ in "12"] for group in groups}
+        moments: dict[str, list[Tensor]] = {
+            group.name: [torch.zeros(group.units).double() for _ in "12"] for group in groups
+        }
         seen_values = dict.fromkeys(moments, 0)
         with torch.no_grad():
             for images, _ in batches.first(self.settings.images):
@@ -38,7 +40,9 @@ class Variance:
                         for tap in seen[member.module]:
                             for power, total in enumerate(moments[group.name], 1):
                                 total += unit_sums(tap.double() ** power, member, layer, group.units).sum(0).cpu()
-                            seen_values[group.name] += tap.numel() // tap.shape[1 if tap.ndim == 4 else -1] * member.repeat
+                            seen_values[group.name] += (
+                                tap.numel() // tap.shape[1 if tap.ndim == 4 else -1] * member.repeat
+                            )
         results = []
         for group in groups:
             mean, square = (total / seen_values[group.name] for total in moments[group.name])

@@ -1,0 +1,242 @@
+"""The bundle: everything a Jetson or phone team needs, in one folder with a manifest. Assembling, reading, reloading.
+
+A bundle is not trusted: reading one imports nothing that it names and follows no path out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata, resources
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy import manifest as facts
+from cswap_deploy.artifacts import (
+    AccuracyReport,
+    Architecture,
+    BundleFiles,
+    File,
+    Groups,
+    Network,
+    OnnxModel,
+    PruningPlan,
+    sha256_of,
+)
+from cswap_deploy.errors import ModelError, UsageError, VerifyError, require_module
+from cswap_deploy.preprocess import preprocess
+from cswap_deploy.recipe import PruneSettings
+from cswap_deploy.report import render_html, render_readme
+from cswap_deploy.stage import stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 64 << 20
+ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "torch-pruning", "numpy")
+SAFE_KWARGS = frozenset(
+    (
+        "num_classes in_chans img_size patch_size embed_dim depth depths num_heads mlp_ratio qkv_bias global_pool "
+        "class_token drop_rate drop_path_rate proj_drop_rate attn_drop_rate pos_drop_rate channels stem_type stem_width "
+        "stem_chs width base_width cardinality output_stride window_size dims kernel_size layers growth_rate fix_stem "
+        "reg_tokens init_values channel_multiplier depth_multiplier dynamic_img_size no_embed_class pre_norm fc_norm "
+        "ls_init_value"
+    ).split()
+)
+"""Arguments that only set sizes; a bundle whose network was built with others is reloaded through the caller's factory."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk; reading it needs no torch."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @staticmethod
+    def read(folder: Path) -> Bundle:
+        """Errors: UsageError when there is no bundle, VerifyError when its manifest is not one of ours."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UsageError(
+                f"{folder} is not a bundle: it holds no {MANIFEST}", "give the bundle folder of a work folder"
+            )
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise VerifyError(f"{path} is larger than any manifest of this tool")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise VerifyError(f"{path} is not valid JSON: {error}", "build the bundle again") from error
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if schema != facts.SCHEMA:
+            raise VerifyError(f"{path} has schema {schema!r}, expected {facts.SCHEMA!r}", "update cswap-deploy")
+        return Bundle(folder, document)
+
+    @property
+    def verdict(self) -> str:
+        return str(self.manifest["verdict"])
+
+    def file(self, name: str) -> File:
+        """A listed file, its digest checked. Errors: VerifyError."""
+        entry = next((item for item in self.manifest["files"] if item["path"] == name), None)
+        if entry is None:
+            raise VerifyError(f"the manifest of {self.folder} lists no file {name!r}")
+        path = self._inside(str(entry["path"]))
+        if not path.is_file():
+            raise VerifyError(f"file {name!r} of the bundle is missing", "copy the bundle again")
+        if sha256_of(path) != entry["sha256"]:
+            raise VerifyError(f"file {name!r} of the bundle is not what the manifest says", "copy the bundle again")
+        return File(path, entry["sha256"], path.stat().st_size)
+
+    def _inside(self, name: str) -> Path:
+        pure = PurePosixPath(name)
+        path = self.folder / pure
+        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.folder.resolve()):
+            raise VerifyError(f"the manifest names {name!r}, which lies outside the bundle")
+        return path
+
+
+def load_pruned(bundle: Path | str, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """The pruned PyTorch module of a bundle, in eval mode on the CPU, bit-equal to the one that was exported.
+
+    A timm network is rebuilt from timm's own registry without a checkpoint; a factory network needs the caller's
+    `factory`, called with the recorded kwargs: nothing that a bundle names is imported. The test vectors are replayed.
+    Errors: ModelError, VerifyError.
+    """
+    require_module("torch")
+    from cswap_deploy.model import build
+    from cswap_deploy.prune.cut import rebuild
+
+    opened = Bundle.read(Path(bundle))
+    architecture = _architecture(opened.manifest["model"])
+    if factory is not None:
+        dense = factory(**architecture.kwargs).eval()
+    elif architecture.source == "factory":
+        raise ModelError(
+            f"this bundle's network comes from a factory ({architecture.name}), which is not imported from a bundle",
+            "pass it yourself: load_pruned(bundle, factory=your_function)",
+        )
+    else:
+        _require_safe(architecture)
+        dense = build(architecture)
+    module = rebuild(dense, architecture, opened.file("plan.json"), opened.file("weights.safetensors"))
+    _replay(module, opened)
+    return module
+
+
+@stage("bundle", returns=BundleFiles)
+def assemble(
+    out: Path,
+    name: str,
+    recipe_yaml: str,
+    prune: PruneSettings,
+    source: Network,
+    pruned: Network,
+    groups: Groups,
+    plan: PruningPlan,
+    exported: OnnxModel,
+    shipped: OnnxModel,
+    accuracy: AccuracyReport,
+    labels: tuple[str, ...],
+    holdout_reads: int,
+) -> BundleFiles:
+    """Write the bundle; the manifest is written last and lists every other file."""
+    assert pruned.plan is not None
+    shutil.copyfile(shipped.graph.path, out / "model.onnx")
+    shutil.copyfile(pruned.plan.path, out / "plan.json")
+    shutil.copyfile(pruned.weights.path, out / "weights.safetensors")
+    (out / "test_vectors").mkdir()
+    shutil.copyfile(shipped.vectors.input.path, out / "test_vectors" / "input.npy")
+    shutil.copyfile(shipped.vectors.output.path, out / "test_vectors" / "output.npy")
+    (out / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+    (out / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    (out / "preprocess.json").write_text(json.dumps(preprocess(source.input), indent=1), encoding="utf-8")
+    units = {group.name: group.units for group in groups.groups}
+    reasons = facts.reasons(accuracy)
+    document = {
+        "schema": facts.SCHEMA,
+        "name": name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "tool": {"name": "cswap-deploy", "version": metadata.version("cswap-deploy")},
+        "recipe_sha256": sha256_of(out / "recipe.yaml"),
+        "shipped": "model.onnx",
+        "verdict": "fail" if reasons else "pass",
+        "reasons": reasons,
+        "model": facts.model_block(source),
+        "pruned": facts.pruned_block(pruned, plan, units, prune.criterion.kind, prune.compensate.kind),
+        "accuracy": facts.accuracy_block(accuracy, labels, holdout_reads),
+        "onnx": facts.onnx_block(exported, shipped),
+        "latency": None,
+        "budget": None,
+        "engine": None,
+        "environment": _environment(),
+    }
+    (out / "README.md").write_text(render_readme(document), encoding="utf-8")
+    (out / "report.html").write_text(render_html(document), encoding="utf-8")
+    listed = [File.of(path) for path in sorted(out.rglob("*")) if path.is_file()]
+    document["files"] = [
+        {"path": file.path.relative_to(out).as_posix(), "sha256": file.sha256, "bytes": file.bytes} for file in listed
+    ]
+    (out / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+    manifest = File.of(out / MANIFEST)
+    return BundleFiles(manifest, (*listed, manifest))
+
+
+def _architecture(model: dict[str, Any]) -> Architecture:
+    try:
+        library = f"timm {metadata.version('timm')}"
+    except metadata.PackageNotFoundError:
+        library = "no timm"
+    return Architecture(model["source"], str(model["name"]), dict(model["kwargs"]), library)
+
+
+def _require_safe(architecture: Architecture) -> None:
+    name = architecture.name
+    if not name.replace(".", "_").isidentifier():
+        raise ModelError(f"the bundle's model name {name!r} is not a name of timm's registry", "pass factory= yourself")
+    other = sorted(set(architecture.kwargs) - SAFE_KWARGS)
+    if other:
+        raise ModelError(
+            f"the bundle's network was built with {', '.join(other)}, which a bundle may not pass to timm",
+            f"pass it yourself: load_pruned(bundle, factory=lambda **kwargs: timm.create_model({name!r}, **kwargs))",
+        )
+
+
+def _replay(module: nn.Module, bundle: Bundle) -> None:
+    """The test vectors must come out as they were recorded, up to the rounding of another machine."""
+    import numpy as np
+    import torch
+
+    inputs = np.load(bundle.file("test_vectors/input.npy").path, allow_pickle=False)
+    wanted = np.load(bundle.file("test_vectors/output.npy").path, allow_pickle=False)
+    with torch.no_grad():
+        found = module(torch.from_numpy(inputs)).numpy()
+    difference = float(np.abs(found - wanted).max())
+    if found.shape != wanted.shape or difference > 1e-3 * max(float(np.abs(wanted).max()), 1e-6):
+        made = json.loads(bundle.file("plan.json").path.read_text(encoding="utf-8"))["source"]["library"]
+        raise ModelError(
+            f"the reloaded network differs from the recorded test vectors by {difference:.2e}; made with {made}",
+            "install the version of timm that the bundle was made with",
+        )
+
+
+def _environment() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
+    for library in ENVIRONMENT:
+        try:
+            versions[library.replace("-", "_")] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of manifest.json."""
+    text = resources.files("cswap_deploy").joinpath("manifest.schema.json").read_text(encoding="utf-8")
+    document: dict[str, Any] = json.loads(text)
+    return document

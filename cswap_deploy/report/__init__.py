@@ -1,0 +1,47 @@
+"""The manifest as a page for people: one self-contained HTML file, and the README of the bundle."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jinja2
+
+
+def render_html(manifest: dict[str, Any]) -> str:
+    """A page that opens offline; every name in it is escaped."""
+    return _environment().get_template("report.html").render(m=manifest)
+
+
+def render_readme(manifest: dict[str, Any]) -> str:
+    """How to run the model in ten lines of code."""
+    return _environment().get_template("bundle_readme.md").render(m=manifest)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cswap_deploy.report", "templates"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "count": _count, "points": _points}
+    return environment
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def _points(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _count(number: float) -> str:
+    """1234567 → 1.235 M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:g}"

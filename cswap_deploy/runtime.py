@@ -1,0 +1,31 @@
+"""ONNX Runtime on the host's CPU: the one place that opens a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Session:
+    """An ONNX file opened once. `threads` 0 leaves their number to the runtime."""
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._input = self._session.get_inputs()[0]
+
+    def logits(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n, C, H, W) normalised images → (n, classes); one by one where the file's batch is fixed to one."""
+        import numpy as np
+
+        step = 1 if self._input.shape[0] == 1 else len(inputs)
+        starts = range(0, len(inputs), step)
+        return np.concatenate([self._session.run(None, {self._input.name: inputs[i : i + step]})[0] for i in starts])
