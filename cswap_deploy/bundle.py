@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +158,7 @@ def assemble(
     (out / "preprocess.json").write_text(json.dumps(preprocess(source.input), indent=1), encoding="utf-8")
     units = {group.name: group.units for group in groups.groups}
     reasons = facts.reasons(accuracy)
-    document = {
+    document: dict[str, Any] = {
         "schema": facts.SCHEMA,
         "name": name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -233,10 +233,3 @@ def _environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema of manifest.json."""
-    text = resources.files("cswap_deploy").joinpath("manifest.schema.json").read_text(encoding="utf-8")
-    document: dict[str, Any] = json.loads(text)
-    return document

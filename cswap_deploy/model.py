@@ -52,6 +52,32 @@ def load(out: Path, settings: ModelSettings, code: Path | None) -> Network:
     return Network(architecture, None, weights, spec, outputs, params, macs, license_name)
 
 
+def expected_outputs(settings: ModelSettings) -> int | None:
+    """Number of classes without building the network; None where only the factory knows. Errors: ModelError."""
+    require_module("torch")
+    if settings.checkpoint is not None and not settings.checkpoint.is_file():
+        raise ModelError(f"checkpoint {settings.checkpoint} does not exist", "correct model.checkpoint")
+    if settings.name is None:
+        file = settings.factory_file
+        if file is not None and not file.is_file():
+            raise ModelError(f"factory file {file} does not exist", "its path starts at the recipe's folder")
+        return settings.num_classes
+    _require_known(settings.name)
+    if settings.pretrained:
+        _require_pretrained_head(
+            settings.name, {} if settings.num_classes is None else {"num_classes": settings.num_classes}
+        )
+    import timm
+
+    config = timm.get_pretrained_cfg(settings.name)
+    return settings.num_classes or (config.num_classes if config is not None else 1000)
+
+
+def describe(settings: ModelSettings) -> str:
+    weights = "pretrained" if settings.pretrained else settings.checkpoint.name if settings.checkpoint else "untrained"
+    return f"{settings.name or settings.factory_shown} ({weights})"
+
+
 def build(architecture: Architecture) -> nn.Module:
     """The dense module in eval mode with whatever weights its constructor gives it. Errors: ModelError."""
     match architecture.source:
@@ -162,13 +188,7 @@ def _create(settings: ModelSettings, code: Path | None) -> tuple[Architecture, n
 def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
     import timm
 
-    known = timm.list_models() if not timm.is_model(name) else []
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], known, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ModelError(
-            f"timm {timm.__version__} has no model named {name!r}", f"{hint}timm.list_models() lists all names"
-        )
+    _require_known(name)
     if pretrained:
         _require_pretrained_head(name, kwargs)
     logging.getLogger("timm").setLevel(logging.WARNING)
@@ -186,6 +206,17 @@ def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Modul
             "connect to the network once, or set model.checkpoint to a local file",
         ) from error
     return module.eval()
+
+
+def _require_known(name: str) -> None:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ModelError(
+            f"timm {timm.__version__} has no model named {name!r}", f"{hint}timm.list_models() lists all names"
+        )
 
 
 def _require_pretrained_head(name: str, kwargs: Mapping[str, Any]) -> None:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from cswap_deploy.artifacts import Architecture, File, Group, Network, PruningPlan, PruningStep, Slice
+from cswap_deploy.artifacts import Architecture, File, Network, PruningPlan, PruningStep, Slice
 from cswap_deploy.errors import ModelError, PruningError
 from cswap_deploy.model import build, count
 from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.cut import add_bias, cut_copy, masked_copy, positions, rebuild, restore, write_plan
-from cswap_deploy.recipe import LeastSquaresCompensation
+from cswap_deploy.recipe import CompensationSettings, LeastSquaresCompensation, NoCompensation
 
 few = settings(
     max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -57,21 +57,13 @@ def test_half_a_network_trains_and_says_its_sizes(name: str) -> None:
     assert zoo.same(before, zoo.fingerprint(module))
     for layer in cut.modules():
         _require_true_sizes(layer)
+    gone: dict[tuple[str, int], set[int]] = {}
     for group in groups:
+        lost = sorted(set(range(group.units)) - set(keep[group.name]))
         for member in group.members:
-            assert _size(cut, member) == _size(module, member) - (group.units - len(keep[group.name])) * member.repeat * (
-                len({m.offset for m in group.members if (m.tensor, m.axis) == (member.tensor, member.axis)})
-            ) - sum(
-                (other.units - len(keep[other.name])) * m.repeat
-                for other in groups
-                if other is not group
-                for m in other.members
-                if (m.tensor, m.axis) == (member.tensor, member.axis)
-            )
-
-
-def _size(module: nn.Module, member: Slice) -> int:
-    return int(module.state_dict()[member.tensor].shape[member.axis])
+            gone.setdefault((member.tensor, member.axis), set()).update(positions(member, lost))
+    for (tensor, axis), indices in gone.items():
+        assert cut.state_dict()[tensor].shape[axis] == module.state_dict()[tensor].shape[axis] - len(indices)
 
 
 def _require_true_sizes(layer: Any) -> None:
@@ -179,14 +171,14 @@ AT_REST = {
 class Stored:
     """A dense network, half of it, and that half in files."""
 
-    def __init__(self, name: str, folder: Path, library: str = "timm 0.0.1") -> None:
+    def __init__(self, name: str, folder: Path, compensation: CompensationSettings | None = None) -> None:
         self.entry = zoo.ZOO[name]
-        self.architecture = Architecture("timm", *AT_REST[name], library)
+        self.architecture = Architecture("timm", *AT_REST[name], "timm 0.0.1")
         self.groups = self.entry.groups
         self.keep = zoo.half(self.groups)
         self.dense = self.entry.build()
         fit = zoo.batches(self.entry, 16)
-        masked = compensated(self.dense, self.groups.groups, self.keep, fit, LeastSquaresCompensation())
+        masked = compensated(self.dense, self.groups.groups, self.keep, fit, compensation or NoCompensation())
         self.pruned = cut_copy(masked, self.groups.groups, self.keep).requires_grad_(False)
         save_file(self.pruned.state_dict(), folder / "weights.safetensors")
         params, macs = count(self.pruned, self.entry.spec)
@@ -211,7 +203,7 @@ class Stored:
 
 @pytest.mark.parametrize("name", AT_REST)
 def test_a_stored_network_comes_back_bit_by_bit(name: str, tmp_path: Path) -> None:
-    stored = Stored(name, tmp_path)
+    stored = Stored(name, tmp_path, LeastSquaresCompensation())
     module = restore(stored.network)
     x = zoo.images(stored.entry).float()
     assert torch.equal(module(x), stored.pruned(x))
@@ -224,7 +216,7 @@ def test_a_stored_network_comes_back_bit_by_bit(name: str, tmp_path: Path) -> No
 
 
 def test_least_squares_gave_the_resnet_biases_that_the_plan_knows(tmp_path: Path) -> None:
-    stored = Stored("resnet", tmp_path)
+    stored = Stored("resnet", tmp_path, LeastSquaresCompensation())
     added = {item["module"] for item in json.loads(stored.path.read_text())["rewrites"]}
     assert added == {member.module for group in stored.groups.groups for member in group.consumers} - {"fc"}
 

@@ -185,12 +185,13 @@ class ChannelsLast(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """One layer that runs twice, and two layers that hold the same weight tensor."""
+    """One layer that runs twice and has two names, and two layers that hold the same weight tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = conv_bn(3, 6)
         self.again = nn.Conv2d(6, 6, 3, padding=1)
+        self.alias = self.again
         self.wide = nn.Conv2d(6, 8, 1)
         self.first = nn.Conv2d(8, 8, 1)
         self.second = nn.Conv2d(8, 8, 1)
@@ -200,7 +201,7 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        x = F.relu(self.again(F.relu(self.again(x))))
+        x = F.relu(self.alias(F.relu(self.again(x))))
         x = F.relu(self.wide(x))
         x = F.relu(self.second(F.relu(self.first(x))))
         out: Tensor = self.head(F.relu(self.inner(x)))

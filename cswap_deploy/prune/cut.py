@@ -156,9 +156,9 @@ def _kept_indices(module: nn.Module, groups: Sequence[Group], keep: Keep) -> dic
             if member.parameter == "weight" and member.axis == 0 and _has_bias(module.get_submodule(member.module)):
                 gone.setdefault((member.module, "bias", 0), set()).update(indices)
     kept = {}
-    for (owner, parameter, axis), indices in gone.items():
+    for (owner, parameter, axis), lost in gone.items():
         size = getattr(module.get_submodule(owner), parameter).shape[axis]
-        kept[owner, parameter, axis] = [index for index in range(size) if index not in indices]
+        kept[owner, parameter, axis] = [index for index in range(size) if index not in lost]
     return kept
 
 

@@ -1,0 +1,235 @@
+"""The command line: the only file that prints or exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from cswap_deploy.errors import CswapError, UsageError
+
+if TYPE_CHECKING:
+    from cswap_deploy.recipe import Recipe
+
+app = typer.Typer(
+    name="cswap-deploy",
+    help="From a pretrained image classifier to a pruned, checked model, without fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="the recipe, a YAML file")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="override one recipe key; repeatable")
+]
+WorkOption = Annotated[
+    Path | None, typer.Option("--work", metavar="DIR", help="work folder (default: runs/<recipe name>)")
+]
+ForceOption = Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="rerun this stage; repeatable")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result only")]
+
+GATE_FAILED, INTERRUPTED = 7, 130
+
+
+@app.command()
+def build(
+    recipe: RecipeArgument,
+    work: WorkOption = None,
+    overrides: SetOption = None,
+    force: ForceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Do everything the recipe asks for; ends with the bundle in <work>/bundle."""
+    with _session("build", as_json) as answer:
+        from cswap_deploy import pipeline
+        from cswap_deploy.console import bundle_lines, next_commands
+
+        settings, folder = _load(recipe, work, overrides)
+        with _run(settings, folder, force, quiet or as_json) as opened:
+            bundle = pipeline.build(settings, opened)
+        code = GATE_FAILED if bundle.verdict == "fail" else 0
+        answer.document = {"bundle": str(bundle.folder), "verdict": bundle.verdict, "manifest": bundle.manifest}
+        answer.lines = [*bundle_lines(bundle), "", *next_commands(bundle)]
+        answer.code = code
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument,
+    work: WorkOption = None,
+    overrides: SetOption = None,
+    force: ForceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The host's half: load, prune, export and simplify; no hold-out image is read."""
+    with _session("prepare", as_json) as answer:
+        from cswap_deploy import pipeline
+        from cswap_deploy.console import prepared_lines
+
+        settings, folder = _load(recipe, work, overrides)
+        with _run(settings, folder, force, quiet or as_json) as opened:
+            ready = pipeline.prepare(settings, opened)
+        answer.document = {"work": str(folder), "onnx": str(ready.shipped.graph.path), "macs": ready.pruned.macs}
+        answer.lines = [*prepared_lines(ready)]
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    work: WorkOption = None,
+    overrides: SetOption = None,
+    groups: Annotated[bool, typer.Option("--groups", help="also prove and list what can be pruned")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate the recipe, the images and the model's name; say which stages would run, and why."""
+    with _session("check", as_json) as answer:
+        from cswap_deploy import checks
+        from cswap_deploy.console import check_lines, group_lines
+
+        settings, folder = _load(recipe, work, overrides)
+        report = checks.check(settings, folder)
+        found = checks.provable_groups(settings) if groups else None
+        answer.document = {
+            "facts": report.facts,
+            "stages": [{"name": name, "status": status} for name, status in report.stages],
+            "groups": checks.groups_document(found) if found else None,
+        }
+        answer.lines = [*check_lines(report), *(group_lines(found) if found else ())]
+
+
+@app.command()
+def show(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="a bundle folder")],
+    as_json: JsonOption = False,
+) -> None:
+    """What is in a bundle: the table before and after, the verdict, the files."""
+    with _session("show", as_json) as answer:
+        from cswap_deploy.bundle import Bundle
+        from cswap_deploy.console import bundle_lines, file_lines
+
+        opened = Bundle.read(bundle)
+        answer.document = {"manifest": opened.manifest}
+        answer.lines = [*bundle_lines(opened), "", *file_lines(opened)]
+
+
+@app.command()
+def schema(
+    manifest: Annotated[bool, typer.Option("--manifest", help="of manifest.json in place of the recipe")] = False,
+    command: Annotated[
+        str | None, typer.Option("--command", metavar="NAME", help="of a command's --json output")
+    ] = None,
+) -> None:
+    """JSON Schema of the recipe, for editors and programs."""
+    with _session("schema", as_json=False) as answer:
+        from cswap_deploy import schemas
+
+        document = schemas.of(manifest=manifest, command=command)
+        answer.lines = [json.dumps(document, indent=2, ensure_ascii=False)]
+
+
+def main() -> NoReturn:
+    """Entry point of the console script; click's own usage errors end with exit code 2 as ours do."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+# --- what all commands share
+
+
+class _Answer:
+    """What a command has to say at its end: lines for people, or the document for --json."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.document: dict[str, Any] = {}
+        self.code = 0
+
+
+@contextmanager
+def _session(command: str, as_json: bool) -> Iterator[_Answer]:
+    """Run a command's body, then print its answer, or its error with the documented exit code."""
+    answer = _Answer()
+    try:
+        yield answer
+    except CswapError as error:
+        _fail(command, as_json, type(error).__name__, error.message, error.hint, error.exit_code)
+    except KeyboardInterrupt:
+        _fail(command, as_json, "Interrupted", "interrupted", "run the same command again: it resumes", INTERRUPTED)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        hint = "check space and permissions of the work folder; what was committed is kept"
+        _fail(command, as_json, "OSError", f"{error.strerror or error}{where}", hint, UsageError.exit_code)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        _fail(command, as_json, type(error).__name__, f"internal error: {error}", "please report the lines above", 1)
+    if as_json:
+        print(json.dumps({"schema": f"cswap-deploy/{command}/1", **answer.document}, ensure_ascii=False))
+    else:
+        for line in answer.lines:
+            print(line)
+    sys.stdout.flush()
+    if answer.code:
+        raise typer.Exit(answer.code)
+
+
+def _fail(command: str, as_json: bool, kind: str, message: str, hint: str, code: int) -> NoReturn:
+    if as_json:
+        error = {"type": kind, "message": message, "hint": hint, "exit_code": code}
+        print(json.dumps({"schema": f"cswap-deploy/{command}/1", "error": error}, ensure_ascii=False))
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"  hint: {hint}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _load(path: Path, work: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
+    from cswap_deploy.recipe import load
+
+    recipe = load(path, overrides or ())
+    return recipe, work or Path("runs") / recipe.name
+
+
+@contextmanager
+def _run(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) -> Iterator[Any]:
+    """An open work folder whose stages are reported on standard error."""
+    from cswap_deploy import pipeline
+    from cswap_deploy.console import Console
+    from cswap_deploy.progress import reporting
+    from cswap_deploy.stage import Workdir
+
+    _require_known_stages(force or [], recipe)
+    pipeline.require_available(recipe)
+    work = Workdir(folder, force or ())
+    with reporting(Console(pipeline.stages(recipe), silent=silent)), work.open():
+        yield work
+
+
+def _require_known_stages(force: list[str], recipe: Recipe) -> None:
+    from cswap_deploy.pipeline import STAGES, stages
+
+    for name in force:
+        if name not in stages(recipe):
+            known = "does not run for this recipe" if name in STAGES else "is not a stage"
+            raise UsageError(f"--force: {name!r} {known}", f"this recipe runs {', '.join(stages(recipe))}")

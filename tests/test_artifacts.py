@@ -1,0 +1,169 @@
+"""Artefacts survive the disk unchanged, wherever the folder that holds them lies afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cswap_deploy import artifacts
+from cswap_deploy.artifacts import (
+    AccuracyReport,
+    Architecture,
+    Axis,
+    BundleFiles,
+    CostTerm,
+    Evaluation,
+    File,
+    Gate,
+    Group,
+    Groups,
+    GroupScores,
+    Image,
+    ImageSet,
+    InputSpec,
+    Network,
+    OnnxModel,
+    Parity,
+    PruningPlan,
+    PruningStep,
+    Refusal,
+    Scores,
+    Slice,
+    Split,
+    UnitAttribute,
+    canonical,
+    decode,
+    encode,
+    sha256_of,
+)
+
+ROOT = Path("/work folder/stages/x/1")
+FILE = File(ROOT / "sub" / "weights.safetensors", "ab" * 32, 7)
+SPEC = InputSpec((3, 8, 8), (0.1, 0.2, 0.3), (1.0, 1.0, 0.5), "bicubic", 0.875, "squash")
+ARCHITECTURE = Architecture(
+    "factory", "net.py:tiny", {"width": 8, "act": None, "deep": [True, 1.5]}, "sha256:1", "/n.py"
+)
+GROUP = Group("stem", "channels", 4, (Slice("conv", "weight", 1, 0, 1), Slice("", "bias", 0, 4, 2)))
+SCORES = Scores(
+    "causal", 12, (GroupScores("stem", (0, 2), (0.5, -1e-300), (0.0, 1.0), (0.1, 0.2), (1, 2), ("critical",)),)
+)
+PLAN = PruningPlan({"stem": (0, 2), "empty": ()}, (PruningStep(0.5, 0.25, {"stem": (1,)}, -0.5),), SCORES)
+EVALUATION = Evaluation((0, 3, 1), (True, False, True))
+ONNX = OnnxModel(
+    graph=FILE,
+    opset=18,
+    ir_version=10,
+    nodes=40,
+    parity=Parity(8, 1e-6, 120.0),
+    vectors=artifacts.TestVectors(FILE, FILE),
+    note="ünïcode",
+)
+
+EXAMPLES: list[Any] = [
+    FILE,
+    Network(ARCHITECTURE, None, FILE, SPEC, 10, 100, 2000, None),
+    Network(dataclasses.replace(ARCHITECTURE, source="timm", location=""), FILE, FILE, SPEC, 10, 1, 2, "apache-2.0"),
+    Split(("cat", "dog"), (Image("cat/1.png", "cd", 0),), (), (Image("dog/ö.png", "ef", 1),)),
+    Groups(
+        (GROUP, dataclasses.replace(GROUP, kind="heads", attributes=(UnitAttribute("attn", "num_heads", 1),))),
+        (Refusal("norm", "normalises over its own units"),),
+        (CostTerm("conv", 10, 100, (Axis(4, (("stem", 1),)), Axis(3, ()))),),
+    ),
+    SCORES,
+    PLAN,
+    dataclasses.replace(PLAN, scores=None),
+    ONNX,
+    AccuracyReport((0, 3, 2), EVALUATION, EVALUATION, EVALUATION, Gate(None, "bound", 0.95, "off", False, None)),
+    BundleFiles(FILE, (FILE, dataclasses.replace(FILE, path=ROOT / "README.md"))),
+]
+
+
+@pytest.mark.parametrize("value", EXAMPLES, ids=lambda value: type(value).__name__)
+def test_disk_and_back(value: Any) -> None:
+    stored = json.loads(canonical(encode(value, ROOT)))
+    assert decode(type(value), stored, ROOT) == value
+
+
+def test_every_artefact_has_an_example() -> None:
+    defined = {kind for _, kind in inspect.getmembers(artifacts, inspect.isclass) if dataclasses.is_dataclass(kind)}
+
+    def kinds(value: object) -> set[type]:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {type(value)}.union(*(kinds(getattr(value, field.name)) for field in dataclasses.fields(value)))
+        items = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else []
+        return set().union(*map(kinds, items))
+
+    missing = defined - kinds(tuple(EXAMPLES)) - {ImageSet}  # ImageSet is an argument only
+    assert sorted(kind.__name__ for kind in missing) == [], "add an example to EXAMPLES"
+
+
+def test_integers_where_floats_belong_come_back_equal_in_key() -> None:
+    """What a stage returns and what it is read back as must give the stages after it the same key."""
+    step = PruningStep(1, 0.5, {}, 0)
+    back = decode(PruningStep, encode(step, ROOT), ROOT)
+    assert canonical(encode(back, ROOT)) == '{"drop_pp":0.0,"macs":0.5,"params":1.0,"removed":{}}'
+
+
+def test_paths_are_relative_on_disk_and_follow_the_folder() -> None:
+    stored = encode(ONNX, ROOT)
+    assert stored["graph"]["path"] == "sub/weights.safetensors"
+    assert decode(OnnxModel, stored, Path("/elsewhere")).graph.path == Path("/elsewhere/sub/weights.safetensors")
+
+
+def test_file_outside_its_stage_is_refused() -> None:
+    with pytest.raises(Exception, match=r"is not in the subpath of '/other'"):
+        encode(ONNX, Path("/other"))
+
+
+def test_wrong_data_is_refused() -> None:
+    stored = encode(ONNX, ROOT)
+    with pytest.raises(ValidationError, match="opset"):
+        decode(OnnxModel, {**stored, "opset": "new"}, ROOT)
+    with pytest.raises(ValidationError, match=r"graph\.sha256"):
+        decode(OnnxModel, {**stored, "graph": {"path": "a", "bytes": 1}}, ROOT)
+
+
+def test_canonical_has_one_spelling() -> None:
+    assert canonical({"b": (1, 2), "a": {"d": None, "c": True}}) == '{"a":{"c":true,"d":null},"b":[1,2]}'
+    assert canonical({"a": 1, "b": 2}) == canonical({"b": 2, "a": 1})
+    assert len({canonical(value) for value in (1, 1.0, True, "1", "true", [1], None, "null")}) == 8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_canonical_refuses_what_json_cannot_say(value: float) -> None:
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        canonical({"sqnr_db": [value]})
+
+
+def test_file_of_counts_and_hashes(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(b"x" * ((1 << 20) + 1))
+    assert File.of(path) == File(path, hashlib.sha256(path.read_bytes()).hexdigest(), (1 << 20) + 1)
+    assert sha256_of(path) == File.of(path).sha256
+
+
+def test_values_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PLAN.keep = {}  # type: ignore[misc]
+
+
+def test_cost_of_a_plan() -> None:
+    """Half of the units of one axis and a third of the other, by hand."""
+    axes = (Axis(4, (("a", 1),)), Axis(9, (("b", 3),)))
+    terms = (CostTerm("both", 36, 360, axes), CostTerm("fixed", 5, 50, ()))
+    groups = Groups((dataclasses.replace(GROUP, name="a"), dataclasses.replace(GROUP, name="b", units=3)), (), terms)
+    assert groups.cost({}) == (41, 410)
+    assert groups.cost({"a": (0, 3), "b": (1,)}) == (36 / 2 / 3 + 5, 360 / 2 / 3 + 50)
+
+
+def test_consumers_read_the_units_on_axis_one_of_weights() -> None:
+    assert [member.tensor for member in GROUP.consumers] == ["conv.weight"]
+    assert [member.tensor for member in GROUP.members] == ["conv.weight", "bias"]

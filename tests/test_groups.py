@@ -1,0 +1,343 @@
+"""What may leave, what may not and why, and what each unit costs, against the real counts of the cut network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cswap_deploy.artifacts import Axis, CostTerm, Group, Groups, Slice, UnitAttribute
+from cswap_deploy.errors import PruningError
+from cswap_deploy.model import count
+from cswap_deploy.progress import Recording, reporting
+from cswap_deploy.prune.cut import cut_copy
+from cswap_deploy.prune.groups import find
+
+few = settings(
+    max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def widths(found: Groups) -> dict[str, int]:
+    return {group.name: group.units for group in found.groups}
+
+
+def refusals(found: Groups) -> dict[str, str]:
+    return {item.name: item.reason for item in found.refused}
+
+
+# --- what is found
+
+
+def test_a_residual_network_couples_what_its_sums_couple() -> None:
+    found = zoo.ZOO["residual"].groups
+    assert widths(found) == {
+        "stem.0": 6,
+        "layer1.conv1": 8,
+        "layer2.conv1": 8,
+        "layer2.conv2": 8,
+        "layer3.conv1": 6,
+    }
+    stream = found.by_name["layer2.conv2"]
+    assert {member.module for member in stream.members if member.axis == 0} == {
+        "layer2.conv2",
+        "layer2.bn2",
+        "layer2.downsample.0",
+        "layer2.downsample.1",
+        "layer3.conv2",
+        "layer3.bn2",
+    }
+    assert {member.module for member in stream.consumers} == {"layer3.conv1", "head"}
+    assert refusals(found) == {"head": "its units are outputs of the network"}
+
+
+def test_a_timm_resnet_has_its_streams_and_its_inner_channels() -> None:
+    found = widths(zoo.ZOO["resnet"].groups)
+    inner = {f"layer{stage}.{block}.conv1": width for stage, width in enumerate((8, 8, 16, 16), 1) for block in (0, 1)}
+    assert found == {"conv1": 64, **inner, **{f"layer{n}.0.conv2": w for n, w in enumerate((8, 8, 16, 16), 1)}}
+
+
+def test_a_vision_transformer_has_heads_and_mlp_units() -> None:
+    found = zoo.ZOO["vit"].groups
+    assert {name: (group.kind, group.units) for name, group in found.by_name.items()} == {
+        "blocks.0.attn.heads": ("heads", 3),
+        "blocks.0.mlp.fc1": ("channels", 96),
+        "blocks.1.attn.heads": ("heads", 3),
+        "blocks.1.mlp.fc1": ("channels", 96),
+    }
+    heads = found.by_name["blocks.1.attn.heads"]
+    thirds = {
+        Slice("blocks.1.attn.qkv", parameter, 0, offset, 8) for parameter in ("weight", "bias") for offset in (0, 24, 48)
+    }
+    assert set(heads.members) == {*thirds, Slice("blocks.1.attn.proj", "weight", 1, 0, 8)}
+    assert UnitAttribute("blocks.1.attn", "num_heads", 1) in heads.attributes
+    assert found.by_name["blocks.0.mlp.fc1"].consumers == (Slice("blocks.0.mlp.fc2", "weight", 1, 0, 1),)
+
+
+def test_a_convolution_before_a_flatten_owns_blocks_of_the_linear_layer() -> None:
+    assert zoo.ZOO["flattened"].groups.by_name["1"].consumers == (Slice("5", "weight", 1, 0, 16),)
+
+
+def test_a_gate_belongs_to_what_it_gates() -> None:
+    group = zoo.ZOO["squeeze-excite"].groups.by_name["stem.0"]
+    assert {member.module for member in group.members} == {"stem.0", "stem.1", "reduce", "expand", "act", "next"}
+
+
+def test_groups_come_in_the_order_of_the_layers() -> None:
+    for name in zoo.PRUNABLE:
+        order = [layer for layer, _ in zoo.ZOO[name].build().named_modules()]
+        found = [group.members[0].module for group in zoo.ZOO[name].groups.groups]
+        assert found == sorted(found, key=order.index)
+
+
+@pytest.mark.parametrize("name", zoo.PRUNABLE)
+def test_finding_leaves_the_module_as_it_was_and_is_repeatable(name: str) -> None:
+    entry = zoo.ZOO[name]
+    module = entry.build()
+    next(module.parameters()).requires_grad_(False)
+    before, state = zoo.fingerprint(module), torch.random.get_rng_state()
+    found = find(module, entry.spec)
+    assert zoo.same(before, zoo.fingerprint(module))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert found == entry.groups
+
+
+def test_finding_leaves_training_mode_on() -> None:
+    module = zoo.ZOO["mlp"].build().train()
+    find(module, zoo.ZOO["mlp"].spec)
+    assert all(layer.training for layer in module.modules())
+
+
+def test_each_proof_is_reported() -> None:
+    recording = Recording()
+    with reporting(recording):
+        find(zoo.ZOO["mlp"].build(), zoo.ZOO["mlp"].spec)
+    assert recording.events == [("advance", "groups proven", "1/2"), ("advance", "groups proven", "2/2")]
+
+
+# --- skip
+
+
+def test_skip_leaves_alone_every_group_with_a_member_that_matches() -> None:
+    entry = zoo.ZOO["residual"]
+    found = find(entry.build(), entry.spec, skip=["layer2.downsample*", "layer1.conv1"])
+    assert set(widths(found)) == {"layer2.conv1", "layer3.conv1"}
+    assert refusals(found) == {
+        "head": "its units are outputs of the network",
+        "stem.0": "prune.skip names it (layer2.downsample*)",
+        "layer1.conv1": "prune.skip names it (layer1.conv1)",
+        "layer2.conv2": "prune.skip names it (layer2.downsample*)",
+    }
+
+
+def test_skip_reaches_heads_by_the_layers_inside() -> None:
+    entry = zoo.ZOO["vit"]
+    assert set(widths(find(entry.build(), entry.spec, skip=["blocks.*.attn.*"]))) == {
+        "blocks.0.mlp.fc1",
+        "blocks.1.mlp.fc1",
+    }
+
+
+def test_a_skip_pattern_that_matches_nothing_is_refused() -> None:
+    entry = zoo.ZOO["residual"]
+    with pytest.raises(PruningError, match=r"prune\.skip: pattern 'layer9\*' matches no module of the network") as caught:
+        find(entry.build(), entry.spec, skip=["layer1*", "layer9*"])
+    assert "'stem.0', 'stem.1', 'stem.2'" in caught.value.hint
+
+
+# --- refusals
+
+
+class Between(nn.Module):
+    """Something between the convolution `made`, whose 6 units are in question, and the convolution that reads them."""
+
+    def __init__(self, layer: nn.Module | Callable[[Tensor], Tensor], made: int = 6, read: int = 6) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3)
+        self.made = nn.Conv2d(6, made, 1)
+        self.layer = layer
+        self.read = nn.Conv2d(read, 4, 1)
+        self.head = zoo.pooled(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.relu(self.read(self.layer(self.made(self.first(x))))))
+        return out
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, 6).reshape(1, 6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+NOT_THE_SAME = r"cutting its units is not the same as masking them \(relative difference \d\.\de[+-]\d\d\)"
+FAILS = "the network fails without some of its units: "
+
+
+def between(layer: Any, made: int = 6, read: int = 6) -> Groups:
+    torch.manual_seed(0)
+    return find(zoo.randomised(Between(layer, made, read)).eval(), zoo.spec(8))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.GroupNorm(3, 6), "a GroupNorm normalises over its units"),
+        (nn.LayerNorm([6, 6, 6]), "a LayerNorm normalises over its units"),
+        (nn.Conv2d(6, 6, 1, groups=2), r"a grouped convolution \(groups=2\) is coupled to it"),
+        (nn.ConvTranspose2d(6, 6, 2), "transposed convolutions are not pruned"),
+        (nn.InstanceNorm2d(6, affine=True), "it is coupled to a layer of an unknown kind, InstanceNorm2d"),
+        (lambda x: x * x.mean(1, keepdim=True).sigmoid(), NOT_THE_SAME),
+        (lambda x: x.softmax(1), NOT_THE_SAME),
+        (lambda x: F.normalize(x, dim=1), NOT_THE_SAME),
+        (lambda x: x.roll(1, 1), NOT_THE_SAME),
+        (lambda x: x.flip(1), NOT_THE_SAME),
+        (nn.ChannelShuffle(2), FAILS),
+    ],
+    ids="group-norm layer-norm grouped transposed instance-norm mean softmax l2 roll flip shuffle".split(),
+)
+def test_units_that_something_mixes_are_refused(layer: Any, reason: str) -> None:
+    import re
+
+    found = between(layer)
+    assert set(widths(found)) == {"first", "read"}
+    assert re.match(reason, refusals(found)["made"])
+
+
+def test_units_of_a_channel_multiplier_are_refused() -> None:
+    found = between(nn.Conv2d(6, 12, 1, groups=6), read=12)
+    assert refusals(found)["made"] == "a grouped convolution (groups=6) is coupled to it"
+
+
+def test_a_single_unit_is_refused() -> None:
+    assert refusals(between(nn.Identity(), made=1, read=1))["made"] == "it has one unit only"
+
+
+def test_units_of_a_bare_parameter_are_refused() -> None:
+    assert refusals(between(Scale()))["made"] == "it is coupled to a parameter that stands outside any layer"
+
+
+def test_only_what_nothing_normalises_is_left() -> None:
+    found = zoo.ZOO["normalised"].groups
+    assert set(widths(found)) == {"free"}
+    assert refusals(found) == {
+        "stem": "a GroupNorm normalises over its units",
+        "grouped": "a grouped convolution (groups=2) is coupled to it",
+        "tokens": "a LayerNorm normalises over its units",
+        "head": "its units are outputs of the network",
+    }
+
+
+def test_the_embedding_of_a_vision_transformer_is_refused() -> None:
+    reasons = refusals(zoo.ZOO["vit"].groups)
+    assert "a LayerNorm normalises over its units" in reasons.values()
+    assert reasons["head"] == "its units are outputs of the network"
+
+
+def test_a_padded_shortcut_is_refused_since_the_tracer_misreads_it() -> None:
+    found = zoo.ZOO["padded-shortcut"].groups
+    assert set(widths(found)) == {"conv1.0"}
+    assert refusals(found)["stem.0"].startswith(FAILS)
+
+
+def test_one_head_is_refused() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1, "num_classes": 5}
+    found = find(timm.create_model("vit_tiny_patch16_224", **sizes).eval(), zoo.spec(16))
+    assert refusals(found)["blocks.0.attn.heads"] == "there is one head only"
+    assert set(widths(found)) == {"blocks.0.mlp.fc1"}
+
+
+def test_a_weight_that_two_layers_share_is_refused() -> None:
+    """Cutting gives each layer its own tensor: the network would gain parameters by losing units."""
+    shared = {"first", "second"}
+    for group in zoo.ZOO["recurrent"].groups.groups:
+        assert not shared & {member.module for member in group.members}, group.name
+
+
+def test_what_cannot_be_traced_is_an_error_with_a_way_out() -> None:
+    def raising(x: Tensor) -> Tensor:
+        raise RuntimeError("no such luck\nat line 2")
+
+    torch.manual_seed(0)
+    said = r"structure could not be traced: RuntimeError: no such luck$"
+    with pytest.raises(PruningError, match=said) as caught:
+        find(Between(raising).eval(), zoo.spec(8))
+    assert caught.value.hint == "set prune.target: null to export it without pruning"
+
+
+def test_an_error_while_tracing_leaves_the_module_as_it_was() -> None:
+    def raising(x: Tensor) -> Tensor:
+        raise ValueError("odd")
+
+    module = Between(raising).eval().requires_grad_(False)
+    before = zoo.fingerprint(module)
+    with pytest.raises(PruningError):
+        find(module, zoo.spec(8))
+    assert zoo.same(before, zoo.fingerprint(module))
+
+
+def test_an_error_without_a_message_is_named() -> None:
+    """A bare `assert` in the user's forward."""
+
+    def raising(x: Tensor) -> Tensor:
+        raise AssertionError
+
+    with pytest.raises(PruningError, match="structure could not be traced: AssertionError"):
+        find(Between(raising).eval(), zoo.spec(8))
+
+
+def test_a_forward_that_refuses_smaller_layers_without_a_message_is_a_refusal() -> None:
+    def six(x: Tensor) -> Tensor:
+        if x.shape[1] != 6:
+            raise AssertionError
+        return x
+
+    assert refusals(between(six))["made"].startswith(FAILS)
+
+
+# --- cost
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_dense_cost_is_the_network_s(name: str) -> None:
+    entry = zoo.ZOO[name]
+    assert entry.groups.cost({}) == count(entry.build(), entry.spec)
+
+
+@pytest.mark.parametrize("name", zoo.PRUNABLE)
+@few
+@given(data=st.data())
+def test_the_cost_of_a_plan_is_the_cut_network_s(name: str, data: st.DataObject) -> None:
+    entry = zoo.ZOO[name]
+    keep = data.draw(zoo.keeps(entry.groups))
+    cut = cut_copy(entry.build(), entry.groups.groups, keep)
+    predicted = entry.groups.cost(keep)
+    assert predicted == pytest.approx(count(cut, entry.spec), rel=1e-6)
+    assert (round(predicted[0]), round(predicted[1])) == count(cut, entry.spec)
+
+
+def test_cost_by_hand() -> None:
+    """Two coupled layers of 4 -> 6 -> 3, the second reading a unit twice, after 5 inputs of no group."""
+    group = Group("a", "channels", 6, ())
+    terms = (
+        CostTerm("a.weight", 24, 240, (Axis(6, (("a", 1),)),)),
+        CostTerm("a.bias", 6, 0, (Axis(6, (("a", 1),)),)),
+        CostTerm("b.weight", 51, 510, (Axis(17, (("a", 2),)),)),
+        CostTerm("b.bias", 3, 0, ()),
+    )
+    found = Groups((group,), (), terms)
+    assert found.cost({}) == (84, 750)
+    assert found.cost({"a": (0, 5)}) == pytest.approx((8 + 2 + 27 + 3, 80 + 270))
