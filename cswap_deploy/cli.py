@@ -143,6 +143,7 @@ def schema(
 def main() -> NoReturn:
     """Entry point of the console script; click's own usage errors end with exit code 2 as ours do."""
     signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two runs on one machine starve each other
     try:
         app()
     except BrokenPipeError:

@@ -63,7 +63,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         groups = work.run(prune.find_groups, source, settings.skip)
         scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
         plan = work.run(prune.choose, source, groups, scores, fit, selection, settings, round_to(recipe), device, seed)
-    pruned = work.run(prune.cut, source, groups, plan, fit, settings.compensate, device)
+    pruned = work.run(prune.apply, source, groups, plan, fit, settings.compensate, device)
     pruned = replace(pruned, architecture=source.architecture)
     exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx)
     shipped = work.run(export.simplify, exported, pruned, fit, recipe.onnx)

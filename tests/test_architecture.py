@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
     0: "errors progress artifacts recipe recipe_file sources stage",
-    1: "model data images intervals preprocess runtime manifest report prune.batches prune.groups prune.ablation prune.observe prune.rows prune.cut "
-    "prune.compensate prune.select prune.criteria prune.criteria.*",
+    1: "model data images intervals preprocess runtime manifest report prune.batches prune.groups prune.ablation "
+    "prune.observe prune.rows prune.cut prune.compensate prune.select prune.replay prune.criteria prune.criteria.*",
     2: "prune export accuracy bundle",
-    3: "pipeline",
+    3: "pipeline checks schemas",
     4: "cli console __main__",
 }
 """Modules by floor: values, nouns, stages, the line, the command line. A stage imports no other stage."""

@@ -51,9 +51,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample: nn.Module | None = None
         if down:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -185,13 +183,29 @@ class ChannelsLast(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """One layer that runs twice and has two names, and two layers that hold the same weight tensor."""
+    """One layer that runs twice, under two names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = conv_bn(3, 6)
         self.again = nn.Conv2d(6, 6, 3, padding=1)
         self.alias = self.again
+        self.wide = nn.Conv2d(6, 8, 1)
+        self.head = pooled(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.alias(F.relu(self.again(x))))
+        out: Tensor = self.head(F.relu(self.wide(x)))
+        return out
+
+
+class Shared(nn.Module):
+    """Two layers that hold the same weight tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 6)
         self.wide = nn.Conv2d(6, 8, 1)
         self.first = nn.Conv2d(8, 8, 1)
         self.second = nn.Conv2d(8, 8, 1)
@@ -200,9 +214,7 @@ class Recurrent(nn.Module):
         self.head = pooled(7)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = F.relu(self.alias(F.relu(self.again(x))))
-        x = F.relu(self.wide(x))
+        x = F.relu(self.wide(self.stem(x)))
         x = F.relu(self.second(F.relu(self.first(x))))
         out: Tensor = self.head(F.relu(self.inner(x)))
         return out
@@ -242,6 +254,29 @@ class PaddedShortcut(nn.Module):
         x = self.stem(x)
         shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
         out: Tensor = self.head(F.relu(self.conv2(self.conv1(x)) + shortcut))
+        return out
+
+
+class InPlace(nn.Module):
+    """All layers side by side in one module, what is between them written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 7, 3, padding=1)
+        self.conv3 = nn.Conv2d(7, 6, 3, padding=1)
+        self.conv4 = nn.Conv2d(6, 8, 3, stride=2)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = F.relu_(x)
+        y = F.relu_(self.conv2(x))
+        y = self.conv3(y)
+        y += x
+        y.clamp_(-1, 1)
+        y = self.conv4(y).relu_()
+        out: Tensor = self.head(y.mean((2, 3)))
         return out
 
 
@@ -297,8 +332,10 @@ ZOO = {
     "inert": Entry(inert, spec(8), 9),
     "channels-last": Entry(ChannelsLast, spec(8), 10),
     "recurrent": Entry(Recurrent, spec(8), 11),
+    "shared": Entry(Shared, spec(8), 17),
     "normalised": Entry(Normalised, spec(8), 12),
     "padded-shortcut": Entry(PaddedShortcut, spec(8), 13),
+    "in-place": Entry(InPlace, spec(8), 16),
     "vit": Entry(vit, spec(16), 14),
     "resnet": Entry(resnet, spec(16), 15),
 }
@@ -352,7 +389,10 @@ def duplicate(module: nn.Module, group: Group, source: int, target: int) -> None
             if member in group.consumers:
                 continue
             rows = state[member.tensor].movedim(member.axis, 0)
-            own, copy = (slice(member.offset + u * member.repeat, member.offset + (u + 1) * member.repeat) for u in (source, target))
+            own, copy = (
+                slice(member.offset + u * member.repeat, member.offset + (u + 1) * member.repeat)
+                for u in (source, target)
+            )
             rows[copy] = rows[own].clone()
 
 
@@ -362,7 +402,19 @@ def same_reading(module: nn.Module, group: Group, source: int, target: int) -> N
         for member in group.consumers:
             weight = module.get_submodule(member.module).weight
             for k in range(member.repeat):
-                weight[:, member.offset + target * member.repeat + k] = weight[:, member.offset + source * member.repeat + k]
+                weight[:, member.offset + target * member.repeat + k] = weight[
+                    :, member.offset + source * member.repeat + k
+                ]
+
+
+def scramble(module: nn.Module, found: Groups, keep: dict[str, tuple[int, ...]]) -> None:
+    """Write nonsense into all that makes the units which left."""
+    state = module.state_dict()
+    for group in found.groups:
+        for unit in set(range(group.units)) - set(keep.get(group.name, range(group.units))):
+            for member in set(group.members) - set(group.consumers):
+                start = member.offset + unit * member.repeat
+                state[member.tensor].movedim(member.axis, 0)[start : start + member.repeat] = 7.0
 
 
 def fingerprint(module: nn.Module) -> dict[str, object]:
@@ -371,7 +423,9 @@ def fingerprint(module: nn.Module) -> dict[str, object]:
     for name, parameter in module.named_parameters():
         facts[f"{name}: requires_grad, grad"] = (parameter.requires_grad, parameter.grad is None)
     for name, layer in module.named_modules():
-        hooks = [len(table) for key, table in sorted(vars(layer).items()) if "hooks" in key and hasattr(table, "__len__")]
+        hooks = [
+            len(table) for key, table in sorted(vars(layer).items()) if "hooks" in key and hasattr(table, "__len__")
+        ]
         plain = {k: v for k, v in vars(layer).items() if isinstance(v, int | float | str | tuple)}
         facts[f"{name}: layer"] = (layer.training, hooks, sorted(set(vars(layer))), plain)
     return facts

@@ -28,7 +28,7 @@ from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.criteria import scorer
 from cswap_deploy.prune.cut import cut_copy, restore, write_plan
 from cswap_deploy.prune.groups import find
-from cswap_deploy.prune.select import CostKind, Kept, narrowest, select
+from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest
 from cswap_deploy.recipe import (
     CompensationSettings,
     CriterionSettings,
@@ -116,7 +116,7 @@ def choose(
 
 
 @stage("pruned", returns=Network, libraries=(*LIBRARIES, "safetensors"))
-def cut(
+def apply(
     out: Path,
     source: Network,
     groups: Groups,
@@ -210,7 +210,7 @@ class _Search:
         scores = state.scores
         if state.steps:
             scores = scorer(self.settings.criterion, self.seed).score(state.module, self.groups.groups, self.fit)
-        keep = select(self.groups, scores, state.keep, kind, fraction, self.round_to)
+        keep = choose_units(self.groups, scores, state.keep, kind, fraction, self.round_to)
         module = compensated(self.dense, self.groups.groups, keep, self.fit, self.settings.compensate)
         step = self._describe(state, keep, module)
         progress.note(

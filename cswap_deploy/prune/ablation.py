@@ -65,60 +65,6 @@ def ablated(
         yield
 
 
-@contextmanager
-def prefix_reused(module: nn.Module, images: Tensor, layers: Sequence[str]) -> Iterator[None]:
-    """Inside the block, `module(images)` repeats nothing that ended before the first of `layers` began.
-
-    One forward notes when each submodule begins and ends and keeps the outputs of the outermost ones that were done by
-    then; inside the block those return what was kept.
-    """
-    kept = _finished_before(module, images, layers)
-
-    def answer(value: Tensor) -> Any:
-        return lambda *_args, **_kwargs: value.clone()
-
-    with ExitStack() as undo:
-        for name, value in kept.items():
-            layer = module.get_submodule(name)
-            layer.forward = answer(value)
-            undo.callback(layer.__dict__.pop, "forward")
-        yield
-
-
-def _finished_before(module: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Outputs of the outermost submodules, called once, that ended before any of `layers` began."""
-    import torch
-
-    done: dict[str, Tensor] = {}
-    calls: dict[str, int] = {}
-    begun: set[str] = set()
-
-    def enter(name: str) -> Any:
-        def hook(_layer: nn.Module, _inputs: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            begun.update({name} & set(layers))
-
-        return hook
-
-    def leave(name: str) -> Any:
-        def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-            if begun or not isinstance(output, torch.Tensor):
-                return
-            for inner in [other for other in done if other.startswith(f"{name}.")]:
-                del done[inner]
-            done[name] = output.clone()
-
-        return hook
-
-    with ExitStack() as undo:
-        for name, layer in module.named_modules():
-            if name:
-                undo.callback(layer.register_forward_pre_hook(enter(name)).remove)
-                undo.callback(layer.register_forward_hook(leave(name)).remove)
-        module(images)
-    return {name: output for name, output in done.items() if calls[name] == 1}
-
-
 def unit_sums(values: Tensor, member: Slice, layer: nn.Module, units: int) -> Tensor:
     """Sum a layer's input-shaped values over positions and over each unit's channels: (images, units)."""
     last = values.movedim(channel_axis(layer), -1)

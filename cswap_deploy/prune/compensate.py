@@ -5,7 +5,7 @@ All work on a masked module: of the dense shape, with nothing reading the units 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from cswap_deploy.prune.ablation import channel_axis, taps
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import Keep, add_bias, masked_copy, positions
 from cswap_deploy.prune.observe import observe
+from cswap_deploy.prune.replay import Walk
 from cswap_deploy.prune.rows import Rows
 from cswap_deploy.recipe import (
     BatchNormCompensation,
@@ -132,14 +133,22 @@ def _refit(dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], b
     """
     example = next(iter(batches.first(2)))[0]
     ordered = _in_order(dense, gone, example)
+    there, here = Walk(dense, batches), Walk(module, batches)
     for number, name in enumerate(ordered, 1):
+        layer = dense.get_submodule(name)
         place = observe(dense, name, example, as_far_as_sum=True)
-        rows = Rows.of(dense.get_submodule(name), place.inputs, place.output, len(batches))
+        rows = Rows.of(layer, place.inputs, place.output, len(batches))
         if rows is None:
             progress.warn(f"{name}: not refitted, its forward is not that of a plain convolution or linear layer")
             continue
-        system = _normal_equations(dense, module, name, rows, batches, with_sum=place.shortcut is not None)
-        _solve(dense.get_submodule(name), module, name, system, rows, gone[name])
+        system = _System.empty(rows, batches.device)
+        with_sum = place.shortcut is not None
+        pairs = zip(there.visit(name, as_far_as_sum=with_sum), here.visit(name, as_far_as_sum=with_sum), strict=True)
+        for seed, (wanted, found) in enumerate(pairs):
+            drift = wanted.drift(found, channel_axis(layer))
+            target = wanted.output if drift is None else wanted.output + drift
+            system.add(rows.draw(found.inputs, target, seed))
+        _solve(layer, module, name, system, rows, gone[name])
         progress.advance("layers refitted", number, len(ordered))
 
 
@@ -150,26 +159,24 @@ class _System:
     gram: Tensor
     cross: Tensor
 
+    @staticmethod
+    def empty(rows: Rows, device: str) -> _System:
+        import torch
 
-def _normal_equations(
-    dense: nn.Module, module: nn.Module, name: str, rows: Rows, batches: Batches, *, with_sum: bool
-) -> _System:
-    import torch
+        size = rows.columns + 1
+        gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        return _System(gram, torch.zeros(size, rows.outputs, dtype=torch.float64, device=device))
 
-    size = rows.columns + 1
-    gram = torch.zeros(size, size, dtype=torch.float64, device=batches.device)
-    cross = torch.zeros(size, rows.outputs, dtype=torch.float64, device=batches.device)
-    axis = channel_axis(dense.get_submodule(name))
-    for number, (images, _) in enumerate(batches):
-        wanted = observe(dense, name, images, as_far_as_sum=with_sum)
-        found = observe(module, name, images, as_far_as_sum=with_sum)
-        drift = wanted.drift(found, axis)
-        target = wanted.output if drift is None else wanted.output + drift
-        for inputs, targets in rows.draw(found.inputs, target, seed=number):
-            extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-            gram += (extended.T @ extended).double()
-            cross += (extended.T @ targets).double()
-    return _System(gram, cross)
+    def add(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for fields, targets in blocks:
+            size, positions = fields.shape[1], fields.shape[0] * fields.shape[2]
+            sums = fields.sum((0, 2)).double()
+            self.gram[:size, :size] += (fields @ fields.transpose(1, 2)).sum(0).double()
+            self.gram[:size, size] += sums
+            self.gram[size, :size] += sums
+            self.gram[size, size] += positions
+            self.cross[:size] += (fields @ targets.transpose(1, 2)).sum(0).double()
+            self.cross[size] += targets.sum((0, 2)).double()
 
 
 def _solve(old: Any, module: nn.Module, name: str, system: _System, rows: Rows, gone: Sequence[int]) -> None:

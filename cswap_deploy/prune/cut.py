@@ -59,9 +59,7 @@ def add_bias(module: nn.Module, name: str) -> Tensor:
 
     layer: Any = module.get_submodule(name)
     if layer.bias is None:
-        layer.bias = nn.Parameter(
-            torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
-        )
+        layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=layer.weight.requires_grad)
     bias: Tensor = layer.bias
     return bias
 

@@ -1,4 +1,4 @@
-"""A layer as a linear system: each output position is one row of inputs (the receptive field) and one row of targets."""
+"""A layer as a linear system: each output position pairs what the layer reads there (its receptive field) with a target."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-WORK = 2e11
+WORK = 1e10
 """Multiplications that one Gram matrix may cost; beyond it positions are sampled."""
 ROWS_PER_COLUMN = 8
-"""But never fewer rows than this times the unknowns per output."""
+"""But never fewer positions than this times the unknowns per output."""
 CHUNK = 8_000_000
-"""Elements of one block of rows: bounds the memory of unfolding to 32 MB."""
+"""Elements of one block: bounds the memory of unfolding to 32 MB."""
 
 
 @dataclass(frozen=True)
@@ -34,59 +34,71 @@ class Rows:
         """
         import torch
 
-        weight: Any = layer.weight
-        columns, outputs = weight[0].numel(), len(weight)
-        per_image = output.numel() // (outputs * len(output))
-        wanted = max(ROWS_PER_COLUMN * columns, WORK / columns**2)
-        rows = Rows(layer, columns, outputs, min(1.0, wanted / (per_image * images)))
         if not _is_linear_map(layer):
             return None
-        bias = layer.bias if layer.bias is not None else 0.0
-        for unfolded, targets in Rows(layer, columns, outputs, 1.0).draw(inputs, output, seed=0):
-            scale = targets.abs().max().clamp_min(1e-6)
-            if not torch.allclose(unfolded @ weight.flatten(1).T + bias, targets, rtol=1e-3, atol=1e-3 * float(scale)):
+        own: Any = layer
+        weight = own.weight
+        columns, outputs = int(weight[0].numel()), len(weight)
+        everything = Rows(layer, columns, outputs, 1.0)
+        bias = own.bias if own.bias is not None else weight.new_zeros(outputs)
+        for fields, targets in everything.draw(inputs, output, seed=0):
+            found = weight.flatten(1) @ fields + bias[:, None]
+            if not torch.allclose(found, targets, rtol=1e-3, atol=1e-3 * float(targets.abs().max().clamp_min(1e-6))):
                 return None
-        return rows
+        positions = output.numel() // outputs // len(output) * images
+        wanted = max(ROWS_PER_COLUMN * columns, WORK / columns**2)
+        return Rows(layer, columns, outputs, min(1.0, wanted / positions))
 
     def draw(self, inputs: Tensor, target: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(n, columns) inputs and (n, outputs) targets of sampled positions, in blocks.
+        """Blocks of (images, columns, positions) receptive fields and (images, outputs, positions) targets.
 
-        `inputs` is what the layer reads, `target` has the shape of what it gives.
+        `inputs` is what the layer reads, `target` has the shape of what it gives; the positions are the same for all
+        images of a call.
         """
         import torch
 
-        targets = target.movedim(1, -1) if target.ndim == 4 else target
-        positions = targets.reshape(len(targets), -1, self.outputs).shape[1]
+        targets = self._flat(target, self.outputs)
+        positions = targets.shape[2]
         count = max(1, round(self.share * positions))
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(positions, generator=generator)[:count].sort().values.to(inputs.device)
+        chosen: Tensor | None = None
+        if count < positions:
+            order = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))
+            chosen = order[:count].sort().values.to(inputs.device)
         step = max(1, CHUNK // (count * self.columns))
         for start in range(0, len(inputs), step):
-            rows = self._unfold(inputs[start : start + step], chosen, everything=count == positions)
-            wanted = targets[start : start + step].reshape(-1, positions, self.outputs)[:, chosen]
-            yield rows, wanted.reshape(-1, self.outputs)
+            wanted = targets[start : start + step]
+            fields = self._fields(inputs[start : start + step], chosen)
+            yield fields, wanted if chosen is None else wanted[:, :, chosen]
 
-    def _unfold(self, inputs: Tensor, chosen: Tensor, *, everything: bool) -> Tensor:
+    def _fields(self, inputs: Tensor, chosen: Tensor | None) -> Tensor:
         import torch.nn.functional as F
         from torch import nn
 
         layer: Any = self.layer
         if isinstance(layer, nn.Linear):
-            return inputs.reshape(len(inputs), -1, self.columns)[:, chosen].reshape(-1, self.columns)
-        if everything:
-            unfolded = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-            return unfolded.movedim(1, 2).reshape(-1, self.columns)
+            flat = self._flat(inputs, self.columns)
+            return flat if chosen is None else flat[:, :, chosen]
+        if chosen is None:
+            return F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         fields = _receptive_fields(layer, inputs)
         width = fields.shape[3]
-        return fields[:, :, chosen // width, chosen % width].movedim(1, 2).reshape(-1, self.columns)
+        picked = fields[:, :, chosen // width, chosen % width]
+        return picked.movedim(2, -1).reshape(len(inputs), self.columns, -1)
+
+    def _flat(self, values: Tensor, channels: int) -> Tensor:
+        """(images, channels, positions) of a convolution's or a linear layer's values."""
+        from torch import nn
+
+        if isinstance(self.layer, nn.Linear):
+            return values.reshape(len(values), -1, channels).transpose(1, 2)
+        return values.flatten(2)
 
 
 def _is_linear_map(layer: Any) -> bool:
     from torch import nn
 
     if isinstance(layer, nn.Conv2d):
-        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return bool(plain)
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, nn.Linear)
 
 

@@ -12,7 +12,7 @@ Kept = dict[str, tuple[int, ...]]
 CostKind = Literal["macs", "params"]
 
 
-def select(
+def choose_units(
     groups: Groups, scores: tuple[GroupScores, ...], keep: Kept, kind: CostKind, fraction: float, round_to: int
 ) -> Kept:
     """Remove units, least loss per saved cost first, until `fraction` of the dense cost is left.

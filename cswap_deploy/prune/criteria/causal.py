@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Group, GroupScores, Verdict
-from cswap_deploy.prune.ablation import ablated, channel_axis, prefix_reused, taps, unit_sums
+from cswap_deploy.prune.ablation import ablated, channel_axis, taps, unit_sums
 from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.replay import prefix_reused
 from cswap_deploy.recipe import CausalCriterion
 
 if TYPE_CHECKING:

@@ -1,0 +1,146 @@
+"""Running a network without repeating what it has computed before: outputs of finished submodules are kept and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.observe import Place, observe
+
+if TYPE_CHECKING:
+    from torch import Size, Tensor, nn
+
+CACHE_BYTES = 2 << 30
+"""Kept outputs of one walk; batches beyond it are computed from the start each time."""
+
+Kept = dict[str, "Tensor | Size"]
+"""Per submodule its output, or only the output's shape where nothing that is still to come reads it."""
+
+
+@contextmanager
+def replayed(module: nn.Module, outputs: Mapping[str, Tensor | Size]) -> Iterator[None]:
+    """Inside the block these submodules return what was kept; where only a shape was kept, zeros that nobody reads."""
+
+    def answer(value: Tensor | Size) -> Any:
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            return lambda *_args, **_kwargs: value.clone()
+        return lambda *_args, **_kwargs: torch.zeros(()).expand(value)
+
+    with ExitStack() as undo:
+        for name, value in outputs.items():
+            layer = module.get_submodule(name)
+            layer.forward = answer(value)
+            undo.callback(layer.__dict__.pop, "forward")
+        yield
+
+
+@contextmanager
+def finished_before(module: nn.Module, layers: Sequence[str], among: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of the outermost submodules (`among` these) that end before any of `layers` begins."""
+    import torch
+
+    done: dict[str, Tensor] = {}
+    begun = False
+
+    def begin(_layer: nn.Module, _inputs: Any) -> None:
+        nonlocal begun
+        begun = True
+
+    def leave(name: str) -> Any:
+        def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+            if begun or not isinstance(output, torch.Tensor):
+                return
+            for inner in [other for other in done if other.startswith(f"{name}.")]:
+                del done[inner]
+            done[name] = output.clone()
+
+        return hook
+
+    with ExitStack() as undo:
+        for name in layers:
+            undo.callback(module.get_submodule(name).register_forward_pre_hook(begin).remove)
+        for name in among:
+            undo.callback(module.get_submodule(name).register_forward_hook(leave(name)).remove)
+        yield done
+
+
+@contextmanager
+def prefix_reused(module: nn.Module, images: Tensor, layers: Sequence[str]) -> Iterator[None]:
+    """Inside the block, `module(images)` repeats nothing that ended before the first of `layers` began."""
+    with finished_before(module, layers, called_once(module, images[:1])) as done:
+        module(images)
+    with replayed(module, done):
+        yield
+
+
+def called_once(module: nn.Module, images: Tensor) -> list[str]:
+    """Names of the submodules that one forward calls exactly once: only their outputs can be replayed."""
+    calls: dict[str, int] = {}
+
+    def enter(name: str) -> Any:
+        def hook(_layer: nn.Module, _inputs: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    with ExitStack() as undo:
+        for name, layer in module.named_modules():
+            if name:
+                undo.callback(layer.register_forward_pre_hook(enter(name)).remove)
+        module(images)
+    return [name for name, count in calls.items() if count == 1]
+
+
+def still_read(module: nn.Module, images: Tensor, outputs: Mapping[str, Tensor]) -> set[str]:
+    """Which of these outputs the rest of the forward depends on, by autograd; all of them where that cannot tell."""
+    import torch
+
+    leaves = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in outputs.items()}
+    with torch.enable_grad(), replayed(module, leaves):
+        logits = module(images)
+        total = logits.sum()
+    floating = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if not floating or not total.requires_grad:
+        return set(outputs)
+    gradients = torch.autograd.grad(total, list(floating.values()), allow_unused=True)
+    read = {name for name, gradient in zip(floating, gradients, strict=True) if gradient is not None}
+    read |= set(outputs) - set(floating)
+    thinned: Kept = {name: value if name in read else value.shape for name, value in outputs.items()}
+    with torch.no_grad(), replayed(module, thinned):
+        same = torch.allclose(module(images), logits, rtol=1e-4, atol=1e-5)
+    return read if same else set(outputs)
+
+
+@dataclass
+class Walk:
+    """Visits a network's layers in execution order, each time going on from where the last visit came to."""
+
+    module: nn.Module
+    batches: Batches
+    kept: dict[int, Kept] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.once = called_once(self.module, self._example())
+
+    def visit(self, name: str, *, as_far_as_sum: bool) -> Iterator[Place]:
+        """What layer `name` reads and gives, batch by batch. Layers must come in the order in which a forward calls them."""
+        read: set[str] | None = None
+        size = 0
+        for number, (images, _) in enumerate(self.batches):
+            before = self.kept.pop(number, {})
+            with replayed(self.module, before), finished_before(self.module, [name], self.once) as done:
+                place = observe(self.module, name, images, as_far_as_sum=as_far_as_sum)
+            if read is None:
+                read = still_read(self.module, images[:1], {key: value[:1] for key, value in done.items()})
+            size += sum(value.nbytes for key, value in done.items() if key in read)
+            if size <= CACHE_BYTES:
+                self.kept[number] = {key: value if key in read else value.shape for key, value in done.items()}
+            yield place
+
+    def _example(self) -> Tensor:
+        return next(iter(self.batches.first(1)))[0]

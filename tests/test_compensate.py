@@ -1,0 +1,360 @@
+"""What stays makes up for what left: exactly where it can, measurably where it cannot, and nothing reads what left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+from cswap_deploy.artifacts import Groups
+from cswap_deploy.progress import Recording, reporting
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.compensate import compensated
+from cswap_deploy.prune.cut import cut_copy, masked_copy
+from cswap_deploy.prune.groups import find
+from cswap_deploy.recipe import (
+    BatchNormCompensation,
+    CompensationSettings,
+    LeastSquaresCompensation,
+    MeanCompensation,
+    NoCompensation,
+)
+
+METHODS: dict[str, CompensationSettings] = {
+    "none": NoCompensation(),
+    "mean": MeanCompensation(),
+    "batchnorm": BatchNormCompensation(),
+    "least_squares": LeastSquaresCompensation(),
+}
+NETWORKS = [name for name in zoo.PRUNABLE if name not in ("resnet", "normalised", "shared")]
+
+
+def outputs(module: nn.Module, batches: Batches) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([module(images) for images, _ in batches])
+
+
+def error(module: nn.Module, dense: nn.Module, batches: Batches) -> float:
+    """Distance to the dense network's logits, relative to how much those vary."""
+    wanted = outputs(dense, batches)
+    return float((outputs(module, batches) - wanted).norm() / (wanted - wanted.mean(0)).norm())
+
+
+def without(found: Groups, name: str, *units: int) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(unit for unit in range(found.by_name[name].units) if unit not in units)}
+
+
+# --- oracle 2: what is redundant costs nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("chain", "0.0"),
+        ("chain", "1.0"),
+        ("mlp", "1"),
+        ("mlp", "3"),
+        ("flattened", "1"),
+        ("residual", "layer2.conv1"),
+        ("separable", "1.0"),
+        ("channels-last", "fc1"),
+        ("in-place", "conv2"),
+        ("vit", "blocks.0.mlp.fc1"),
+        ("vit", "blocks.1.attn.heads"),
+    ],
+)
+def test_one_of_two_duplicates_is_not_missed(name: str, group: str) -> None:
+    # BUG shown here: compensate.RIDGE = 1e-3 shrinks what the duplicate takes over by up to 1e-3 of the logits.
+    entry = zoo.ZOO[name]
+    dense, found, batches = entry.build(), entry.groups, zoo.batches(entry, 64)
+    zoo.duplicate(dense, found.by_name[group], 0, 2)
+    keep = without(found, group, 2)
+    assert error(masked_copy(dense, found.groups, keep), dense, batches) > 1e-2
+    pruned = compensated(dense, found.groups, keep, batches, LeastSquaresCompensation())
+    difference = (outputs(pruned, batches) - outputs(dense, batches)).abs().max()
+    assert float(difference / outputs(dense, batches).abs().max()) < 1e-4
+
+
+def test_a_unit_that_the_others_add_up_to_is_not_missed() -> None:
+    entry = zoo.ZOO["linear"]
+    dense: Any = entry.build()
+    batches = zoo.batches(entry, 150)
+    with torch.no_grad():
+        dense[1].weight[2] = dense[1].weight[0] - 2 * dense[1].weight[5]
+        dense[1].bias[2] = 0.7
+    pruned: Any = compensated(
+        dense, entry.groups.groups, without(entry.groups, "1", 2), batches, LeastSquaresCompensation()
+    )
+    assert error(pruned, dense, batches) < 1e-3
+    expected = dense[2].weight[:, 0] + dense[2].weight[:, 2]
+    assert torch.allclose(pruned[2].weight[:, 0], expected, atol=5e-3)
+
+
+# --- mean
+
+
+@pytest.mark.parametrize(("name", "group"), [("mlp", "1"), ("mlp", "3"), ("chain", "1.0"), ("flattened", "1")])
+def test_a_constant_unit_folds_into_the_bias_without_loss(name: str, group: str) -> None:
+    """No consumer pads here: a border of zeros would not be constant."""
+    entry = zoo.ZOO[name]
+    dense, found, batches = entry.build(), entry.groups, zoo.batches(entry, 150)
+    producer: Any = dense.get_submodule(group)
+    with torch.no_grad():
+        producer.weight[1] = 0
+        if producer.bias is not None:
+            producer.bias[1] = 1.5
+    keep = without(found, group, 1)
+    pruned = compensated(dense, found.groups, keep, batches, MeanCompensation())
+    assert torch.allclose(outputs(pruned, batches), outputs(dense, batches), atol=1e-5)
+
+
+def test_means_weigh_every_image_alike() -> None:
+    """Two batches of unlike size."""
+    entry = zoo.ZOO["linear"]
+    dense: Any = entry.build()
+    batches = zoo.batches(entry, 131)
+    pruned: Any = compensated(dense, entry.groups.groups, {"1": (0, 3)}, batches, MeanCompensation())
+    images = torch.cat([x for x, _ in batches]).flatten(1)
+    with torch.no_grad():
+        means = dense[1](images).mean(0)
+        expected = dense[2].bias + dense[2].weight[:, [1, 2, 4, 5]] @ means[[1, 2, 4, 5]]
+    assert torch.allclose(pruned[2].bias, expected, atol=1e-5)
+    assert torch.equal(pruned[2].weight[:, [0, 3]], dense[2].weight[:, [0, 3]])
+
+
+def test_means_give_a_bias_to_a_layer_that_has_none() -> None:
+    entry = zoo.ZOO["residual"]
+    dense: Any = entry.build()
+    keep = without(entry.groups, "layer2.conv1", 0, 1, 2)
+    pruned: Any = compensated(dense, entry.groups.groups, keep, zoo.batches(entry), MeanCompensation())
+    assert dense.layer2.conv2.bias is None
+    assert pruned.layer2.conv2.bias.abs().max() > 0
+    assert pruned.layer3.conv2.bias is None
+
+
+# --- batchnorm
+
+
+def norms(module: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)}
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "inert"])
+def test_batchnorm_changes_statistics_and_nothing_else(name: str) -> None:
+    entry = zoo.ZOO[name]
+    dense, keep, batches = entry.build(), zoo.half(entry.groups), zoo.batches(entry, 60)
+    masked = masked_copy(dense, entry.groups.groups, keep)
+    pruned = compensated(dense, entry.groups.groups, keep, batches, BatchNormCompensation())
+    old, new = masked.state_dict(), pruned.state_dict()
+    assert old.keys() == new.keys()
+    changed = {key.rsplit(".", 1)[1] for key in old if not torch.equal(old[key], new[key])}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+    assert [(layer.training, layer.momentum) for layer in norms(pruned).values()] == [(False, 0.1)] * len(norms(dense))
+    assert not any(layer.training for layer in pruned.modules())
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "inert"])
+def test_batchnorm_statistics_are_those_of_what_is_read_now(name: str) -> None:
+    entry = zoo.ZOO[name]
+    batches = zoo.batches(entry, 100)
+    pruned = compensated(entry.build(), entry.groups.groups, zoo.half(entry.groups), batches, BatchNormCompensation())
+    require_own_statistics(pruned, batches, tolerance=0.03)
+
+
+def require_own_statistics(module: nn.Module, batches: Batches, tolerance: float) -> None:
+    for layer in norms(module).values():
+        seen: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        outputs(module, batches)
+        handle.remove()
+        values = torch.cat(seen).movedim(1, -1).flatten(0, -2)
+        deviation = values.std(0).clamp_min(1e-3)
+        assert float(((layer.running_mean - values.mean(0)) / deviation).abs().max()) < tolerance
+        assert float((layer.running_var.sqrt() / deviation - 1).abs().max()) < tolerance
+
+
+def test_batchnorm_weighs_every_image_alike() -> None:
+    """130 images are a batch of 128 and one of 2; those 2 are white."""
+    # BUG shown here: compensate._reestimate averages over batches (momentum None), so these 2 count as much as 128.
+    entry = zoo.ZOO["chain"]
+    batches = zoo.batches(entry, 130)
+    batches.pixels[128:] = 255
+    keep = without(entry.groups, "1.0", 0)
+    pruned = compensated(entry.build(), entry.groups.groups, keep, batches, BatchNormCompensation())
+    first = Batches(batches.pixels, batches.labels, batches.spec, "cpu")
+    values = torch.cat([pruned.get_submodule("0.0")(images) for images, _ in first]).movedim(1, -1).flatten(0, -2)
+    layer: Any = pruned.get_submodule("0.1")
+    assert torch.allclose(layer.running_mean, values.mean(0), atol=1e-3)
+
+
+def test_batchnorm_from_one_image_a_batch_still_has_statistics() -> None:
+    """Large inputs come one by one: without statistics every layer would keep mean 0 and variance 1."""
+    # BUG shown here: compensate._reestimate resets the statistics and then skips every batch of one image.
+    entry = zoo.ZOO["chain"]
+    batches = zoo.batches(entry, 1)
+    keep = without(entry.groups, "1.0", 0)
+    pruned = compensated(entry.build(), entry.groups.groups, keep, batches, BatchNormCompensation())
+    layer: Any = pruned.get_submodule("0.1")
+    values = pruned.get_submodule("0.0")(next(iter(batches))[0]).movedim(1, -1).flatten(0, -2)
+    assert torch.allclose(layer.running_mean, values.mean(0), atol=1e-4)
+
+
+# --- least squares
+
+
+@pytest.mark.parametrize("name", zoo.PRUNABLE)
+def test_least_squares_comes_closer_than_doing_nothing(name: str) -> None:
+    entry = zoo.ZOO[name]
+    dense, keep, batches = entry.build(), zoo.half(entry.groups), zoo.batches(entry, 100)
+    nothing, means, fitted = (
+        error(compensated(dense, entry.groups.groups, keep, batches, METHODS[method]), dense, batches)
+        for method in ("none", "mean", "least_squares")
+    )
+    assert fitted < min(nothing, means)
+
+
+@pytest.mark.parametrize("name", ["residual", "vit", "separable"])
+def test_least_squares_helps_on_images_that_it_has_not_seen(name: str) -> None:
+    entry = zoo.ZOO[name]
+    dense, keep, others = entry.build(), zoo.half(entry.groups), zoo.batches(entry, 64, seed=9)
+    fitted = compensated(dense, entry.groups.groups, keep, zoo.batches(entry, 128), LeastSquaresCompensation())
+    assert error(fitted, dense, others) < 0.9 * error(masked_copy(dense, entry.groups.groups, keep), dense, others)
+
+
+def test_least_squares_corrects_what_the_shortcut_lost() -> None:
+    """Units leave from the stream alone; the inner convolutions that end in the same sum make up for part of it."""
+    entry = zoo.ZOO["residual"]
+    dense, found, batches = entry.build(), entry.groups, zoo.batches(entry, 100)
+    keep = without(found, "stem.0", 1, 4)
+    fitted = compensated(dense, found.groups, keep, batches, LeastSquaresCompensation())
+    assert error(fitted, dense, batches) < 0.8 * error(masked_copy(dense, found.groups, keep), dense, batches)
+
+
+def test_least_squares_of_a_linear_layer_is_ridge_regression() -> None:
+    """Against numpy, in the limit of many images: the best affine map from the units that stay to the dense logits."""
+    entry = zoo.ZOO["linear"]
+    dense: Any = entry.build()
+    batches = zoo.batches(entry, 300)
+    pruned = compensated(dense, entry.groups.groups, {"1": (0, 3, 5)}, batches, LeastSquaresCompensation())
+    images = torch.cat([x for x, _ in batches]).flatten(1)
+    with torch.no_grad():
+        hidden = dense[1](images).double().numpy()
+    wanted = outputs(dense, batches).double().numpy()
+    known = np.concatenate([hidden[:, [0, 3, 5]], np.ones((300, 1))], 1)
+    best = known @ np.linalg.lstsq(known, wanted, rcond=None)[0]
+    left = np.linalg.norm(outputs(pruned, batches).numpy() - wanted)
+    assert left <= 1.0001 * np.linalg.norm(best - wanted)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_least_squares_refits_every_consumer_in_the_zoo(name: str) -> None:
+    entry = zoo.ZOO[name]
+    dense, keep = entry.build(), zoo.half(entry.groups)
+    recording = Recording()
+    with reporting(recording):
+        pruned = compensated(dense, entry.groups.groups, keep, zoo.batches(entry, 40), LeastSquaresCompensation())
+    assert recording.of("warn") == []
+    masked = masked_copy(dense, entry.groups.groups, keep).state_dict()
+    fitted = {
+        name.rsplit(".", 1)[0]
+        for name, tensor in pruned.state_dict().items()
+        if name not in masked or not torch.equal(tensor, masked[name])
+    }
+    assert {member.module for group in entry.groups.groups for member in group.consumers} <= fitted
+
+
+def test_a_consumer_that_is_no_plain_product_is_left_alone_with_a_warning() -> None:
+    torch.manual_seed(0)
+    reading = nn.Conv2d(6, 5, 3, padding=1, padding_mode="circular")
+    dense: Any = zoo.randomised(nn.Sequential(zoo.conv_bn(3, 6), reading, nn.ReLU(), zoo.pooled(5))).eval()
+    entry = zoo.Entry(lambda: dense, zoo.spec(8), 0)
+    found = find(dense, entry.spec)
+    recording = Recording()
+    with reporting(recording):
+        keep = without(found, "0.0", 0, 3)
+        pruned: Any = compensated(dense, found.groups, keep, zoo.batches(entry), LeastSquaresCompensation())
+    assert recording.of("warn") == ["1: not refitted, its forward is not that of a plain convolution or linear layer"]
+    masked: Any = masked_copy(dense, found.groups, keep)
+    assert torch.equal(pruned[1].weight, masked[1].weight)
+
+
+def test_a_dead_unit_that_stays_does_not_upset_the_fit() -> None:
+    entry = zoo.ZOO["mlp"]
+    dense: Any = entry.build()
+    with torch.no_grad():
+        dense[1].weight[0] = 0
+        dense[1].bias[0] = -1
+    keep = without(entry.groups, "1", 4, 5)
+    pruned = compensated(dense, entry.groups.groups, keep, zoo.batches(entry, 64), LeastSquaresCompensation())
+    assert bool(outputs(pruned, zoo.batches(entry)).isfinite().all())
+
+
+# --- what all four promise
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("method", "frozen"), [*((method, False) for method in METHODS), ("least_squares", True)])
+def test_cut_is_masked_nothing_reads_what_left_and_dense_stays(name: str, method: str, frozen: bool) -> None:
+    entry = zoo.ZOO[name]
+    dense, keep, batches = entry.build().requires_grad_(not frozen), zoo.half(entry.groups), zoo.batches(entry, 10)
+    before = zoo.fingerprint(dense)
+    masked = compensated(dense, entry.groups.groups, keep, batches, METHODS[method])
+    assert zoo.same(before, zoo.fingerprint(dense))
+    masked = masked.double()
+    x = zoo.images(entry)
+    with torch.no_grad():
+        wanted = masked(x)
+        cut = cut_copy(masked, entry.groups.groups, keep)(x)
+        zoo.scramble(masked, entry.groups, keep)
+        scrambled = masked(x)
+    assert bool(wanted.isfinite().all())
+    assert float((cut - wanted).abs().max()) <= 1e-9 * float(wanted.abs().max())
+    assert torch.equal(scrambled, wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_that_removes_nothing_changes_nothing(method: str) -> None:
+    entry = zoo.ZOO["residual"]
+    dense = entry.build()
+    everything = {group.name: tuple(range(group.units)) for group in entry.groups.groups}
+    for keep in ({}, everything):
+        same = compensated(dense, entry.groups.groups, keep, zoo.batches(entry), METHODS[method])
+        assert zoo.same(zoo.fingerprint(dense), zoo.fingerprint(same))
+
+
+@pytest.mark.parametrize("name", ["residual", "vit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_images_give_the_same_weights(name: str, method: str) -> None:
+    entry = zoo.ZOO[name]
+    one, two = (
+        compensated(entry.build(), entry.groups.groups, zoo.half(entry.groups), zoo.batches(entry), METHODS[method])
+        for _ in range(2)
+    )
+    assert zoo.same(zoo.fingerprint(one), zoo.fingerprint(two))
+
+
+@pytest.mark.parametrize("calls", [0, 2, 7])
+@pytest.mark.parametrize("name", ["residual", "vit"])
+@pytest.mark.parametrize("method", ["mean", "least_squares"])
+def test_an_exception_inside_the_forward_leaves_dense_as_it_was(name: str, method: str, calls: int) -> None:
+    entry = zoo.ZOO[name]
+    dense = entry.build()
+    before = zoo.fingerprint(dense)
+    left = [calls]
+
+    def burn(*_: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ArithmeticError("blown")
+
+    layer = "stem.0" if name == "residual" else "patch_embed.proj"
+    handle = dense.get_submodule(layer).register_forward_hook(burn)
+    if calls == 0 or method == "least_squares":
+        with pytest.raises(ArithmeticError, match="blown"):
+            compensated(dense, entry.groups.groups, zoo.half(entry.groups), zoo.batches(entry), METHODS[method])
+    handle.remove()
+    assert zoo.same(before, zoo.fingerprint(dense))
