@@ -201,6 +201,8 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Groups:
+    """What can leave the network, what cannot and why, and what everything costs."""
+
     groups: tuple[Group, ...]
     refused: tuple[Refusal, ...]
     terms: tuple[CostTerm, ...]

@@ -11,6 +11,7 @@ INPUT, OUTPUT = "input", "logits"
 
 
 def preprocess(spec: InputSpec) -> dict[str, Any]:
+    """Plain JSON data; the keys are part of what users rely on."""
     return {
         "input": INPUT,
         "output": OUTPUT,

@@ -25,15 +25,6 @@ def of(*, manifest: bool = False, command: str | None = None) -> Schema:
 
 def of_manifest() -> Schema:
     """manifest.json: fractions in 0..1, milliseconds, percentage points where a key ends in `_pp`."""
-    outcome = _object(top1=FRACTION, top1_ci95=_pair(FRACTION), top5=FRACTION, correct=INTEGER)
-    gate = _object(
-        max_drop_pp=_nullable(NUMBER),
-        rule={"enum": ["point", "bound"]},
-        confidence=FRACTION,
-        verdict={"enum": ["pass", "fail", "off"]},
-        proven={"type": "boolean"},
-        images_to_prove=_nullable(INTEGER),
-    )
     network_input = _object(
         shape={"type": "array", "items": INTEGER, "minItems": 3, "maxItems": 3},
         mean={"type": "array", "items": NUMBER},
@@ -62,21 +53,7 @@ def of_manifest() -> Schema:
             compensation=TEXT,
             steps=INTEGER,
         ),
-        accuracy=_object(
-            images=INTEGER,
-            source=outcome,
-            pruned=outcome,
-            exported=outcome,
-            variants={"type": "object", "additionalProperties": outcome},
-            engine=_nullable(outcome),
-            shipped=outcome,
-            drop_pp=NUMBER,
-            drop_ci95_pp=_pair(NUMBER),
-            agreement=FRACTION,
-            worst_classes={"type": "array", "items": _object(label=TEXT, drop_pp=NUMBER, images=INTEGER)},
-            gate=gate,
-            holdout_reads=INTEGER,
-        ),
+        accuracy=_accuracy(),
         onnx=_object(
             opset=INTEGER,
             ir_version=INTEGER,
@@ -91,6 +68,33 @@ def of_manifest() -> Schema:
         environment={"type": "object", "additionalProperties": TEXT},
     )
     return {"$schema": DRAFT, "title": "manifest of a cswap-deploy bundle", **document}
+
+
+def _accuracy() -> Schema:
+    outcome = _object(top1=FRACTION, top1_ci95=_pair(FRACTION), top5=FRACTION, correct=INTEGER)
+    gate = _object(
+        max_drop_pp=_nullable(NUMBER),
+        rule={"enum": ["point", "bound"]},
+        confidence=FRACTION,
+        verdict={"enum": ["pass", "fail", "off"]},
+        proven={"type": "boolean"},
+        images_to_prove=_nullable(INTEGER),
+    )
+    return _object(
+        images=INTEGER,
+        source=outcome,
+        pruned=outcome,
+        exported=outcome,
+        variants={"type": "object", "additionalProperties": outcome},
+        engine=_nullable(outcome),
+        shipped=outcome,
+        drop_pp=NUMBER,
+        drop_ci95_pp=_pair(NUMBER),
+        agreement=FRACTION,
+        worst_classes={"type": "array", "items": _object(label=TEXT, drop_pp=NUMBER, images=INTEGER)},
+        gate=gate,
+        holdout_reads=INTEGER,
+    )
 
 
 def _of_command(name: str) -> Schema:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-NEUTRAL = frozenset({"errors.py", "progress.py", "sources.py", "stage.py"})
+NEUTRAL = frozenset({"digests.py", "errors.py", "keys.py", "progress.py", "sources.py", "stage.py"})
 """Files that say and store things but change no result."""
 
 

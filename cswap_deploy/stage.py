@@ -13,25 +13,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import inspect
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib import metadata
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import File, canonical, decode, encode, sha256_of
+from cswap_deploy.artifacts import File, decode, encode, sha256_of
+from cswap_deploy.digests import Digests, digest_of, load_json, write_atomically
 from cswap_deploy.errors import WorkdirError
-from cswap_deploy.sources import source_digests
+from cswap_deploy.keys import changes, ingredients
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,10 +37,6 @@ T = TypeVar("T")
 FORMAT = 1
 RUNS_KEPT = 4
 """Results that none of this many last runs used are removed."""
-RACY_NS = 2_000_000_000
-"""A file changed less than this ago may change again within one tick of its times; its digest is not remembered."""
-SHOWN = 80
-"""Settings longer than this many characters are not spelt out in a reason."""
 DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -88,7 +82,7 @@ class Workdir:
         self.root = root.absolute()
         self._force = frozenset(force)
         self._dry = dry
-        self._digests = _Digests(self.root / "digests.json")
+        self._digests = Digests(self.root / "digests.json")
         self._used: list[str] = []
         self._earlier: list[list[str]] = []
 
@@ -97,7 +91,7 @@ class Workdir:
         """Create or check the folder, hold its lock, and tidy up after the run. A dry one is only checked."""
         with self._full_disk_named(), self._unshared():
             self._used = []
-            self._earlier = _load(self.root / "history.json", list[list[str]]) or []
+            self._earlier = load_json(self.root / "history.json", list[list[str]]) or []
             try:
                 yield self
             finally:
@@ -110,8 +104,10 @@ class Workdir:
 
     def run(self, stage: Stage[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """The stage's artefact: the stored one when everything it depends on is unchanged, else a new one."""
-        parts = self._ingredients(stage, args, kwargs)
-        entry = self.root / "stages" / stage.name / _digest(parts)[:20]
+        parts = ingredients(stage.function, stage.libraries, args, kwargs, self.digest) | {
+            "stage": f"{stage.name} {FORMAT}"
+        }
+        entry = self.root / "stages" / stage.name / digest_of(parts)[:20]
         reference = f"{stage.name}/{entry.name}"
         reason = self._reason_to_run(stage, parts, entry)
         if reason is None:
@@ -163,57 +159,7 @@ class Workdir:
             )
         return int(text)
 
-    # --- keys and reasons
-
-    def _ingredients(self, stage: Stage[P, T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
-        bound = inspect.signature(stage.function).bind(None, *args, **kwargs)
-        bound.apply_defaults()
-        given = list(bound.arguments.items())[1:]
-        parts = {"stage": f"{stage.name} {FORMAT}"}
-        for name, value in given:
-            parts |= self._flat(name, value)
-        parts |= {f"version of {library}": _version(library) for library in stage.libraries}
-        parts |= {
-            f"source {file}": f"sha256:{digest}" for file, digest in source_digests(stage.function.__module__).items()
-        }
-        return parts
-
-    def _flat(self, name: str, value: object) -> dict[str, str]:
-        """Settings key by key, so that a reason can name the one that changed; artefacts and files by content."""
-        match value:
-            case BaseModel():
-                nested = [(key, getattr(value, key)) for key in type(value).model_fields]
-                flat = {f"{name}.kind": type(value).__name__}
-                for key, item in nested:
-                    flat |= self._flat(f"{name}.{key}", item)
-                return flat
-            case Path():
-                return {name: f"sha256:{self.digest(value)}" if value.exists() else "missing"}
-            case Mapping():
-                return {f"{name}.{key}": self._text(item) for key, item in value.items()}
-            case _:
-                return {name: self._text(value)}
-
-    def _text(self, value: object) -> str:
-        """A short plain value as JSON, so that a reason can show it; anything else by digest."""
-        plain = self._plain(value)
-        text = canonical(plain)
-        return text if _is_json(value) and len(text) <= SHOWN else f"sha256:{_digest(plain)}"
-
-    def _plain(self, value: object) -> Any:
-        """JSON data of an artefact for its digest: files by content, machine paths left out."""
-        if isinstance(value, File):
-            return value.sha256
-        if is_dataclass(value) and not isinstance(value, type):
-            counted = [field for field in fields(value) if field.metadata.get("key", True)]
-            return {field.name: self._plain(getattr(value, field.name)) for field in counted}
-        if isinstance(value, Mapping):
-            return {str(key): self._plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._plain(item) for item in value]
-        if isinstance(value, Path):
-            return self.digest(value)
-        return value
+    # --- reasons
 
     def _reason_to_run(self, stage: Stage[P, T], parts: dict[str, str], entry: Path) -> str | None:
         if stage.name in self._force and f"{stage.name}/{entry.name}" not in self._used:
@@ -226,15 +172,15 @@ class Workdir:
         """What changed against the stored result of this stage that is most like the wanted one, then most recent."""
         age = {reference: -run for run, used in enumerate(self._earlier) for reference in used}
         entries = sorted((self.root / "stages" / name).glob("*"), key=lambda entry: age.get(f"{name}/{entry.name}", 1))
-        stored = [record.ingredients for entry in entries if (record := _load(entry / "stage.json", _Record))]
+        stored = [record.ingredients for entry in entries if (record := load_json(entry / "stage.json", _Record))]
         if not stored:
             return "not run yet"
-        closest = min((_changes(old, parts) for old in stored), key=len)
+        closest = min((changes(old, parts) for old in stored), key=len)
         more = f" and {len(closest) - 3} more" if len(closest) > 3 else ""
         return ", ".join(closest[:3]) + more
 
     def _damage(self, entry: Path) -> str | None:
-        record = _load(entry / "stage.json", _Record)
+        record = load_json(entry / "stage.json", _Record)
         if record is None or not record.is_whole():
             return "stored result is damaged"
         for name, digest in record.files.items():
@@ -247,7 +193,7 @@ class Workdir:
     # --- reading and committing
 
     def _read(self, stage: Stage[P, T], entry: Path) -> tuple[T, int]:
-        record = _load(entry / "stage.json", _Record)
+        record = load_json(entry / "stage.json", _Record)
         assert record is not None, "just written or just checked"
         try:
             value = decode(stage.returns, record.value, entry)
@@ -264,7 +210,7 @@ class Workdir:
         seconds = time.monotonic() - start
         data = encode(value, out)
         files = {path.relative_to(out).as_posix(): sha256_of(path) for path in sorted(out.rglob("*")) if path.is_file()}
-        record = _Record(parts, files, data, _digest(data), seconds)
+        record = _Record(parts, files, data, digest_of(data), seconds)
         (out / "stage.json").write_text(json.dumps(asdict(record), indent=1))
         for path in [*(out / name for name in files), out / "stage.json"]:
             _sync(path)
@@ -304,7 +250,7 @@ class Workdir:
         with lock:
             self._acquire(lock)
             if not (self.root / "work.json").exists():
-                _write_atomically(self.root / "work.json", json.dumps({"format": FORMAT}))
+                write_atomically(self.root / "work.json", json.dumps({"format": FORMAT}))
             shutil.rmtree(self.root / "tmp", ignore_errors=True)
             (self.root / "tmp").mkdir(exist_ok=True)
             yield
@@ -364,7 +310,7 @@ class Workdir:
             ) from error
 
     def _count_holdout_read(self) -> None:
-        _write_atomically(self.root / "holdout_reads", str(self.holdout_reads + 1))
+        write_atomically(self.root / "holdout_reads", str(self.holdout_reads + 1))
 
     def _runs(self) -> list[list[str]]:
         """What the last runs used, this one included, ended or not; it takes the place of runs that it contains."""
@@ -372,7 +318,7 @@ class Workdir:
         return [*others, *([self._used] if self._used else [])][-RUNS_KEPT:]
 
     def _remember(self) -> None:
-        _write_atomically(self.root / "history.json", json.dumps(self._runs()))
+        write_atomically(self.root / "history.json", json.dumps(self._runs()))
 
     def _sweep(self) -> None:
         """Remove results that none of the last runs used. Called only after a run that succeeded."""
@@ -396,93 +342,8 @@ class _Record:
 
     def is_whole(self) -> bool:
         with suppress(ValueError):
-            return _digest(self.value) == self.value_sha256
+            return digest_of(self.value) == self.value_sha256
         return False
-
-
-class _Digests:
-    """sha256 of files by path, size, mtime and ctime."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._changed = False
-        self._known = _load(path, dict[str, tuple[int, int, int, str]]) or {}
-
-    def of(self, path: Path) -> str:
-        if path.is_dir():
-            tree = sorted(child for child in _walk(path) if child.is_file())
-            return _digest([[child.relative_to(path).as_posix(), self.of(child)] for child in tree])
-        status = path.stat()
-        mark = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        name = str(path.absolute())
-        known = self._known.get(name)
-        if known and known[:3] == mark:
-            return known[3]
-        digest = sha256_of(path)
-        if abs(time.time_ns() - max(mark[1:])) > RACY_NS:
-            self._known[name] = (*mark, digest)
-            self._changed = True
-        return digest
-
-    def save(self) -> None:
-        if self._changed:
-            known = {path: mark for path, mark in self._known.items() if Path(path).exists()}
-            _write_atomically(self._path, json.dumps(known))
-
-
-def _walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """All files below a folder, links followed but not back to a folder above; hidden ones left out."""
-    real = folder.resolve()
-    for child in folder.iterdir() if real not in above else ():
-        if child.name.startswith("."):
-            continue
-        if child.is_dir():
-            yield from _walk(child, above | {real})
-        else:
-            yield child
-
-
-def _load(path: Path, kind: type[T]) -> T | None:
-    """What a JSON file of the work folder holds; None when it is absent or not as we write it."""
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _is_json(value: object) -> bool:
-    match value:
-        case None | bool() | int() | float() | str():
-            return True
-        case list() | tuple():
-            return all(_is_json(item) for item in value)
-        case dict():
-            return all(_is_json(item) for item in value.values())
-        case _:
-            return False
-
-
-def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    return [_change(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
-
-
-def _change(key: str, old: str | None, new: str | None) -> str:
-    if old is None or new is None:
-        return f"{key} is {'new' if old is None else 'gone'}"
-    if old.startswith("sha256:") or new.startswith("sha256:"):
-        return f"{key} changed"
-    return f"{key}: {old} -> {new}"
-
-
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(canonical(data).encode(errors="surrogatepass")).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -491,9 +352,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    fresh.replace(path)

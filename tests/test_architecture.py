@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
-    0: "errors progress artifacts recipe recipe_file sources stage",
+    0: "artifacts digests errors keys progress recipe recipe_file sources stage",
     1: "model data images intervals preprocess runtime manifest report prune.batches prune.groups prune.ablation "
     "prune.observe prune.rows prune.cut prune.compensate prune.select prune.replay prune.criteria prune.criteria.*",
     2: "prune export accuracy bundle",

@@ -21,6 +21,7 @@ from typing import IO, Any
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from cswap_deploy import digests, keys
 from cswap_deploy import stage as stage_module
 from cswap_deploy.artifacts import File, Image, ImageSet, sha256_of
 from cswap_deploy.errors import WorkdirError
@@ -274,7 +275,7 @@ def test_absent_library_has_a_version_of_its_own(root: Path) -> None:
 
 def test_source_file_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = {"model.py": "11", "data.py": "22"}
-    monkeypatch.setattr(stage_module, "source_digests", lambda module: sources)
+    monkeypatch.setattr(keys, "source_digests", lambda module: sources)
     run(root, writing())
     sources["data.py"] = "33"
     assert reason(root, writing()) == "source data.py changed"
@@ -305,14 +306,14 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         hashed.append(path.name)
         return sha256_of(path)
 
-    monkeypatch.setattr(stage_module, "sha256_of", spying)
+    monkeypatch.setattr(digests, "sha256_of", spying)
     return hashed
 
 
 def test_known_file_is_not_hashed_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "input.txt"
     file.write_text("one")
-    monkeypatch.setattr(stage_module, "RACY_NS", -1)
+    monkeypatch.setattr(digests, "RACY_NS", -1)
     run(root, writing(file=file))
     hashed = spy(monkeypatch)
     run(root, writing(file=file))
@@ -337,15 +338,15 @@ def test_file_changed_within_a_tick_of_its_times_is_noticed(tmp_path: Path, monk
 def test_file_replaced_under_an_old_mtime_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As unpacking an archive does, which gives every file the same time."""
     file = tmp_path / "input.txt"
-    monkeypatch.setattr(stage_module, "RACY_NS", -1)
+    monkeypatch.setattr(digests, "RACY_NS", -1)
     work = Workdir(tmp_path)
-    digests = []
+    seen = []
     for text in ("one", "two"):
         file.write_text(text)
         os.utime(file, (1, 1))
-        digests.append(work.digest(file))
+        seen.append(work.digest(file))
         time.sleep(0.02)
-    assert len(set(digests)) == 2
+    assert len(set(seen)) == 2
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": [1, 2]}', "\udcff", '{"/x": [1, 2, "3"]}'])
@@ -652,7 +653,7 @@ def test_other_system_errors_of_a_stage_pass_unchanged(root: Path, monkeypatch: 
 def test_full_disk_at_the_very_end_does_not_hide_the_fault(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArithmeticError), Workdir(root).open() as work:
         note = work.run(write, Settings())
-        monkeypatch.setattr(stage_module, "_write_atomically", raising(OSError(errno.ENOSPC, "No space left")))
+        monkeypatch.setattr(stage_module, "write_atomically", raising(OSError(errno.ENOSPC, "No space left")))
         work.run(failing, note)
 
 

@@ -54,7 +54,6 @@ def positions(member: Slice, units: Sequence[int]) -> list[int]:
 
 def add_bias(module: nn.Module, name: str) -> Tensor:
     """The bias of layer `name`, created as zeros where the layer has none."""
-    import torch
     from torch import nn
 
     layer: Any = module.get_submodule(name)

@@ -33,6 +33,7 @@ class Scorer(Protocol):
 
 
 def scorer(settings: CriterionSettings, seed: int) -> Scorer:
+    """The criterion that the recipe names; `seed` is for the one that draws."""
     match settings:
         case CausalCriterion():
             return CausalEffect(settings)
