@@ -1,7 +1,8 @@
-"""Writes recipe.md from the schema: `python docs/generate_recipe.py`."""
+"""Writes recipe.md and recipe.schema.json: `python docs/generate_recipe.py`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from cswap_deploy import recipe
 from cswap_deploy.recipe_file import expected, flow
 
 PAGE = Path(__file__).with_name("recipe.md")
+SCHEMA = Path(__file__).with_name("recipe.schema.json")
 
 INTRO = """\
 # The recipe
@@ -65,7 +67,11 @@ stand in, and a block is replaced whole: `--set 'prune.target={macs: 0.5}'`.
 
 **Faults** are listed all at once, each with file, line, key, value and what was expected; the exit code is 2.
 
-**Editors** complete and check a recipe with the schema that `cswap-deploy schema` prints.
+**Editors** complete and check a recipe with the schema that `cswap-deploy schema` prints: save it as `recipe.schema.json`
+and begin the recipe with `# yaml-language-server: $schema=recipe.schema.json`.
+
+**Not available in this version**, and refused with file and line: `engine`, `latency`, `variants`, `ship: fp16` and
+`int8`, the targets `latency_ms` and `fps`, `estimator: screened`, `intervention: surgery`.
 
 A recipe is trusted like code: a factory is imported and called.
 
@@ -79,6 +85,11 @@ A recipe is trusted like code: a factory is imported and called.
 - a `latency_ms` or `fps` target without a `latency` block
 - `latency.runtime: tensorrt` without an `engine` block, or with a `latency.batch` outside `engine.batch`
 """
+
+
+def schema_text() -> str:
+    """The schema as an editor reads it."""
+    return json.dumps(recipe.schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def page() -> str:
@@ -154,3 +165,4 @@ def _is_target(node: Mapping[str, Any]) -> bool:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(schema_text(), encoding="utf-8")

@@ -483,8 +483,9 @@ def test_documented_examples_load(write: Callable[[str], Path], number: int) -> 
 
 
 def test_documentation_is_current() -> None:
-    page = runpy.run_path(str(DOCS / "generate_recipe.py"))["page"]()
-    assert (DOCS / "recipe.md").read_text(encoding="utf-8") == page, "run python docs/generate_recipe.py"
+    generator = runpy.run_path(str(DOCS / "generate_recipe.py"))
+    assert (DOCS / "recipe.md").read_text(encoding="utf-8") == generator["page"](), "run make docs"
+    assert (DOCS / "recipe.schema.json").read_text(encoding="utf-8") == generator["schema_text"](), "run make docs"
 
 
 def test_to_yaml_round_trip(write: Callable[[str], Path]) -> None:
