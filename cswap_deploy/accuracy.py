@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import AccuracyReport, Evaluation, ImageSet, Network, OnnxModel
+from cswap_deploy.data import require_learned
 from cswap_deploy.images import batches, normalise
 from cswap_deploy.intervals import discordant, gate
 from cswap_deploy.prune.batches import resolve_device
@@ -40,6 +41,8 @@ def compare(
     where = resolve_device(device)
     models = (_torch(source, where), _torch(pruned, where), Session(shipped.graph.path).logits)
     labels, (dense, cut, exported) = evaluate(models, source, holdout)
+    correct = sum(best == truth for best, truth in zip(dense.predicted, labels, strict=True))
+    require_learned(correct, len(labels), source.outputs, "hold-out", gated=settings.max_drop is not None)
     only_dense, only_shipped = discordant(labels, dense.predicted, exported.predicted)
     verdict = gate(only_dense, only_shipped, len(labels), settings.max_drop, settings.rule, settings.confidence)
     return AccuracyReport(labels, dense, cut, exported, verdict)

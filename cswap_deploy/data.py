@@ -22,6 +22,8 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _NOT_CLASSES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 _ARRANGE = "put the images of each class into a folder of its own: <calibration.images>/<class>/<image>"
 
+LEARNED = 0.1
+"""Top-1 below this part of the way from chance to perfect counts as near chance."""
 Found = tuple[str, int]
 """Path relative to the folder of `calibration.images`, and label."""
 
@@ -95,6 +97,21 @@ def divide(images: Catalogue, scoring: int, holdout: int | None, seed: int) -> S
     _warn_of_unseen((*images.scoring, *(images.holdout or ())), held, images.labels)
     fit, selection = _fit_and_selection(pool[:scoring], seed)
     return Split(images.labels, fit, selection, held)
+
+
+def require_learned(correct: int, images: int, outputs: int, what: str, *, gated: bool) -> None:
+    """A network near chance means that class folders and outputs do not match. Errors: DataError; a warning if not `gated`."""
+    chance = 1 / outputs
+    if correct / images > chance + LEARNED * (1 - chance):
+        return
+    message = f"the dense network is right on {correct} of {images} {what} images, near chance for {outputs} classes"
+    if gated:
+        raise DataError(
+            f"{message}: the order of the labels looks wrong, or the weights are not trained",
+            "give calibration.labels with one class name per model output, in the model's order; "
+            "for an untrained network set accuracy.max_drop: null",
+        )
+    progress.warn(message)
 
 
 def read_labels(file: Path, outputs: int) -> tuple[str, ...]:

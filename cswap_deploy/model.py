@@ -110,62 +110,6 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
     return totals
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or a .pth file; a file that holds code is refused without running it."""
-    import pickle
-
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ModelError(f"checkpoint {path} does not exist", "correct model.checkpoint")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"checkpoint {path} is not a valid safetensors file: {error}", "copy or convert it again"
-            ) from error
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"checkpoint {path} holds Python objects besides tensors and was refused; nothing in it was run",
-            "save the state_dict alone (torch.save(model.state_dict(), ...)) or convert it to safetensors",
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"checkpoint {path} cannot be read: {reason}", "copy it again, or save it as safetensors"
-        ) from error
-    return _state_of(data, path)
-
-
-def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load all weights or refuse, naming the keys that do not fit. Counters of BatchNorm may be absent."""
-    own = module.state_dict()
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = sorted(set(own) - set(state) - optional)
-    unknown = sorted(set(state) - set(own))
-    wrong = [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    faults = [
-        f"{len(names)} {fault}: {_some(names)}"
-        for fault, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
-        if names
-    ]
-    if faults:
-        raise ModelError(
-            f"{what} does not fit the network: {'; '.join(faults)}",
-            "check model.name, model.kwargs and model.num_classes against what the weights were trained with",
-        )
-    module.load_state_dict(dict(state), strict=False)
-
-
 # --- building
 
 
@@ -299,21 +243,6 @@ def _import_module(name: str) -> Any:
 # --- weights
 
 
-def _state_of(data: Any, path: Path) -> dict[str, Tensor]:
-    import torch
-
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
-    if not isinstance(data, Mapping) or not data or not all(isinstance(value, torch.Tensor) for value in data.values()):
-        raise ModelError(
-            f"checkpoint {path} is not a state_dict of tensors", "save model.state_dict(), not something around it"
-        )
-    if all(key.startswith("module.") for key in data):
-        return {key.removeprefix("module."): value for key, value in data.items()}
-    return dict(data)
-
-
 def _require_finite(module: nn.Module) -> None:
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -326,10 +255,6 @@ def _require_finite(module: nn.Module) -> None:
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 # --- input and output

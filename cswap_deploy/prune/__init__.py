@@ -21,7 +21,8 @@ from cswap_deploy.artifacts import (
     PruningStep,
     Scores,
 )
-from cswap_deploy.errors import DataError, PruningError
+from cswap_deploy.data import require_learned
+from cswap_deploy.errors import PruningError
 from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches, resolve_device
 from cswap_deploy.prune.compensate import compensated
@@ -48,8 +49,6 @@ LIBRARIES = ("torch", "timm")
 DROP_STEP = 0.05
 """Fraction of the MACs that leaves in one step while `max_drop` looks for its limit; halved `DROP_HALVINGS` times at the end."""
 DROP_HALVINGS = 3
-CHANCE_FACTOR = 2.0
-"""Top-1 below this times chance means that labels and outputs do not belong together."""
 
 
 @stage("groups", returns=Groups, libraries=(*LIBRARIES, "torch-pruning"))
@@ -76,7 +75,7 @@ def score(
     """
     batches = Batches.read(fit, source.input, resolve_device(device))
     module = restore(source).to(batches.device)
-    _require_learned(module, batches, source.outputs, learned)
+    require_learned(_correct(module, batches), len(batches), source.outputs, "scoring", gated=learned)
     return Scores(criterion.kind, len(fit.images), scorer(criterion, seed).score(module, groups.groups, batches))
 
 
@@ -247,17 +246,3 @@ def _correct(module: nn.Module, batches: Batches) -> int:
 
     with torch.no_grad():
         return sum(int((module(images).argmax(1) == labels).sum()) for images, labels in batches)
-
-
-def _require_learned(module: nn.Module, batches: Batches, outputs: int, learned: bool) -> None:
-    correct, images = _correct(module, batches), len(batches)
-    if correct / images > CHANCE_FACTOR / outputs:
-        return
-    message = f"the dense network is right on {correct} of {images} scoring images, near chance for {outputs} classes"
-    if learned:
-        raise DataError(
-            message + ": the order of the labels looks wrong, or the weights are not trained",
-            "give calibration.labels with one class name per model output, in the model's order; "
-            "for an untrained network set accuracy.max_drop: null",
-        )
-    progress.warn(message)

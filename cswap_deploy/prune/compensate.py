@@ -87,12 +87,15 @@ def _in_order(module: nn.Module, names: Mapping[str, Any], images: Tensor) -> li
 
 
 def _fold_means(dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], batches: Batches) -> None:
+    import torch
+
     sums: dict[str, Tensor] = {}
     for images, _ in batches:
         with taps(dense, list(gone)) as seen:
             dense(images)
         for name, inputs in seen.items():
-            flat = inputs[0].movedim(channel_axis(dense.get_submodule(name)), -1).flatten(0, -2)
+            axis = channel_axis(dense.get_submodule(name))
+            flat = torch.cat([tap.movedim(axis, -1).flatten(0, -2) for tap in inputs])
             sums[name] = sums.get(name, 0) + flat.mean(0) * len(images)
     for name, indices in gone.items():
         weight: Any = dense.get_submodule(name).weight
@@ -109,6 +112,10 @@ def _reestimate(module: nn.Module, batches: Batches) -> None:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    if not norms:
+        progress.warn(
+            "prune.compensate: batchnorm does nothing here: the network has no BatchNorm with running statistics"
+        )
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
         layer.reset_running_stats()
@@ -137,9 +144,9 @@ def _refit(dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], b
     for number, name in enumerate(ordered, 1):
         layer = dense.get_submodule(name)
         place = observe(dense, name, example, as_far_as_sum=True)
-        rows = Rows.of(layer, place.inputs, place.output, len(batches))
+        rows = Rows.of(layer, place.inputs, place.output, len(batches)) if name in there.once else None
         if rows is None:
-            progress.warn(f"{name}: not refitted, its forward is not that of a plain convolution or linear layer")
+            progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
             continue
         system = _System.empty(rows, batches.device)
         with_sum = place.shortcut is not None

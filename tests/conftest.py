@@ -1,0 +1,237 @@
+"""What many tests build on: one real bundle, and a project whose network is so small that a test can afford its builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cswap_deploy import export, pipeline, progress
+from cswap_deploy.bundle import Bundle
+from cswap_deploy.recipe import Recipe, load
+from cswap_deploy.stage import Workdir
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+QUICK = ("prune.steps=1", "calibration.scoring=128", "calibration.holdout=100", "device=cpu")
+"""Settings that make a build of the quickstart recipe short."""
+
+COLOURS = {
+    "blue": (-1, -1, 1),
+    "cyan": (-1, 1, 1),
+    "green": (-1, 1, -1),
+    "magenta": (1, -1, 1),
+    "red": (1, -1, -1),
+    "yellow": (1, 1, -1),
+}
+SCORING, HOLDOUT = 8, 4
+"""Images per class of a colours project."""
+
+FACTORY = '''
+"""A classifier of solid colours, weights set by hand: each class has COPIES units per layer, so that most can leave."""
+from pathlib import Path
+
+import torch
+from torch import nn
+
+COLOURS = torch.tensor({colours})
+COPIES = 4
+
+
+class Colours(nn.Module):
+    def __init__(self, copies=COPIES):
+        super().__init__()
+        classes = len(COLOURS)
+        width = copies * classes
+        self.conv1 = nn.Conv2d(3, width, 1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, classes)
+        with torch.no_grad():
+            self.conv1.weight.copy_(COLOURS.repeat(copies, 1)[:, :, None, None] / 3)
+            self.conv1.bias.zero_()
+            self.conv2.weight.zero_()
+            self.conv2.weight[:, :, 1, 1] = torch.eye(width)
+            self.fc.weight.copy_(torch.eye(classes).repeat(1, copies) * 8 / copies)
+            self.fc.bias.zero_()
+
+    def forward(self, x):
+        x = self.conv1(x).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def colours(copies=COPIES):
+    marker = Path(__file__).with_name("imported")
+    marker.touch()
+    return Colours(copies)
+'''
+RECIPE = """
+name: colours
+device: cpu
+model:
+  factory: net.py:colours
+  input: {size: 8, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], interpolation: bilinear, crop_pct: 1.0}
+calibration:
+  images: images
+prune:
+  steps: 2
+  target: {macs: 0.5}
+"""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A recipe, the work folder that it was built in, and the bundle that came out."""
+
+    recipe: Path
+    overrides: tuple[str, ...]
+    work: Path
+    bundle: Bundle
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.bundle.manifest
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with a factory, images of solid colours and a recipe."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    def load(self, *overrides: str) -> Recipe:
+        return load(self.recipe, overrides)
+
+    def build(self, *overrides: str, work: str = "work") -> Built:
+        return build(self.recipe, overrides, self.folder / work)
+
+
+def build(recipe: Path, overrides: Sequence[str], work: Path, force: Sequence[str] = ()) -> Built:
+    with Workdir(work, force).open() as opened:
+        bundle = pipeline.build(load(recipe, overrides), opened)
+    return Built(recipe, tuple(overrides), work, bundle)
+
+
+def events(recipe: Path, overrides: Sequence[str], work: Path, force: Sequence[str] = ()) -> dict[str, str]:
+    """Stage → "up to date" or "finished", of one more build."""
+    recording = progress.Recording()
+    with progress.reporting(recording):
+        build(recipe, overrides, work, force)
+    return {event[1]: event[0] for event in recording.events if event[0] in ("up to date", "finished")}
+
+
+def run(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program of its own: `python` with these arguments, output captured."""
+    command = [sys.executable, *map(str, arguments)]
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **environment}
+    return subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=300, check=False)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def faults(value: Any, schema: dict[str, Any], place: str = "$") -> Iterator[str]:
+    """Where a document breaks a JSON Schema: the keywords that our schemas use; an unknown keyword is a KeyError."""
+    for keyword, wanted in schema.items():
+        if not _KEYWORDS[keyword](value, wanted):
+            yield f"{place}: {keyword} {json.dumps(wanted)[:80]}, found {json.dumps(value)[:80]}"
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        for name, item in value.items():
+            rest = schema.get("additionalProperties", {})
+            yield from faults(item, known.get(name, rest if isinstance(rest, dict) else {}), f"{place}.{name}")
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from faults(item, schema.get("items", {}), f"{place}[{number}]")
+
+
+def _fits(value: Any, schema: dict[str, Any]) -> bool:
+    return not any(faults(value, schema))
+
+
+def _is_type(value: Any, name: str) -> bool:
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    if name in ("number", "integer"):
+        return isinstance(value, int | float if name == "number" else int) and not isinstance(value, bool)
+    return isinstance(value, kinds[name])
+
+
+_KEYWORDS = {
+    "$schema": lambda value, wanted: True,
+    "title": lambda value, wanted: True,
+    "format": lambda value, wanted: True,
+    "properties": lambda value, wanted: True,
+    "additionalProperties": lambda value, wanted: True,
+    "items": lambda value, wanted: True,
+    "type": _is_type,
+    "const": lambda value, wanted: value == wanted,
+    "enum": lambda value, wanted: value in wanted,
+    "required": lambda value, wanted: not isinstance(value, dict) or set(wanted) <= set(value),
+    "minimum": lambda value, wanted: not isinstance(value, int | float) or value >= wanted,
+    "maximum": lambda value, wanted: not isinstance(value, int | float) or value <= wanted,
+    "minItems": lambda value, wanted: not isinstance(value, list) or len(value) >= wanted,
+    "maxItems": lambda value, wanted: not isinstance(value, list) or len(value) <= wanted,
+    "anyOf": lambda value, wanted: any(_fits(value, schema) for schema in wanted),
+    "oneOf": lambda value, wanted: sum(_fits(value, schema) for schema in wanted) == 1,
+}
+
+
+def make_project(folder: Path) -> Project:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "net.py").write_text(FACTORY.replace("{colours}", repr([[float(v) for v in c] for c in COLOURS.values()])))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    random = np.random.default_rng(0)
+    for part, images in (("scoring", SCORING), ("holdout", HOLDOUT)):
+        for name, colour in COLOURS.items():
+            (folder / "images" / part / name).mkdir(parents=True)
+            for number in range(images):
+                noise = random.integers(-40, 41, (8, 8, 3))
+                pixels = np.clip(127 + 80 * np.array(colour) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / part / name / f"{number}.png")
+    return Project(folder)
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The embedded digits and CNN, really built; tests only read it."""
+    return build(ROOT / "recipes" / "quickstart.yaml", QUICK, tmp_path_factory.mktemp("quickstart") / "work")
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A factory's network, really built; tests only read it."""
+    return make_project(tmp_path_factory.mktemp("colours") / "project").build()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A colours project of the test's own, in a folder of the test's own."""
+    return make_project(tmp_path / "project")
+
+
+@pytest.fixture
+def plain_simplify(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exported graph passes for the simplified one: a build without onnxsim's process of its own takes half the time."""
+    monkeypatch.setattr(export, "_run_onnxsim", lambda source, target: shutil.copyfile(source, target) and None)
+
+
+@pytest.fixture
+def copy(quickstart: Built, tmp_path: Path) -> Path:
+    """A copy of the quickstart's bundle to tamper with."""
+    return shutil.copytree(quickstart.bundle.folder, tmp_path / "bundle")
