@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Predict = Callable[[Array], Array]
 
 BATCH = 64
+NO_CLASS = -1
+"""What is predicted where a logit is NaN or infinite: never right, whereas sorting would put the first class first."""
 
 
 @stage("accuracy", returns=AccuracyReport, libraries=("torch", "timm", "onnxruntime"), reads_holdout=True)
@@ -63,9 +65,15 @@ def evaluate(
         for number, predict in enumerate(models):
             logits = predict(inputs)
             best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+            best[~np.isfinite(logits).all(1)] = NO_CLASS
             predicted[number] += best[:, 0].tolist()
             in_top5[number] += (best == truth[:, None]).any(1).tolist()
         progress.advance("hold-out images", len(labels), len(images.images))
+    for number, classes in enumerate(predicted):
+        if lost := classes.count(NO_CLASS):
+            progress.warn(
+                f"model {number + 1} of {len(models)}: logits of {lost} images are not finite and count as wrong"
+            )
     outcomes = [Evaluation(tuple(best), tuple(top5)) for best, top5 in zip(predicted, in_top5, strict=True)]
     return tuple(labels), outcomes
 

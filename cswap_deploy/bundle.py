@@ -27,13 +27,15 @@ from cswap_deploy.artifacts import (
     PruningPlan,
     sha256_of,
 )
-from cswap_deploy.errors import ModelError, UsageError, VerifyError, require_module
+from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
 from cswap_deploy.preprocess import preprocess
 from cswap_deploy.recipe import PruneSettings
 from cswap_deploy.report import render_html, render_readme
 from cswap_deploy.stage import stage
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
 MANIFEST = "manifest.json"
@@ -50,6 +52,9 @@ SAFE_KWARGS = frozenset(
 )
 """Arguments that only set sizes; a bundle whose network was built with others is reloaded through the caller's factory."""
 
+MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, RecursionError)
+"""What code that trusts its input raises when a plan or an array holds something else than we write."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -60,21 +65,29 @@ class Bundle:
 
     @staticmethod
     def read(folder: Path) -> Bundle:
-        """Errors: UsageError when there is no bundle, VerifyError when its manifest is not one of ours."""
+        """Errors: UsageError when there is no bundle, VerifyError when its manifest is not one of ours.
+
+        Every key that the manifest must have is there and of its type afterwards, and no listed name leads out.
+        """
         path = folder / MANIFEST
         if not path.is_file():
             raise UsageError(
                 f"{folder} is not a bundle: it holds no {MANIFEST}", "give the bundle folder of a work folder"
             )
+        _inside(folder, MANIFEST)
         if path.stat().st_size > LARGEST_MANIFEST:
-            raise VerifyError(f"{path} is larger than any manifest of this tool")
+            raise VerifyError(f"{path} is larger than any manifest of this tool", "build the bundle again")
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise VerifyError(f"{path} is not valid JSON: {error}", "build the bundle again") from error
         schema = document.get("schema") if isinstance(document, dict) else None
         if schema != facts.SCHEMA:
             raise VerifyError(f"{path} has schema {schema!r}, expected {facts.SCHEMA!r}", "update cswap-deploy")
+        if fault := next(facts.faults(document, facts.schema()), None):
+            raise VerifyError(f"{path} is not a manifest: {fault}", "build the bundle again")
+        for entry in document["files"]:
+            _require_plain(entry["path"])
         return Bundle(folder, document)
 
     @property
@@ -86,19 +99,12 @@ class Bundle:
         entry = next((item for item in self.manifest["files"] if item["path"] == name), None)
         if entry is None:
             raise VerifyError(f"the manifest of {self.folder} lists no file {name!r}")
-        path = self._inside(str(entry["path"]))
+        path = _inside(self.folder, name)
         if not path.is_file():
             raise VerifyError(f"file {name!r} of the bundle is missing", "copy the bundle again")
         if sha256_of(path) != entry["sha256"]:
             raise VerifyError(f"file {name!r} of the bundle is not what the manifest says", "copy the bundle again")
         return File(path, entry["sha256"], path.stat().st_size)
-
-    def _inside(self, name: str) -> Path:
-        pure = PurePosixPath(name)
-        path = self.folder / pure
-        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.folder.resolve()):
-            raise VerifyError(f"the manifest names {name!r}, which lies outside the bundle")
-        return path
 
 
 def load_pruned(bundle: Path | str, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
@@ -115,7 +121,7 @@ def load_pruned(bundle: Path | str, factory: Callable[..., nn.Module] | None = N
     opened = Bundle.read(Path(bundle))
     architecture = _architecture(opened.manifest["model"])
     if factory is not None:
-        dense = factory(**architecture.kwargs).eval()
+        dense = _called(factory, architecture.kwargs)
     elif architecture.source == "factory":
         raise ModelError(
             f"this bundle's network comes from a factory ({architecture.name}), which is not imported from a bundle",
@@ -124,7 +130,14 @@ def load_pruned(bundle: Path | str, factory: Callable[..., nn.Module] | None = N
     else:
         _require_safe(architecture)
         dense = build(architecture)
-    module = rebuild(dense, architecture, opened.file("plan.json"), opened.file("weights.safetensors"))
+    plan, weights = opened.file("plan.json"), opened.file("weights.safetensors")
+    try:
+        module = rebuild(dense, architecture, plan, weights)
+    except MALFORMED as error:
+        raise ModelError(
+            f"the bundle's plan.json does not fit the network: {type(error).__name__}: {error}",
+            "copy the bundle again, or build it again",
+        ) from error
     _replay(module, opened)
     return module
 
@@ -154,9 +167,10 @@ def assemble(
     shutil.copyfile(shipped.vectors.input.path, out / "test_vectors" / "input.npy")
     shutil.copyfile(shipped.vectors.output.path, out / "test_vectors" / "output.npy")
     (out / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-    (out / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    (out / "labels.txt").write_text(_one_a_line(labels), encoding="utf-8")
     (out / "preprocess.json").write_text(json.dumps(preprocess(source.input), indent=1), encoding="utf-8")
     units = {group.name: group.units for group in groups.groups}
+    how = (prune.criterion.kind, prune.compensate.kind) if prune.target is not None else ("none", "none")
     reasons = facts.reasons(accuracy)
     document: dict[str, Any] = {
         "schema": facts.SCHEMA,
@@ -168,7 +182,7 @@ def assemble(
         "verdict": "fail" if reasons else "pass",
         "reasons": reasons,
         "model": facts.model_block(source),
-        "pruned": facts.pruned_block(pruned, plan, units, prune.criterion.kind, prune.compensate.kind),
+        "pruned": facts.pruned_block(pruned, plan, units, *how),
         "accuracy": facts.accuracy_block(accuracy, labels, holdout_reads),
         "onnx": facts.onnx_block(exported, shipped),
         "latency": None,
@@ -185,6 +199,17 @@ def assemble(
     (out / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
     manifest = File.of(out / MANIFEST)
     return BundleFiles(manifest, (*listed, manifest))
+
+
+def _one_a_line(labels: tuple[str, ...]) -> str:
+    """Text in which line i names output i for every reader. Errors: DataError."""
+    for label in labels:
+        if label.splitlines() != [label]:
+            raise DataError(
+                f"class name {label!r} holds a line break, so labels.txt could not give one line to each output",
+                "rename the class folder, or correct the file of calibration.labels",
+            )
+    return "".join(f"{label}\n" for label in labels)
 
 
 def _architecture(model: dict[str, Any]) -> Architecture:
@@ -207,22 +232,66 @@ def _require_safe(architecture: Architecture) -> None:
         )
 
 
+def _called(factory: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
+    from torch import nn
+
+    module = factory(**kwargs)
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"factory returned {type(module).__name__}", "it must return a torch.nn.Module")
+    return module.eval()
+
+
 def _replay(module: nn.Module, bundle: Bundle) -> None:
     """The test vectors must come out as they were recorded, up to the rounding of another machine."""
     import numpy as np
     import torch
 
-    inputs = np.load(bundle.file("test_vectors/input.npy").path, allow_pickle=False)
-    wanted = np.load(bundle.file("test_vectors/output.npy").path, allow_pickle=False)
-    with torch.no_grad():
-        found = module(torch.from_numpy(inputs)).numpy()
+    inputs, wanted = _vector(bundle, "test_vectors/input.npy"), _vector(bundle, "test_vectors/output.npy")
+    try:
+        with torch.no_grad():
+            found = module(torch.from_numpy(inputs)).numpy()
+    except MALFORMED as error:
+        raise ModelError(f"the network cannot run on the test vectors: {error}", "build the bundle again") from error
+    if found.shape != wanted.shape:
+        raise ModelError(
+            f"the network returns {found.shape}, the test vectors hold {wanted.shape}", "build the bundle again"
+        )
     difference = float(np.abs(found - wanted).max())
-    if found.shape != wanted.shape or difference > 1e-3 * max(float(np.abs(wanted).max()), 1e-6):
+    if not difference <= 1e-3 * max(float(np.abs(wanted).max()), 1e-6):
         made = json.loads(bundle.file("plan.json").path.read_text(encoding="utf-8"))["source"]["library"]
         raise ModelError(
             f"the reloaded network differs from the recorded test vectors by {difference:.2e}; made with {made}",
             "install the version of timm that the bundle was made with",
         )
+
+
+def _vector(bundle: Bundle, name: str) -> NDArray[np.float32]:
+    """Errors: VerifyError for anything but a plain array of floats that is not empty; nothing is unpickled."""
+    import numpy as np
+
+    try:
+        with bundle.file(name).path.open("rb") as stream:
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+    except (*MALFORMED, EOFError, MemoryError) as error:
+        raise VerifyError(f"{name} is not a plain array: {error}", "build the bundle again") from error
+    if array.dtype != np.float32 or not array.size:
+        raise VerifyError(f"{name} is not an array of float32", "build the bundle again")
+    return array
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a listed file, links resolved, which must not lead out of the bundle."""
+    _require_plain(name)
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise VerifyError(f"{name!r} leads out of the bundle {folder}", "copy the bundle with its links resolved")
+    return path
+
+
+def _require_plain(name: str) -> None:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or not pure.parts or ".." in pure.parts or "\\" in name or not name.isprintable():
+        raise VerifyError(f"the manifest names {name!r}, which lies outside the bundle", "build the bundle again")
 
 
 def _environment() -> dict[str, str]:

@@ -38,7 +38,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
         "missing": sorted(set(own) - set(state) - optional),
         "unknown": sorted(set(state) - set(own)),
         "of another shape": [
-            f"{name} is {tuple(new.shape)}, expected {tuple(old.shape)}" for name, old, new in both if old.shape != new.shape
+            f"{name} is {tuple(new.shape)}, expected {tuple(old.shape)}"
+            for name, old, new in both
+            if old.shape != new.shape
         ],
         "not of floating point": [
             f"{name} is {str(new.dtype).removeprefix('torch.')}"
@@ -92,7 +94,9 @@ def _read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f"holds Python objects besides tensors ({named[1]})" if named else "is damaged or holds more than tensors"
+        found = (
+            f"holds Python objects besides tensors ({named[1]})" if named else "is damaged or holds more than tensors"
+        )
         raise ModelError(
             f"checkpoint {path} {found} and was refused; nothing in it was run",
             "save the state_dict alone (torch.save(model.state_dict(), ...)) or convert it to safetensors",

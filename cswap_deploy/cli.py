@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -40,6 +41,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on s
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result only")]
 
 GATE_FAILED, INTERRUPTED = 7, 130
+ParserError: Any = typer.BadParameter.__mro__[1]
+"""UsageError of click, whichever copy of click typer carries."""
 
 
 @app.command()
@@ -144,12 +147,26 @@ def main() -> NoReturn:
     """Entry point of the console script; click's own usage errors end with exit code 2 as ours do."""
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two runs on one machine starve each other
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a class name must not end a run in a locale without its letters
     try:
-        app()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(0)
+        sys.exit(app(standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(INTERRUPTED)
+    except ParserError as error:
+        _refuse_arguments(error)
+
+
+def _refuse_arguments(error: Any) -> NoReturn:
+    """What the parser of the command line refuses; asked for --json, it is answered in JSON as well."""
+    if "--json" in sys.argv[1:]:
+        command = error.ctx.info_name if error.ctx else "cswap-deploy"
+        fault = {"type": "UsageError", "message": error.format_message(), "hint": "", "exit_code": error.exit_code}
+        _print_json(command, {"error": fault})
+    error.show()
+    sys.exit(error.exit_code)
 
 
 # --- what all commands share
@@ -182,11 +199,9 @@ def _session(command: str, as_json: bool) -> Iterator[_Answer]:
         traceback.print_exc(file=sys.stderr)
         _fail(command, as_json, type(error).__name__, f"internal error: {error}", "please report the lines above", 1)
     if as_json:
-        print(json.dumps({"schema": f"cswap-deploy/{command}/1", **answer.document}, ensure_ascii=False))
+        _print_json(command, answer.document)
     else:
-        for line in answer.lines:
-            print(line)
-    sys.stdout.flush()
+        _print(answer.lines)
     if answer.code:
         raise typer.Exit(answer.code)
 
@@ -194,11 +209,27 @@ def _session(command: str, as_json: bool) -> Iterator[_Answer]:
 def _fail(command: str, as_json: bool, kind: str, message: str, hint: str, code: int) -> NoReturn:
     if as_json:
         error = {"type": kind, "message": message, "hint": hint, "exit_code": code}
-        print(json.dumps({"schema": f"cswap-deploy/{command}/1", "error": error}, ensure_ascii=False))
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"  hint: {hint}", file=sys.stderr)
+        _print_json(command, {"error": error})
+    _print([f"error: {message}", *([f"  hint: {hint}"] if hint else ())], sys.stderr)
     raise typer.Exit(code)
+
+
+def _print_json(command: str, body: dict[str, Any]) -> None:
+    """One line of ASCII: every terminal and every locale can carry it."""
+    _print([json.dumps({"schema": f"cswap-deploy/{command}/1", **body})])
+
+
+def _print(lines: Sequence[str], stream: TextIO | None = None) -> None:
+    """A reader that has gone, as in `show | head`, changes nothing about how the command ended."""
+    from cswap_deploy.console import printable
+
+    stream = stream or sys.stdout
+    try:
+        for line in lines:
+            print(*map(printable, line.split("\n")), sep="\n", file=stream)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
@@ -223,7 +254,7 @@ def _run(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) ->
     _require_known_stages(force or [], recipe)
     pipeline.require_available(recipe)
     work = Workdir(folder, force or ())
-    with reporting(Console(pipeline.stages(recipe), silent=silent)), work.open():
+    with closing(Console(pipeline.stages(recipe), silent=silent)) as console, reporting(console), work.open():
         yield work
 
 

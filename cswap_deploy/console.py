@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import shlex
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -19,7 +23,10 @@ REFRESH_S = 0.1
 
 
 class Console:
-    """A reporter: one numbered line per stage, a live line on a terminal, plain lines in a pipe."""
+    """A reporter: one numbered line per stage, a live line on a terminal, plain lines in a pipe.
+
+    A stream that nobody reads any more does not end the run: what it would have shown is dropped.
+    """
 
     def __init__(self, stages: Sequence[str], *, silent: bool = False, stream: TextIO | None = None) -> None:
         self._stages = list(stages)
@@ -45,29 +52,31 @@ class Console:
         self._line(f"{'':7} {message}")
 
     def warn(self, message: str) -> None:
-        self._clear()
-        self._stream.write(f"warning: {message}\n")
+        self._write(f"warning: {printable(message)}\n")
 
     def advance(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if not self._live or (now - self._shown_at < REFRESH_S and done < total):
             return
         self._shown_at = now
-        self._clear()
-        self._stream.write(f"{'':7} {self._stage:<10} {what} {done}/{total}"[: WIDTH - 1])
-        self._stream.flush()
+        columns = min(WIDTH, shutil.get_terminal_size().columns)
+        self._write(printable(f"{'':7} {self._stage:<10} {what} {done}/{total}")[: columns - 1])
         self._pending = True
+
+    def close(self) -> None:
+        """Take the live line away, so that what follows starts on a line of its own."""
+        self._write("")
 
     def _line(self, text: str) -> None:
         if not self._silent:
-            self._clear()
-            self._stream.write(text + "\n")
-            self._stream.flush()
+            self._write(printable(text) + "\n")
 
-    def _clear(self) -> None:
-        if self._pending:
-            self._stream.write("\r\x1b[2K")
-            self._pending = False
+    def _write(self, text: str) -> None:
+        clear = "\r\x1b[2K" if self._pending else ""
+        self._pending = False
+        with suppress(OSError, ValueError):  # the reader has gone, or the stream is closed
+            self._stream.write(clear + text)
+            self._stream.flush()
 
     def _number(self, name: str) -> str:
         position = self._stages.index(name) + 1 if name in self._stages else 0
@@ -87,14 +96,16 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
         ("MACs", count_text(model["macs"]), count_text(pruned["macs"]), _ratio(pruned, model, "macs")),
     ]
     yield from table(("", "dense", "shipped", ""), rows, f"{manifest['name']}: {model['name']}")
-    yield f"{manifest['verdict'].upper()}: {_sentence(manifest)}"
+    yield from _wrapped(f"{manifest['verdict'].upper()}: {_sentence(manifest)}")
 
 
 def next_commands(bundle: Bundle) -> Iterator[str]:
     yield f"bundle   {bundle.folder}"
     yield f"report   {bundle.folder / 'report.html'}"
-    yield "next     " + f"cswap-deploy show {bundle.folder}"
-    yield "         " + f"python -c \"import cswap_deploy; print(cswap_deploy.load_pruned('{bundle.folder}'))\""
+    yield f"next     {shlex.join(['cswap-deploy', 'show', str(bundle.folder)])}"
+    if bundle.manifest["model"]["source"] == "timm":
+        code = f"import cswap_deploy; print(cswap_deploy.load_pruned({str(bundle.folder)!r}))"
+        yield f"         {shlex.join(['python', '-c', code])}"
 
 
 def file_lines(bundle: Bundle) -> Iterator[str]:
@@ -121,7 +132,7 @@ def group_lines(groups: Groups) -> Iterator[str]:
     yield ""
     yield from table(("group", "kind", "units", "read by"), rows, f"{len(groups.groups)} proven groups")
     for refusal in groups.refused:
-        yield f"not pruned: {refusal.name}: {refusal.reason}"
+        yield from _wrapped(f"not pruned: {refusal.name}: {refusal.reason}")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Iterator[str]:
@@ -138,8 +149,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> I
     for row in rows:
         grid.add_row(*row)
     target = io.StringIO()
-    RichConsole(file=target, width=WIDTH, color_system=None, highlight=False, markup=False).print(grid)
-    yield from (line.rstrip() for line in target.getvalue().rstrip("\n").splitlines())
+    RichConsole(file=target, width=WIDTH, color_system=None, highlight=False, markup=False, emoji=False).print(grid)
+    yield from (line.rstrip() for line in target.getvalue().rstrip("\n").split("\n"))
+
+
+def printable(text: str) -> str:
+    """Names come from bundles and folders: control characters, which a terminal would obey, are spelt out."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def size_text(size: int) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import File, ImageSet, InputSpec, Network, OnnxModel, Parity, TestVectors
+from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
 from cswap_deploy.images import load, normalise
+from cswap_deploy.model import quiet
 from cswap_deploy.preprocess import INPUT, OUTPUT, preprocess
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import OnnxSettings
@@ -36,7 +40,12 @@ MAX_SQNR = 200.0
 """What is reported where no difference is left."""
 VECTORS = 4
 """Images in the bundle's test vectors."""
-SIMPLIFY_SECONDS = 300
+SIMPLIFY = """
+import sys, onnx, onnxsim
+model, ok = onnxsim.simplify(onnx.load(sys.argv[1]))
+onnx.save(model, sys.argv[2])
+"""
+SIMPLIFY_SECONDS: float = 300
 PRODUCER = "cswap-deploy"
 
 
@@ -59,19 +68,19 @@ def simplify(out: Path, exported: OnnxModel, network: Network, images: ImageSet,
     import onnx
 
     path = out / "model.onnx"
-    reason = _run_onnxsim(exported.graph.path, path)
-    if reason is None:
+    fault = _run_onnxsim(exported.graph.path, path)
+    if fault is None:
         try:
-            model = _without_traces(onnx.load(path))
+            model = _without_traces(_load(path))
             _restore_metadata(model, onnx.load(exported.graph.path))
             _write(model, path)
             _require_written_as_asked(path, settings)
             return _checked(path, network, images, "")
         except ExportError as error:
-            reason = error.message
-    progress.warn(f"the graph is shipped unsimplified: {reason}")
+            fault = error.message
+    progress.warn(f"the graph is shipped unsimplified: {fault}")
     path.write_bytes(exported.graph.path.read_bytes())
-    return _checked(path, network, images, f"not simplified: {reason}")
+    return _checked(path, network, images, f"not simplified: {fault}")
 
 
 # --- export
@@ -88,9 +97,9 @@ def _export(network: Network, settings: OnnxSettings) -> onnx.ModelProto:
     batch = 2 if settings.dynamic_batch else 1
     example = torch.zeros(batch, *network.input.shape)
     shapes = ({0: torch.export.Dim("batch")},) if settings.dynamic_batch else None
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    said = contextlib.redirect_stdout(io.StringIO())
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        with quiet("torch.onnx", logging.ERROR), warnings.catch_warnings(), said, torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
@@ -105,7 +114,7 @@ def _export(network: Network, settings: OnnxSettings) -> onnx.ModelProto:
             )
     except Exception as error:  # the exporter raises whatever the user's forward makes it stumble over
         raise ExportError(
-            f"PyTorch cannot export the network to ONNX: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"PyTorch cannot export the network to ONNX: {reason(error.__cause__ or error)}",
             "the forward must not branch on the values of tensors",
         ) from error
     assert program is not None
@@ -120,7 +129,6 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
     for holder in _holders(model):
         del holder.metadata_props[:]
         holder.doc_string = ""
-    del model.metadata_props[:]
     keep = [entry for entry in model.opset_import if entry.domain in {"", *(node.domain for node in model.graph.node)}]
     own = [onnx.helper.make_opsetid(entry.domain, entry.version) for entry in keep]
     del model.opset_import[:]
@@ -129,10 +137,24 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _holders(model: onnx.ModelProto) -> list[Any]:
+def _holders(model: onnx.ModelProto) -> Iterator[Any]:
     """Everything in a model that can carry metadata or a doc string."""
-    graph = model.graph
-    return [graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer, *model.functions]
+    yield from (model, *_inside(model.graph))
+    for function in model.functions:
+        yield from (function, *_nodes(function))
+
+
+def _inside(graph: onnx.GraphProto) -> Iterator[Any]:
+    yield from (graph, *graph.value_info, *graph.input, *graph.output, *graph.initializer, *_nodes(graph))
+
+
+def _nodes(body: onnx.GraphProto | onnx.FunctionProto) -> Iterator[Any]:
+    """Nodes, and what lies in the graphs that branches and loops carry."""
+    for node in body.node:
+        yield node
+        for attribute in node.attribute:
+            for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from _inside(graph)
 
 
 def _describe(model: onnx.ModelProto, spec: InputSpec, labels: tuple[str, ...]) -> None:
@@ -155,9 +177,7 @@ def _write(model: onnx.ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(
-            f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}", "report this network"
-        ) from error
+        raise ExportError(f"the exported graph is not valid ONNX: {reason(error)}", "report this network") from error
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -183,6 +203,15 @@ def _require_written_as_asked(path: Path, settings: OnnxSettings) -> None:
         )
 
 
+def _load(path: Path) -> onnx.ModelProto:
+    import onnx
+
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf's DecodeError; its package is not ours to import
+        raise ExportError(f"{path.name} is not an ONNX file", "report this network") from error
+
+
 def _opset(model: onnx.ModelProto) -> int:
     return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
@@ -192,17 +221,16 @@ def _opset(model: onnx.ModelProto) -> int:
 
 def _run_onnxsim(source: Path, target: Path) -> str | None:
     """None, or why there is no simplified file. A process of its own: onnxsim has crashed and hung its callers."""
-    code = (
-        "import sys, onnx, onnxsim\n"
-        "model, ok = onnxsim.simplify(onnx.load(sys.argv[1]))\n"
-        "onnx.save(model, sys.argv[2])\n"
-    )
-    command = [sys.executable, "-c", code, str(source), str(target)]
+    command = [sys.executable, "-c", SIMPLIFY, str(source), str(target)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SIMPLIFY_SECONDS, check=False)
+        done = subprocess.run(
+            command, cwd=target.parent, capture_output=True, timeout=SIMPLIFY_SECONDS, check=False, errors="replace"
+        )
     except subprocess.TimeoutExpired:
         return f"onnxsim did not end within {SIMPLIFY_SECONDS} s"
-    if done.returncode != 0:
+    if done.returncode < 0:
+        return f"onnxsim was ended by signal {-done.returncode} ({signal.strsignal(-done.returncode)})"
+    if done.returncode > 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return f"onnxsim failed with exit code {done.returncode}: {last}"
     return None if target.exists() else "onnxsim wrote no file"

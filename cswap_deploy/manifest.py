@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,13 @@ from cswap_deploy.intervals import discordant, paired_drop, wilson
 
 SCHEMA = "cswap-deploy/manifest/1"
 WORST_CLASSES = 5
+
+Schema = dict[str, Any]
+NUMBER: Schema = {"type": "number"}
+INTEGER: Schema = {"type": "integer"}
+POSITIVE: Schema = {"type": "integer", "minimum": 1}
+TEXT: Schema = {"type": "string"}
+FRACTION: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 
 
 def model_block(source: Network) -> dict[str, Any]:
@@ -116,3 +124,142 @@ def _worst_classes(report: AccuracyReport, labels: tuple[str, ...]) -> list[dict
     lost.subtract(y for y, _, b in rows if b == y)
     order = sorted(images, key=lambda y: (-lost[y] / images[y], y))[:WORST_CLASSES]
     return [{"label": labels[y], "drop_pp": 100 * lost[y] / images[y], "images": images[y]} for y in order]
+
+
+# --- schema
+
+
+def record(**properties: Schema) -> Schema:
+    """An object that has all of these keys; it may have more."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def nullable(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def schema() -> Schema:
+    """manifest.json: fractions in 0..1, milliseconds, percentage points where a key ends in `_pp`."""
+    network_input = record(
+        shape={"type": "array", "items": INTEGER, "minItems": 3, "maxItems": 3},
+        mean={"type": "array", "items": NUMBER},
+        std={"type": "array", "items": NUMBER},
+        interpolation=TEXT,
+        crop_pct=NUMBER,
+    )
+    return record(
+        schema={"const": SCHEMA},
+        name=TEXT,
+        created={"type": "string", "format": "date-time"},
+        tool=record(version=TEXT),
+        recipe_sha256=TEXT,
+        shipped=TEXT,
+        verdict={"enum": ["pass", "fail"]},
+        reasons={"type": "array", "items": TEXT},
+        model=record(
+            name=TEXT,
+            source={"enum": ["timm", "factory"]},
+            kwargs={"type": "object"},
+            params=POSITIVE,
+            macs=POSITIVE,
+            input=network_input,
+        ),
+        pruned=record(
+            params=INTEGER,
+            macs=INTEGER,
+            units=INTEGER,
+            units_removed=INTEGER,
+            criterion=TEXT,
+            compensation=TEXT,
+            steps=INTEGER,
+        ),
+        accuracy=_accuracy(),
+        onnx=record(
+            opset=INTEGER,
+            ir_version=INTEGER,
+            parity=record(max_abs=NUMBER, sqnr_db=NUMBER),
+            nodes_exported=INTEGER,
+            nodes_simplified=INTEGER,
+        ),
+        latency=nullable({"type": "object"}),
+        budget=nullable({"type": "object"}),
+        engine=nullable({"type": "object"}),
+        files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
+        environment={"type": "object", "additionalProperties": TEXT},
+    )
+
+
+def _accuracy() -> Schema:
+    outcome = record(top1=FRACTION, top1_ci95=_pair(FRACTION), top5=FRACTION, correct=INTEGER)
+    gate = record(
+        max_drop_pp=nullable(NUMBER),
+        rule={"enum": ["point", "bound"]},
+        confidence=FRACTION,
+        verdict={"enum": ["pass", "fail", "off"]},
+        proven={"type": "boolean"},
+        images_to_prove=nullable(INTEGER),
+    )
+    return record(
+        images=INTEGER,
+        source=outcome,
+        pruned=outcome,
+        exported=outcome,
+        variants={"type": "object", "additionalProperties": outcome},
+        engine=nullable(outcome),
+        shipped=outcome,
+        drop_pp=NUMBER,
+        drop_ci95_pp=_pair(NUMBER),
+        agreement=FRACTION,
+        worst_classes={"type": "array", "items": record(label=TEXT, drop_pp=NUMBER, images=INTEGER)},
+        gate=gate,
+        holdout_reads=INTEGER,
+    )
+
+
+def faults(value: Any, schema: Schema, place: str = "") -> Iterator[str]:
+    """Where a JSON document breaks a schema of this module; numbers beyond 64 bits and NaN are no numbers here."""
+    if "anyOf" in schema:
+        if all(any(faults(value, choice)) for choice in schema["anyOf"]):
+            yield f"{place}: none of the allowed forms"
+        return
+    if "const" in schema or "enum" in schema:
+        allowed = schema.get("enum", [schema.get("const")])
+        if value not in allowed:
+            yield f"{place}: expected {' or '.join(map(str, allowed))}"
+        return
+    if not _is_of_type(value, schema["type"]):
+        yield f"{place}: expected {schema['type']}, found {type(value).__name__}"
+    elif isinstance(value, dict):
+        yield from (f"{place}: {key!r} is missing" for key in schema.get("required", ()) if key not in value)
+        known, other = schema.get("properties", {}), schema.get("additionalProperties")
+        for key, item in value.items():
+            if wanted := known.get(key, other):
+                yield from faults(item, wanted, f"{place}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+            yield f"{place}: {len(value)} items"
+        for number, item in enumerate(value):
+            yield from faults(item, schema["items"], f"{place}[{number}]")
+    elif "minimum" in schema and not schema["minimum"] <= value <= schema.get("maximum", value):
+        yield f"{place}: {value} is out of range"
+
+
+def _is_of_type(value: Any, name: str) -> bool:
+    match name:
+        case "object":
+            return isinstance(value, dict)
+        case "array":
+            return isinstance(value, list)
+        case "string":
+            return isinstance(value, str)
+        case "boolean":
+            return isinstance(value, bool)
+        case "null":
+            return value is None
+        case _:
+            numbers = int | float if name == "number" else int
+            return isinstance(value, numbers) and not isinstance(value, bool) and -(2**63) < value < 2**63
+
+
+def _pair(items: Schema) -> Schema:
+    return {"type": "array", "items": items, "minItems": 2, "maxItems": 2}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
-import inspect
 import logging
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Architecture, File, InputSpec, Network, sha256_of
+from cswap_deploy.checkpoint import load_state, read_checkpoint, reason
 from cswap_deploy.errors import ModelError, require_module
-from cswap_deploy.recipe import InputSettings, ModelSettings
+from cswap_deploy.factory import call_factory
+from cswap_deploy.recipe import ModelSettings
 from cswap_deploy.stage import stage
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ FACTORY_INPUT = InputSpec(
 
 @stage("source", returns=Network, libraries=("torch", "timm", "safetensors"))
 def load(out: Path, settings: ModelSettings, code: Path | None) -> Network:
-    """Build the network, load its weights, and prove that it is a classifier with finite weights.
+    """Build the network, load its weights, and prove that it is a classifier with finite float32 weights.
 
     `code`: the factory's file, so that the result is stale when it changes. Errors: ModelError.
     """
@@ -42,9 +41,9 @@ def load(out: Path, settings: ModelSettings, code: Path | None) -> Network:
     architecture, module = _create(settings, code)
     if settings.checkpoint is not None:
         load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
-    _require_finite(module)
-    spec = _input_spec(module, settings.input)
-    outputs = _count_outputs(module, spec)
+    _require_sound(module)
+    spec = _input_spec(module, settings)
+    outputs = _count_outputs(module, spec, settings.num_classes)
     save_file(_contiguous(module.state_dict()), out / "weights.safetensors")
     params, macs = count(module, spec)
     weights = File.of(out / "weights.safetensors")
@@ -62,14 +61,9 @@ def expected_outputs(settings: ModelSettings) -> int | None:
         if file is not None and not file.is_file():
             raise ModelError(f"factory file {file} does not exist", "its path starts at the recipe's folder")
         return settings.num_classes
-    _require_known(settings.name)
+    config = _timm_config(settings.name)
     if settings.pretrained:
-        _require_pretrained_head(
-            settings.name, {} if settings.num_classes is None else {"num_classes": settings.num_classes}
-        )
-    import timm
-
-    config = timm.get_pretrained_cfg(settings.name)
+        _require_pretrained_head(settings.name, settings.num_classes)
     return settings.num_classes or (config.num_classes if config is not None else 1000)
 
 
@@ -84,7 +78,19 @@ def build(architecture: Architecture) -> nn.Module:
         case "timm":
             return _timm(architecture.name, architecture.kwargs, pretrained=False)
         case "factory":
-            return _call_factory(architecture.location, architecture.kwargs)
+            return call_factory(architecture.location, architecture.kwargs)
+
+
+@contextmanager
+def quiet(name: str, level: int) -> Iterator[None]:
+    """A logger of somebody else's says nothing below `level` inside the block."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def count(module: nn.Module, spec: InputSpec) -> tuple[int, int]:
@@ -126,54 +132,60 @@ def _create(settings: ModelSettings, code: Path | None) -> tuple[Architecture, n
     place, function = settings.factory.rsplit(":", 1)
     shown = f"{Path(place).name if place.endswith('.py') else place}:{function}"
     digest = f"sha256:{sha256_of(code)}" if code else "unknown"
-    return Architecture("factory", shown, kwargs, digest, settings.factory), _call_factory(settings.factory, kwargs)
+    return Architecture("factory", shown, kwargs, digest, settings.factory), call_factory(settings.factory, kwargs)
 
 
 def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
     import timm
 
-    _require_known(name)
+    _timm_config(name)
     if pretrained:
-        _require_pretrained_head(name, kwargs)
-    logging.getLogger("timm").setLevel(logging.WARNING)
+        _require_pretrained_head(name, kwargs.get("num_classes"))
     try:
-        module: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        with quiet("timm", logging.WARNING):
+            module: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as error:  # timm passes on whatever wrong arguments make it stumble over
+        if pretrained and isinstance(error, OSError):
+            raise ModelError(
+                f"the pretrained weights of {name!r} are neither in the local cache nor to be had: {reason(error)}",
+                "connect to the network once, or set model.checkpoint to a local file",
+            ) from error
         raise ModelError(
-            f"timm cannot build {name!r} with kwargs {dict(kwargs)}: {error}", "correct model.kwargs"
-        ) from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise ModelError(f"timm cannot build {name!r}: {error}", "correct model.kwargs") from error
-        raise ModelError(
-            f"the pretrained weights of {name!r} are neither in the local cache nor to be had: {str(error).splitlines()[0]}",
-            "connect to the network once, or set model.checkpoint to a local file",
+            f"timm cannot build {name!r}{' with its weights' if pretrained else ''} with kwargs {dict(kwargs)}: "
+            f"{reason(error)}",
+            "correct model.kwargs",
         ) from error
     return module.eval()
 
 
-def _require_known(name: str) -> None:
+def _timm_config(name: str) -> Any:
+    """timm's pretrained configuration of a name, None where it has none; a name or a tag that is unknown is refused."""
     import timm
 
+    architecture, _, tag = name.partition(".")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 1)
+        near = difflib.get_close_matches(architecture, timm.list_models(), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ModelError(
             f"timm {timm.__version__} has no model named {name!r}", f"{hint}timm.list_models() lists all names"
         )
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True)) or "none"
+        raise ModelError(
+            f"timm {timm.__version__} has no weights {tag!r} of {architecture!r}", f"it has {known}"
+        ) from error
 
 
-def _require_pretrained_head(name: str, kwargs: Mapping[str, Any]) -> None:
+def _require_pretrained_head(name: str, wanted: int | None) -> None:
     """timm replaces the classifier by a random one when num_classes differs from the weights': refuse that."""
-    import timm
-
-    config = timm.get_pretrained_cfg(name)
+    config = _timm_config(name)
     if config is None or not config.has_weights:
         raise ModelError(
             f"timm publishes no pretrained weights for {name!r}", "set model.checkpoint, or model.pretrained: false"
         )
-    wanted = kwargs.get("num_classes", config.num_classes)
-    if wanted != config.num_classes:
+    if wanted not in (None, config.num_classes):
         raise ModelError(
             f"the pretrained weights of {name!r} have {config.num_classes} classes, model.num_classes asks for {wanted}: "
             "its classifier would be random",
@@ -181,69 +193,20 @@ def _require_pretrained_head(name: str, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _call_factory(reference: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    from torch import nn
-
-    factory = _find_factory(reference)
-    try:
-        inspect.signature(factory).bind(**kwargs)
-    except TypeError as error:
-        raise ModelError(
-            f"factory {reference!r} does not take these arguments: {error}", "correct model.kwargs"
-        ) from error
-    module = factory(**kwargs)
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"factory {reference!r} returned {type(module).__name__}", "it must return a torch.nn.Module")
-    return module.eval()
-
-
-def _find_factory(reference: str) -> Callable[..., Any]:
-    place, function = reference.rsplit(":", 1)
-    namespace = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    factory = getattr(namespace, function, None)
-    if not callable(factory):
-        names = [name for name in dir(namespace) if callable(getattr(namespace, name)) and not name.startswith("_")]
-        near = difflib.get_close_matches(function, names, 1)
-        raise ModelError(
-            f"factory {place!r} has no function {function!r}",
-            f"did you mean {near[0]!r}?" if near else "name a function that returns a torch.nn.Module",
-        )
-    result: Callable[..., Any] = factory
-    return result
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ModelError(
-            f"factory file {path} does not exist", "correct model.factory; its path starts at the recipe's folder"
-        )
-    name = f"cswap_factory_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    namespace = importlib.util.module_from_spec(spec)
-    sys.modules[name] = namespace
-    try:
-        spec.loader.exec_module(namespace)
-    except Exception as error:
-        raise ModelError(
-            f"factory file {path} cannot be imported: {type(error).__name__}: {error}", "correct the file"
-        ) from error
-    return namespace
-
-
-def _import_module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ModelError(
-            f"factory module {name!r} cannot be imported: {error}", "install it, or correct model.factory"
-        ) from error
-
-
 # --- weights
 
 
-def _require_finite(module: nn.Module) -> None:
+def _require_sound(module: nn.Module) -> None:
+    import torch
+
+    if next(module.parameters(), None) is None:
+        raise ModelError("the network has no parameters", "give a network with weights")
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ModelError(
+                f"weight {name!r} is {str(parameter.dtype).removeprefix('torch.')}, and networks are taken in float32",
+                "let the factory return it .float(); what ships may be smaller",
+            )
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
@@ -260,9 +223,10 @@ def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- input and output
 
 
-def _input_spec(module: nn.Module, wanted: InputSettings | None) -> InputSpec:
+def _input_spec(module: nn.Module, settings: ModelSettings) -> InputSpec:
     """timm's data configuration of the network, overridden key by key by the recipe."""
-    spec = _timm_input(module) if hasattr(module, "pretrained_cfg") else FACTORY_INPUT
+    wanted = settings.input
+    spec = _timm_input(module, settings.kwargs) if hasattr(module, "pretrained_cfg") else FACTORY_INPUT
     if wanted is None:
         return spec
     return InputSpec(
@@ -275,7 +239,7 @@ def _input_spec(module: nn.Module, wanted: InputSettings | None) -> InputSpec:
     )
 
 
-def _timm_input(module: nn.Module) -> InputSpec:
+def _timm_input(module: nn.Module, kwargs: Mapping[str, Any]) -> InputSpec:
     from timm.data.config import resolve_data_config
 
     config: Any = resolve_data_config(model=module)  # type: ignore[no-untyped-call]
@@ -285,7 +249,7 @@ def _timm_input(module: nn.Module) -> InputSpec:
             f"the network's crop mode {mode!r} is not supported", "use a model with crop mode center or squash"
         )
     return InputSpec(
-        shape=tuple(config["input_size"]),
+        shape=(kwargs.get("in_chans", config["input_size"][0]), *config["input_size"][1:]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation=config["interpolation"] if config["interpolation"] != "random" else "bilinear",
@@ -294,15 +258,15 @@ def _timm_input(module: nn.Module) -> InputSpec:
     )
 
 
-def _count_outputs(module: nn.Module, spec: InputSpec) -> int:
+def _count_outputs(module: nn.Module, spec: InputSpec, wanted: int | None) -> int:
     import torch
 
     try:
         with torch.no_grad():
             result = module(torch.zeros(2, *spec.shape))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except Exception as error:  # a forward that does not fit its input raises anything
         raise ModelError(
-            f"the network cannot run on an input of shape {spec.shape}: {str(error).splitlines()[0]}",
+            f"the network cannot run on an input of shape {spec.shape}: {reason(error)}",
             "set model.input.size to what the network takes",
         ) from error
     if not isinstance(result, torch.Tensor) or result.ndim != 2 or result.shape[0] != 2:
@@ -313,5 +277,9 @@ def _count_outputs(module: nn.Module, spec: InputSpec) -> int:
     if result.shape[1] < 2:
         raise ModelError(
             f"the network has {result.shape[1]} output; a classifier needs two or more", "set model.num_classes"
+        )
+    if wanted not in (None, result.shape[1]):
+        raise ModelError(
+            f"model.num_classes is {wanted}, and the network has {result.shape[1]} outputs", "correct model.num_classes"
         )
     return int(result.shape[1])

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cswap_deploy.checkpoint import reason
+from cswap_deploy.errors import ExportError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 
 class Session:
-    """An ONNX file opened once. `threads` 0 leaves their number to the runtime."""
+    """An ONNX file opened once. `threads` 0 leaves their number to the runtime. Errors: ExportError."""
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         import onnxruntime
@@ -19,7 +22,13 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common base
+            raise ExportError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot open {path.name}: {reason(error)}",
+                "update onnxruntime, or lower onnx.opset",
+            ) from error
         self._input = self._session.get_inputs()[0]
 
     def logits(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -194,7 +194,9 @@ _KEYWORDS = {
 
 def make_project(folder: Path) -> Project:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "net.py").write_text(FACTORY.replace("{colours}", repr([[float(v) for v in c] for c in COLOURS.values()])))
+    (folder / "net.py").write_text(
+        FACTORY.replace("{colours}", repr([[float(v) for v in c] for c in COLOURS.values()]))
+    )
     (folder / "recipe.yaml").write_text(RECIPE)
     random = np.random.default_rng(0)
     for part, images in (("scoring", SCORING), ("holdout", HOLDOUT)):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
     0: "artifacts digests errors keys progress recipe recipe_file sources stage",
-    1: "model data images intervals preprocess runtime manifest report prune.batches prune.groups prune.ablation "
+    1: "model factory checkpoint data images intervals preprocess runtime manifest report prune.batches prune.groups prune.ablation "
     "prune.observe prune.rows prune.cut prune.compensate prune.select prune.replay prune.criteria prune.criteria.*",
     2: "prune export accuracy bundle",
     3: "pipeline checks schemas",

@@ -165,6 +165,17 @@ def test_batchnorm_statistics_are_those_of_what_is_read_now(name: str) -> None:
     require_own_statistics(pruned, batches, tolerance=0.03)
 
 
+def test_batchnorm_without_a_batchnorm_says_that_it_does_nothing() -> None:
+    entry = zoo.ZOO["vit"]
+    keep, recording = zoo.half(entry.groups), Recording()
+    dense = entry.build()
+    with reporting(recording):
+        pruned = compensated(dense, entry.groups.groups, keep, zoo.batches(entry, 4), BatchNormCompensation())
+    (warning,) = recording.of("warn")
+    assert "batchnorm does nothing here: the network has no BatchNorm with running statistics" in warning
+    assert zoo.same(zoo.fingerprint(pruned), zoo.fingerprint(masked_copy(dense, entry.groups.groups, keep)))
+
+
 def require_own_statistics(module: nn.Module, batches: Batches, tolerance: float) -> None:
     for layer in norms(module).values():
         seen: list[Tensor] = []
@@ -208,8 +219,9 @@ def test_batchnorm_from_one_image_a_batch_still_has_statistics() -> None:
 
 @pytest.mark.parametrize("name", zoo.PRUNABLE)
 def test_least_squares_comes_closer_than_doing_nothing(name: str) -> None:
+    # BUG shown here and in two more [in-place]: replay answers with an expanded zero, which nothing may write into.
     entry = zoo.ZOO[name]
-    dense, keep, batches = entry.build(), zoo.half(entry.groups), zoo.batches(entry, 100)
+    dense, keep, batches = entry.build(), zoo.half(entry.groups), zoo.batches(entry, 64)
     nothing, means, fitted = (
         error(compensated(dense, entry.groups.groups, keep, batches, METHODS[method]), dense, batches)
         for method in ("none", "mean", "least_squares")
@@ -250,6 +262,8 @@ class TwoWays(nn.Module):
 @pytest.mark.parametrize("order", ["branch first", "shortcut first", "in place"])
 def test_least_squares_corrects_what_the_shortcut_lost(scale: nn.Module, order: str) -> None:
     """Half of the shortcut's units leave; the branch, refitted for a unit of its own, makes up for them entirely."""
+    # BUG shown here (dropout): observe takes a function that returns its argument for one that wrote into it. Dropout in
+    # eval mode does the first, so that no timm ViT has the drift of its residual stream corrected.
     entry = zoo.Entry(lambda: TwoWays(scale, order), zoo.spec(2), 18)
     dense, found, batches = entry.build(), entry.groups, zoo.batches(entry, 200)
     keep = {**without(found, "narrow", 0, 2, 4, 6), **without(found, "wide", 5)}
@@ -274,7 +288,7 @@ def test_least_squares_of_a_linear_layer_is_ridge_regression() -> None:
     assert left <= 1.0001 * np.linalg.norm(best - wanted)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "recurrent"])
 def test_least_squares_refits_every_consumer_in_the_zoo(name: str) -> None:
     entry = zoo.ZOO[name]
     dense, keep = entry.build(), zoo.half(entry.groups)
@@ -301,9 +315,23 @@ def test_a_consumer_that_is_no_plain_product_is_left_alone_with_a_warning() -> N
     with reporting(recording):
         keep = without(found, "0.0", 0, 3)
         pruned: Any = compensated(dense, found.groups, keep, zoo.batches(entry), LeastSquaresCompensation())
-    assert recording.of("warn") == ["1: not refitted, its forward is not that of a plain convolution or linear layer"]
+    (warning,) = recording.of("warn")
+    assert warning.startswith("1 is not refitted: it is no plain convolution or linear layer")
     masked: Any = masked_copy(dense, found.groups, keep)
     assert torch.equal(pruned[1].weight, masked[1].weight)
+
+
+def test_a_layer_that_runs_twice_is_left_alone_with_a_warning() -> None:
+    entry = zoo.ZOO["recurrent"]
+    dense, keep = entry.build(), zoo.half(entry.groups)
+    recording = Recording()
+    with reporting(recording):
+        pruned: Any = compensated(dense, entry.groups.groups, keep, zoo.batches(entry), LeastSquaresCompensation())
+    (warning,) = recording.of("warn")
+    assert warning.startswith("again is not refitted: ") and warning.endswith(" that is called once")
+    masked: Any = masked_copy(dense, entry.groups.groups, keep)
+    assert torch.equal(pruned.again.weight, masked.again.weight)
+    assert not torch.equal(pruned.wide.weight, masked.wide.weight)
 
 
 def test_a_dead_unit_that_stays_does_not_upset_the_fit() -> None:

@@ -191,14 +191,14 @@ def input_means(module: nn.Module, groups: tuple[Group, ...], images: Tensor) ->
 @pytest.mark.parametrize("intervention", ["zero", "mean"])
 def test_exact_is_a_plain_loop_over_networks_without_the_unit(name: str, intervention: Any) -> None:
     entry = zoo.ZOO[name]
-    module, groups, batches = entry.build(), entry.groups.groups, zoo.batches(entry, 12)
+    module, groups, batches = entry.build(), entry.groups.groups, zoo.batches(entry, 8)
     images, labels = everything(batches)
     means = input_means(module, groups, images) if intervention == "mean" else None
     found = score(CausalCriterion(estimator="exact", intervention=intervention), module, groups, batches)
     whole = log_p(module, images, labels)
     for group, scores in zip(groups, found, strict=True):
         assert scores.group == group.name
-        for unit in range(0, group.units, 1 if group.units < 20 else 17):
+        for unit in range(0, group.units, max(1, group.units // 5)):
             effects = log_p(plainly(module, group, unit, means), images, labels) - whole
             assert scores.effect[unit] == pytest.approx(float(effects.mean()), rel=1e-4, abs=1e-5)
             assert scores.keep_value[unit] == pytest.approx(float(effects.abs().mean()), rel=1e-4, abs=1e-5)
@@ -220,7 +220,7 @@ def test_exact_follows_a_layer_that_runs_twice() -> None:
 def test_attribution_is_the_exact_effect_to_first_order(name: str, intervention: Any) -> None:
     """Each group in turn is read a thousand times more softly, so that what is of second order vanishes; in float64."""
     entry = zoo.ZOO[name]
-    batches = zoo.batches(entry, 16)
+    batches = zoo.batches(entry, 10)
     for group in entry.groups.groups:
         module = entry.build().double()
         module.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
@@ -394,7 +394,7 @@ def test_a_constant_unit_has_no_variance_where_linear_layers_read_channels_last(
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scores_are_finite_complete_and_repeatable(name: str, criterion: str) -> None:
     entry = zoo.ZOO[name]
-    module, groups, batches = entry.build(), entry.groups.groups, zoo.batches(entry, 6)
+    module, groups, batches = entry.build(), entry.groups.groups[:3], zoo.batches(entry, 4)
     found = score(CRITERIA[criterion], module, groups, batches, seed=5)
     for group, scores in zip(groups, found, strict=True):
         assert (scores.group, scores.units) == (group.name, tuple(range(group.units)))
@@ -531,15 +531,15 @@ def test_a_reused_prefix_survives_writing_in_place(layer: str) -> None:
 
 def test_a_forward_that_the_user_replaced_stays_replaced() -> None:
     """Some factories wrap a layer by assigning its `forward`; reusing a prefix must put that back."""
-    entry = zoo.ZOO["chain"]
+    # BUG shown here: replay.replayed deletes it with its own.
+    entry = zoo.ZOO["in-place"]
     module: Any = entry.build()
-    layer = module[0][0]
-    original = layer.forward
-    layer.forward = lambda x: 2 * original(x)
+    original = module.conv1.forward
+    module.conv1.forward = lambda x: 2 * original(x)
     images = zoo.images(entry).float()
     with torch.no_grad():
         expected = module(images)
-        with prefix_reused(module, images, ["2"]):
+        with prefix_reused(module, images, ["conv3"]):
             assert torch.equal(module(images), expected)
         assert torch.equal(module(images), expected)
 

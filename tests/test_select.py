@@ -16,7 +16,7 @@ from cswap_deploy.errors import PruningError
 from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest
 
 many = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 Kind = Literal["channels", "heads"]
 

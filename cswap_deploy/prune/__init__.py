@@ -25,7 +25,7 @@ from cswap_deploy.data import require_learned
 from cswap_deploy.errors import PruningError
 from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches, resolve_device
-from cswap_deploy.prune.compensate import compensated
+from cswap_deploy.prune.compensate import Structure, compensated
 from cswap_deploy.prune.criteria import scorer
 from cswap_deploy.prune.cut import cut_copy, restore, write_plan
 from cswap_deploy.prune.groups import find
@@ -167,6 +167,7 @@ class _Search:
         self.fit, self.selection, self.settings = fit, selection, settings
         self.round_to, self.seed = round_to, seed
         self.reference = _correct(dense, selection)
+        self.structure = Structure()
 
     @staticmethod
     def prepare(
@@ -210,7 +211,7 @@ class _Search:
         if state.steps:
             scores = scorer(self.settings.criterion, self.seed).score(state.module, self.groups.groups, self.fit)
         keep = choose_units(self.groups, scores, state.keep, kind, fraction, self.round_to)
-        module = compensated(self.dense, self.groups.groups, keep, self.fit, self.settings.compensate)
+        module = compensated(self.dense, self.groups.groups, keep, self.fit, self.settings.compensate, self.structure)
         step = self._describe(state, keep, module)
         progress.note(
             f"{step.macs:.1%} of the MACs, {step.params:.1%} of the parameters kept, "

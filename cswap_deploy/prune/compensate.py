@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import assert_never
@@ -35,10 +35,27 @@ RIDGE = 1e-3
 """Ridge of the least squares, relative to the mean diagonal of the Gram matrix; it pulls towards the dense weights."""
 
 
+@dataclass
+class Structure:
+    """What holds for the layers of a network whatever leaves: found at the first compensation, used by the later ones."""
+
+    systems: dict[str, tuple[Rows | None, bool]] = field(default_factory=dict)
+    """Per layer how it is a linear system, and whether its output goes into a sum."""
+    reads: dict[str, set[str]] = field(default_factory=dict)
+
+
 def compensated(
-    dense: nn.Module, groups: Sequence[Group], keep: Keep, batches: Batches, settings: CompensationSettings
+    dense: nn.Module,
+    groups: Sequence[Group],
+    keep: Keep,
+    batches: Batches,
+    settings: CompensationSettings,
+    structure: Structure | None = None,
 ) -> nn.Module:
-    """A masked copy of `dense` that has absorbed the units which left, as far as the recipe's method can."""
+    """A masked copy of `dense` that has absorbed the units which left, as far as the recipe's method can.
+
+    Give the same `structure` to all calls on one network with the same images, so that it is examined once.
+    """
     import torch
 
     module = masked_copy(dense, groups, keep)
@@ -54,7 +71,7 @@ def compensated(
             case BatchNormCompensation():
                 _reestimate(module, batches)
             case LeastSquaresCompensation():
-                _refit(dense, module, gone, batches)
+                _refit(dense, module, gone, batches, structure or Structure())
             case _:
                 assert_never(settings)
     return module
@@ -132,31 +149,38 @@ def _reestimate(module: nn.Module, batches: Batches) -> None:
 # --- least squares: consumers re-fitted in execution order on the already compensated prefix
 
 
-def _refit(dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], batches: Batches) -> None:
+def _refit(
+    dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], batches: Batches, structure: Structure
+) -> None:
     """Sequential ridge regression of each consumer onto the dense network's values at the same place.
 
     W = argmin |U W - (Y + drift)|^2 + ridge |W - W_dense|^2 over the inputs that are left: U what the layer reads in the
     compensated network, Y what it gives in the dense one, drift what the shortcut that it is added to has lost by then.
     """
-    example = next(iter(batches.first(2)))[0]
-    ordered = _in_order(dense, gone, example)
-    there, here = Walk(dense, batches), Walk(module, batches)
+    ordered = _in_order(dense, gone, next(iter(batches.first(1)))[0])
+    there, here = Walk(dense, batches, structure.reads), Walk(module, batches, structure.reads)
     for number, name in enumerate(ordered, 1):
-        layer = dense.get_submodule(name)
-        place = observe(dense, name, example, as_far_as_sum=True)
-        rows = Rows.of(layer, place.inputs, place.output, len(batches)) if name in there.once else None
+        if name not in structure.systems:
+            structure.systems[name] = _examine(dense, name, batches, there.once)
+        rows, with_sum = structure.systems[name]
         if rows is None:
-            progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
             continue
         system = _System.empty(rows, batches.device)
-        with_sum = place.shortcut is not None
         pairs = zip(there.visit(name, as_far_as_sum=with_sum), here.visit(name, as_far_as_sum=with_sum), strict=True)
         for seed, (wanted, found) in enumerate(pairs):
-            drift = wanted.drift(found, channel_axis(layer))
+            drift = wanted.drift(found, channel_axis(rows.layer))
             target = wanted.output if drift is None else wanted.output + drift
             system.add(rows.draw(found.inputs, target, seed))
-        _solve(layer, module, name, system, rows, gone[name])
+        _solve(rows.layer, module, name, system, rows, gone[name])
         progress.advance("layers refitted", number, len(ordered))
+
+
+def _examine(dense: nn.Module, name: str, batches: Batches, once: Sequence[str]) -> tuple[Rows | None, bool]:
+    place = observe(dense, name, next(iter(batches.first(2)))[0], as_far_as_sum=True)
+    rows = Rows.of(dense.get_submodule(name), place.inputs, place.output, len(batches)) if name in once else None
+    if rows is None:
+        progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
+    return rows, place.shortcut is not None
 
 
 @dataclass

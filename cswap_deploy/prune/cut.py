@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Architecture, File, Group, Network, PruningPlan, Slice, UnitAttribute
+from cswap_deploy.checkpoint import load_state, read_checkpoint
 from cswap_deploy.errors import ModelError, PruningError
-from cswap_deploy.model import build, load_state, read_checkpoint
+from cswap_deploy.model import build
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -122,25 +122,24 @@ class Walk:
 
     module: nn.Module
     batches: Batches
+    reads: dict[str, set[str]]
+    """Per visited layer the outputs that are still read from there on: true of every network of the same structure."""
     kept: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.once = called_once(self.module, self._example())
+        self.once = called_once(self.module, next(iter(self.batches.first(1)))[0])
 
     def visit(self, name: str, *, as_far_as_sum: bool) -> Iterator[Place]:
         """What layer `name` reads and gives, batch by batch. Layers must come in the order in which a forward calls them."""
-        read: set[str] | None = None
         size = 0
         for number, (images, _) in enumerate(self.batches):
             before = self.kept.pop(number, {})
             with replayed(self.module, before), finished_before(self.module, [name], self.once) as done:
                 place = observe(self.module, name, images, as_far_as_sum=as_far_as_sum)
-            if read is None:
-                read = still_read(self.module, images[:1], {key: value[:1] for key, value in done.items()})
+            if name not in self.reads:
+                self.reads[name] = still_read(self.module, images[:1], {key: value[:1] for key, value in done.items()})
+            read = self.reads[name]
             size += sum(value.nbytes for key, value in done.items() if key in read)
             if size <= CACHE_BYTES:
                 self.kept[number] = {key: value if key in read else value.shape for key, value in done.items()}
             yield place
-
-    def _example(self) -> Tensor:
-        return next(iter(self.batches.first(1)))[0]

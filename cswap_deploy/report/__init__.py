@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -27,7 +28,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "count": _count, "points": _points}
+    environment.filters |= {"percent": _percent, "count": _count, "points": _points, "code": _code}
     return environment
 
 
@@ -37,6 +38,14 @@ def _percent(fraction: float) -> str:
 
 def _points(value: float) -> str:
     return f"{value:+.2f}"
+
+
+def _code(text: str) -> str:
+    """A Markdown code span, in which no character of a name means anything."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    fence = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
+    space = " " if "`" in plain else ""
+    return f"{fence}{space}{plain}{space}{fence}"
 
 
 def _count(number: float) -> str:

@@ -1,0 +1,247 @@
+"""What people read: plain lines in a pipe, a live line on a terminal that is taken away again, 80 columns."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pty
+import shlex
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cswap_deploy import console
+from cswap_deploy.artifacts import Group, Groups, Refusal
+from cswap_deploy.bundle import Bundle
+from cswap_deploy.console import WIDTH, Console
+
+STAGES = ("source", "plan", "bundle")
+
+
+def on_a_terminal(speak: Callable[[Console], None]) -> str:
+    """All that a console sends to a terminal, escape codes and all."""
+    reader, writer = pty.openpty()
+    received: list[bytes] = []
+
+    def listen() -> None:
+        try:
+            while block := os.read(reader, 1024):
+                received.append(block)
+        except OSError as error:
+            assert error.errno == errno.EIO  # how Linux says that the other side has closed
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with os.fdopen(writer, "w") as stream:
+        speak(Console(STAGES, stream=stream))
+    listener.join()
+    os.close(reader)
+    return b"".join(received).decode()
+
+
+def screen(sent: str) -> list[str]:
+    """What a terminal shows in the end: it obeys carriage returns and `erase line`."""
+    lines = []
+    for line in sent.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            erased = part.removeprefix("\x1b[2K")
+            shown = erased if erased != part else part + shown[len(part) :]
+        lines.append(shown)
+    return lines
+
+
+def in_a_pipe(speak: Callable[[Console], None], *, silent: bool = False) -> str:
+    stream = io.StringIO()
+    speak(Console(STAGES, stream=stream, silent=silent))
+    return stream.getvalue()
+
+
+def a_run(talk: Console) -> None:
+    talk.stage_started("source", "not run yet")
+    talk.advance("images", 1, 3)
+    talk._shown_at = 0.0  # as if a second had passed
+    talk.advance("images", 2, 3)
+    talk.warn("2 exact copies")
+    talk.advance("images", 3, 3)
+    talk.stage_finished("source", 1.25, "/work/stages/source/1", 2048)
+    talk.stage_started("plan", "seed: 0 -> 1")
+    talk.note("59.8% of the MACs")
+    talk.stage_finished("plan", 0.5, "/work/stages/plan/1", 0)
+    talk.stage_finished("bundle", None, "/work/stages/bundle/1", 2048)
+    talk.close()
+
+
+LINES = [
+    "[ 1/3] source     not run yet",
+    "warning: 2 exact copies",
+    "        source     done in 1.2 s, 2.0 KiB in /work/stages/source/1",
+    "[ 2/3] plan       seed: 0 -> 1",
+    "        59.8% of the MACs",
+    "        plan       done in 0.5 s",
+    "[ 3/3] bundle     up to date",
+    "",
+]
+
+
+def test_a_pipe_gets_plain_lines():
+    text = in_a_pipe(a_run)
+    assert [line.replace(" " * 8, "", 1) if line.startswith("       ") else line for line in text.split("\n")] == [
+        line.removeprefix(" " * 8) for line in LINES
+    ]
+    assert "\x1b" not in text and "\r" not in text
+
+
+def test_a_terminal_shows_progress_and_is_left_with_the_same_lines():
+    sent = on_a_terminal(a_run)
+    for progress in ("source     images 1/3", "images 2/3", "images 3/3"):
+        assert progress in sent
+    assert screen(sent) == in_a_pipe(a_run).split("\n")
+
+
+def test_live_lines_come_at_most_every_tenth_of_a_second_but_the_last_always():
+    def hurry(talk: Console) -> None:
+        for number in range(1, 1001):
+            talk.advance("images", number, 1000)
+
+    sent = on_a_terminal(hurry)
+    assert sent.count("images") < 50 and sent.endswith("images 1000/1000")
+
+
+def test_a_live_line_is_taken_away_when_the_run_ends_in_its_midst():
+    def stop(talk: Console) -> None:
+        talk.advance("images", 1, 3)
+        talk.close()
+        talk.close()
+
+    assert screen(on_a_terminal(stop)) == [""]
+
+
+def test_a_live_line_fits_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    sent = on_a_terminal(lambda talk: talk.advance("a very long name of something", 1, 3))
+    assert len(sent) == 29
+
+
+def test_silence_lets_only_warnings_through():
+    assert in_a_pipe(a_run, silent=True) == "warning: 2 exact copies\n"
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal():
+    def speak(talk: Console) -> None:
+        talk.stage_started("source", "\x1b[2J\x1b]0;title\x07")
+        talk.warn("a\rb\nc")
+        talk.note("\x9b31m")
+
+    text = in_a_pipe(speak)
+    assert text.count("\n") == 3 and not set(text) & set("\x1b\x07\r\x9b")
+    assert "\\x1b[2J" in text and "a\\rb\\nc" in text
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("I/O operation on closed file")])
+def test_a_reader_that_has_gone_does_not_end_the_run(error):
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    a_run(Console(STAGES, stream=Gone()))
+
+
+# --- results
+
+
+def is_command_or_path(line: str) -> bool:
+    return line.split()[0] in ("bundle", "report", "next", "python") if line.split() else False
+
+
+def test_a_bundle_is_shown_within_80_columns(quickstart, colours):
+    for built in (quickstart, colours):
+        for line in [*console.bundle_lines(built.bundle), *console.file_lines(built.bundle)]:
+            assert len(line) <= WIDTH, line
+
+
+def test_the_table_holds_the_manifest_s_figures(quickstart):
+    text = "\n".join(console.bundle_lines(quickstart.bundle))
+    manifest = quickstart.manifest
+    assert f"{100 * manifest['accuracy']['source']['top1']:.2f} %" in text
+    assert f"{manifest['accuracy']['drop_pp']:+.2f} points lost" in text
+    for key in ("params", "macs"):
+        assert f"{100 * manifest['pruned'][key] / manifest['model'][key]:.1f} % kept" in text
+        assert console.count_text(manifest["pruned"][key]) in text
+    assert f"PASS: the drop is within 1 points on {manifest['accuracy']['images']} hold-out images" in text
+
+
+def changed(bundle: Bundle, **gate: object) -> Bundle:
+    accuracy = {**bundle.manifest["accuracy"], "gate": {**bundle.manifest["accuracy"]["gate"], **gate}}
+    return replace(bundle, manifest={**bundle.manifest, "accuracy": accuracy})
+
+
+def test_the_verdict_comes_with_one_sentence_of_why(quickstart):
+    def sentence(bundle: Bundle) -> str:
+        text = " ".join(" ".join(console.bundle_lines(bundle)).split())
+        return text[text.index("PASS" if "PASS" in text else "FAIL") :]
+
+    off = changed(quickstart.bundle, verdict="off", max_drop_pp=None)
+    assert sentence(off) == "PASS: no accuracy gate was set; 100 hold-out images"
+    proven = changed(quickstart.bundle, proven=True, images_to_prove=90)
+    assert sentence(proven).endswith("hold-out images, proven at 95%")
+    failed = replace(off, manifest={**off.manifest, "verdict": "fail", "reasons": ["one " * 30, "two"]})
+    assert sentence(failed) == "FAIL: " + "one " * 29 + "one ; two"
+    assert max(map(len, console.bundle_lines(failed))) <= WIDTH
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "it's", '"$HOME"; rm x', "a`b`"])
+def test_next_commands_can_be_pasted(quickstart, tmp_path, name):
+    folder = tmp_path / name
+    _, _, show, code = console.next_commands(Bundle(folder, quickstart.manifest))
+    assert shlex.split(show)[1:] == ["cswap-deploy", "show", str(folder)]
+    program, option, text = shlex.split(code)
+    names: list[object] = []
+    exec(text, {"__builtins__": {"print": lambda _: None, "__import__": lambda *_: _Loader(names)}})
+    assert (program, option, names) == ("python", "-c", [str(folder)])
+
+
+class _Loader:
+    def __init__(self, names: list[object]) -> None:
+        self.load_pruned = names.append
+
+
+def test_no_next_command_would_fail_for_want_of_a_factory(colours):
+    assert "load_pruned" not in "\n".join(console.next_commands(colours.bundle))
+
+
+def test_groups_are_listed_with_what_stays_whole_and_why():
+    groups = Groups((Group("a.:smile:[red]", "channels", 8, ()),), (Refusal("norm", "its units are " * 9),), ())
+    lines = list(console.group_lines(groups))
+    assert max(map(len, lines)) <= WIDTH
+    assert any("a.:smile:[red]" in line and "8" in line for line in lines)
+    assert any(line.startswith("not pruned: norm: its units") for line in lines)
+
+
+def test_long_names_fold_within_the_table():
+    lines = list(console.table(("name", "n"), [("layer." * 40, "1")], "title " * 30))
+    assert max(map(len, lines)) <= WIDTH
+    assert "".join(line.split("  ")[0].strip() for line in lines).count("layer.") >= 39
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.0 GiB")]
+)
+def test_sizes(size, text):
+    assert console.size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (1000, "1.00 k"), (2.5e6, "2.50 M"), (1.23e9, "1.23 G"), (999_999, "1.00 M")]
+)
+def test_counts(number, text):
+    assert console.count_text(number) == text
+
+
+def test_the_path_of_a_result_is_not_folded(tmp_path: Path):
+    long = str(tmp_path / ("x" * 120))
+    assert long in in_a_pipe(lambda talk: talk.stage_finished("plan", 1.0, long, 10)).splitlines()[0]

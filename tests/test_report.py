@@ -1,0 +1,157 @@
+"""The page and the README of a bundle: nothing that a name says is obeyed, every figure is the manifest's."""
+
+from __future__ import annotations
+
+import copy
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import jinja2
+import pytest
+from conftest import Built
+
+from cswap_deploy.report import render_html, render_readme
+
+HOSTILE = "<script>alert(1)</script>\"'`|{{ 7 * 7 }}"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: dict[str, list[str]] = {}
+        self.words: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            self.attributes.setdefault(name, []).append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] != ["style"]:
+            self.words += data.split()
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def strings(value: Any) -> Any:
+    """The same document with every text replaced by a hostile one, where the schema leaves the text free."""
+    if isinstance(value, dict):
+        return {key: item if key in ("verdict", "source", "rule") else strings(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [strings(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+@pytest.fixture
+def manifest(quickstart: Built) -> dict[str, Any]:
+    return copy.deepcopy(quickstart.manifest)
+
+
+def test_names_are_escaped_wherever_they_stand(manifest):
+    hostile = {**strings(manifest), "verdict": "fail", "reasons": [HOSTILE], "name": HOSTILE}
+    page = Page(render_html(hostile))
+    assert set(page.tags) == set(Page(render_html(manifest)).tags)
+    assert "script" not in page.tags and "alert(1)" in page.text and "{{ 7 * 7 }}" in page.text
+    assert page.attributes.keys() == Page(render_html(manifest)).attributes.keys()
+
+
+def test_a_hostile_class_folder_stays_text_from_the_folder_to_the_page(project, plain_simplify):
+    for part in ("scoring", "holdout"):
+        (project.folder / "images" / part / "blue").rename(project.folder / "images" / part / "<script>alert(1)<")
+    built = project.build("prune.target=null")
+    page = Page((built.bundle.folder / "report.html").read_text("utf-8"))
+    assert "script" not in page.tags and "<script>alert(1)<" in page.text
+    assert "<script>alert(1)<" in (built.bundle.folder / "labels.txt").read_text("utf-8").splitlines()
+
+
+def test_page_asks_for_nothing_from_elsewhere(quickstart):
+    source = (quickstart.bundle.folder / "report.html").read_text("utf-8")
+    page = Page(source)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form", "a"} & set(page.tags)
+    assert not {"src", "href", "action", "srcset", "http-equiv", "onload", "onclick"} & page.attributes.keys()
+    assert not re.search(r"https?:|//|@import|url\(", source)
+
+
+def test_page_is_what_the_manifest_renders(quickstart):
+    assert render_html(quickstart.manifest) == (quickstart.bundle.folder / "report.html").read_text("utf-8")
+    assert render_readme(quickstart.manifest) == (quickstart.bundle.folder / "README.md").read_text("utf-8")
+
+
+def test_figures_on_the_page_are_the_manifest_s(manifest):
+    """Each number of the manifest is made distinct; the page must then show each, as it is rounded there."""
+    accuracy, pruned, onnx = manifest["accuracy"], manifest["pruned"], manifest["onnx"]
+    for number, model in enumerate(("source", "pruned", "exported")):
+        accuracy[model] |= {"top1": 0.811 + number / 100, "top5": 0.911 + number / 100}
+        accuracy[model]["top1_ci95"] = [0.711 + number / 100, 0.851 + number / 100]
+    accuracy |= {"images": 4321, "drop_pp": 1.23, "drop_ci95_pp": [-0.45, 3.21], "agreement": 0.9876}
+    accuracy |= {"only_dense_right": 77, "only_shipped_right": 66, "holdout_reads": 9}
+    accuracy["worst_classes"] = [{"label": "seven", "drop_pp": 12.34, "images": 56}]
+    accuracy["gate"] |= {"max_drop_pp": 2.25, "proven": False, "images_to_prove": 8765, "confidence": 0.97}
+    pruned |= {"params": 2_345_000, "macs": 45_670_000, "units": 1000, "units_removed": 123, "steps": 17}
+    manifest["model"] |= {"params": 5_432_000, "macs": 98_760_000}
+    pruned["groups"] = [{"name": "layer1.conv1", "units": 80, "kept": 30}]
+    onnx |= {"opset": 21, "ir_version": 9, "nodes_exported": 543, "nodes_simplified": 432}
+    onnx["parity"] = {"images": 13, "max_abs": 2.34e-6, "sqnr_db": 123.4}
+    text = Page(render_html(manifest)).text
+    shown = [
+        "81.10 %", "82.10 %", "83.10 %", "91.10 %", "92.10 %", "93.10 %", "71.10 % to 85.10 %", "73.10 % to 87.10 %",
+        "4321 hold-out images", "Drop +1.23 points", "-0.45 to +3.21", "98.76 %", "77 images only the dense", "66 only",
+        "read 9 times", "seven +12.34 56", "allows 2.25 points", "not proven at 97.00 %", "8765 images",
+        "2.345 M", "5.432 M", "45.67 M", "98.76 M", "43.17 %", "46.24 %", "1000 877 123 removed", "17 steps",
+        "layer1.conv1 80 30", "Opset 21", "IR version 9", "432 nodes (543", "13 real images", "2.34e-06", "123.4 dB",
+    ]  # fmt: skip
+    assert [figure for figure in shown if figure not in text] == []
+    assert "width:37.5%" in render_html(manifest)
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail"])
+def test_verdict_and_every_reason_are_at_the_top(manifest, verdict):
+    manifest |= {"verdict": verdict, "reasons": ["first reason", "second reason"] if verdict == "fail" else []}
+    top = Page(render_html(manifest).split("<h2>")[0]).text
+    assert verdict in top and ("first reason · second reason" in top) == (verdict == "fail")
+
+
+def test_a_gate_that_is_off_is_said_to_be(manifest):
+    manifest["accuracy"]["gate"] |= {"verdict": "off", "max_drop_pp": None, "images_to_prove": None}
+    assert "No gate was set" in Page(render_html(manifest)).text
+
+
+def test_a_network_without_groups_has_a_page(manifest):
+    manifest["pruned"] |= {"groups": [], "units": 0, "units_removed": 0, "steps": 0}
+    assert "Units per group" not in render_html(manifest)
+
+
+# --- README
+
+
+@pytest.mark.parametrize("name", ["x`.py:net", "``", "<b>net</b>.py:f", "a_b*c*.py:_f_", "net\n# Run this\n.py:f"])
+def test_readme_shows_odd_model_names_as_code(manifest, name):
+    manifest["model"] |= {"name": name, "source": "factory"}
+    readme = render_readme(manifest)
+    plain = name.replace("\n", "\\n")
+    spans = [text.strip() for _, text in re.findall(r"(?s)(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", readme)]
+    assert plain in spans
+    assert [line for line in readme.splitlines() if line.startswith("#")] == ["# quickstart"]
+    assert len([line for line in readme.splitlines() if line.startswith("```")]) == 2
+
+
+def test_readme_states_the_figures_and_how_to_load(manifest, colours: Built):
+    readme = render_readme(manifest)
+    accuracy = manifest["accuracy"]
+    assert f"{100 * accuracy['shipped']['top1']:.2f} %" in readme and f"{accuracy['drop_pp']:+.2f} points" in readme
+    assert f"{accuracy['images']} hold-out images" in readme
+    assert 'load_pruned(".")' in readme
+    assert 'load_pruned(".", factory=your_function)' in render_readme(colours.manifest)
+
+
+def test_a_manifest_without_a_key_is_not_rendered_in_silence(manifest):
+    del manifest["accuracy"]["agreement"], manifest["onnx"]["opset"]
+    with pytest.raises(jinja2.UndefinedError, match=r"agreement|opset"):
+        render_html(manifest)
