@@ -171,7 +171,7 @@ def size_text(size: int) -> str:
 
 def count_text(number: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
+        if number >= 0.999995 * limit:  # what would round up to 1000.00 of the unit below
             return f"{number / limit:.2f} {unit}"
     return f"{number:g}"
 

@@ -97,9 +97,11 @@ def _export(network: Network, settings: OnnxSettings) -> onnx.ModelProto:
     batch = 2 if settings.dynamic_batch else 1
     example = torch.zeros(batch, *network.input.shape)
     shapes = ({0: torch.export.Dim("batch")},) if settings.dynamic_batch else None
-    said = contextlib.redirect_stdout(io.StringIO())
     try:
-        with quiet("torch.onnx", logging.ERROR), warnings.catch_warnings(), said, torch.no_grad():
+        with contextlib.ExitStack() as silence, warnings.catch_warnings(), torch.no_grad():
+            silence.enter_context(quiet("torch", logging.ERROR))
+            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,

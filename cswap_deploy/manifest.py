@@ -200,7 +200,7 @@ def _accuracy() -> Schema:
         images_to_prove=nullable(INTEGER),
     )
     return record(
-        images=INTEGER,
+        images=POSITIVE,
         source=outcome,
         pruned=outcome,
         exported=outcome,

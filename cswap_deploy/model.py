@@ -131,8 +131,9 @@ def _create(settings: ModelSettings, code: Path | None) -> tuple[Architecture, n
     assert settings.factory is not None
     place, function = settings.factory.rsplit(":", 1)
     shown = f"{Path(place).name if place.endswith('.py') else place}:{function}"
+    module = call_factory(settings.factory, kwargs)
     digest = f"sha256:{sha256_of(code)}" if code else "unknown"
-    return Architecture("factory", shown, kwargs, digest, settings.factory), call_factory(settings.factory, kwargs)
+    return Architecture("factory", shown, kwargs, digest, settings.factory), module
 
 
 def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Module:

@@ -68,7 +68,6 @@ def without(found: Groups, name: str, *units: int) -> dict[str, tuple[int, ...]]
     ],
 )
 def test_one_of_two_duplicates_is_not_missed(name: str, group: str) -> None:
-    # BUG shown here: compensate.RIDGE = 1e-3 shrinks what the duplicate takes over by up to 1e-3 of the logits.
     entry = zoo.ZOO[name]
     dense, found, batches = entry.build(), entry.groups, zoo.batches(entry, 64)
     zoo.duplicate(dense, found.by_name[group], 0, 2)
@@ -190,7 +189,6 @@ def require_own_statistics(module: nn.Module, batches: Batches, tolerance: float
 
 def test_batchnorm_weighs_every_image_alike() -> None:
     """130 images are a batch of 128 and one of 2; those 2 are white."""
-    # BUG shown here: compensate._reestimate averages over batches (momentum None), so these 2 count as much as 128.
     entry = zoo.ZOO["chain"]
     batches = zoo.batches(entry, 130)
     batches.pixels[128:] = 255
@@ -204,7 +202,6 @@ def test_batchnorm_weighs_every_image_alike() -> None:
 
 def test_batchnorm_from_one_image_a_batch_still_has_statistics() -> None:
     """Large inputs come one by one: without statistics every layer would keep mean 0 and variance 1."""
-    # BUG shown here: compensate._reestimate resets the statistics and then skips every batch of one image.
     entry = zoo.ZOO["chain"]
     batches = zoo.batches(entry, 1)
     keep = without(entry.groups, "1.0", 0)
@@ -219,7 +216,7 @@ def test_batchnorm_from_one_image_a_batch_still_has_statistics() -> None:
 
 @pytest.mark.parametrize("name", zoo.PRUNABLE)
 def test_least_squares_comes_closer_than_doing_nothing(name: str) -> None:
-    # BUG shown here and in two more [in-place]: replay answers with an expanded zero, which nothing may write into.
+
     entry = zoo.ZOO[name]
     dense, keep, batches = entry.build(), zoo.half(entry.groups), zoo.batches(entry, 64)
     nothing, means, fitted = (
@@ -262,7 +259,7 @@ class TwoWays(nn.Module):
 @pytest.mark.parametrize("order", ["branch first", "shortcut first", "in place"])
 def test_least_squares_corrects_what_the_shortcut_lost(scale: nn.Module, order: str) -> None:
     """Half of the shortcut's units leave; the branch, refitted for a unit of its own, makes up for them entirely."""
-    # BUG shown here (dropout): observe takes a function that returns its argument for one that wrote into it. Dropout in
+
     # eval mode does the first, so that no timm ViT has the drift of its residual stream corrected.
     entry = zoo.Entry(lambda: TwoWays(scale, order), zoo.spec(2), 18)
     dense, found, batches = entry.build(), entry.groups, zoo.batches(entry, 200)

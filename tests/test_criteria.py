@@ -319,7 +319,6 @@ def test_the_false_discovery_rate_is_held_over_the_units_of_all_groups() -> None
 
 def test_one_image_decides_nothing() -> None:
     """`criterion.images: 1` is a recipe that validates."""
-    # BUG shown here: causal.py takes the standard deviation of one value: a warning, then NaN errors in the scores.
     module, groups, batches = linear_case(1)
     (found,) = score(EXACT, module, groups, batches)
     assert all(map(math.isfinite, (*found.keep_value, *found.effect, *found.error, *found.xi)))
@@ -353,7 +352,7 @@ def test_taylor_is_the_squared_first_order_change_of_each_tensor() -> None:
 
 @pytest.mark.parametrize("name", ["chain", "flattened", "concat", "channels-last", "vit", "recurrent"])
 def test_variance_is_that_of_what_is_read(name: str) -> None:
-    # BUG shown here (channels-last): variance.py counts values with axis 1 of any 4-d input; linear layers read the last.
+
     entry = zoo.ZOO[name]
     module, batches = entry.build(), zoo.batches(entry, 150)
     images, _ = everything(batches)
@@ -377,7 +376,6 @@ def read_by(module: nn.Module, member: Any, units: int, images: Tensor) -> Tenso
 
 
 def test_a_constant_unit_has_no_variance_where_linear_layers_read_channels_last() -> None:
-    # BUG shown here: as above; a constant unit gets the highest score.
     entry = zoo.ZOO["channels-last"]
     module: Any = entry.build()
     with torch.no_grad():
@@ -410,7 +408,7 @@ def test_scores_are_finite_complete_and_repeatable(name: str, criterion: str) ->
 @pytest.mark.parametrize("name", ["residual", "vit"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scoring_leaves_the_module_as_it_was(name: str, criterion: str, frozen: bool) -> None:
-    # BUG shown here (attribution, not frozen): causal._attribution calls backward(), which fills every parameter's grad.
+
     entry = zoo.ZOO[name]
     module = entry.build().requires_grad_(not frozen)
     before = zoo.fingerprint(module)
@@ -429,7 +427,7 @@ def test_random_scores_follow_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_no_group_has_no_scores(criterion: str) -> None:
-    # BUG shown here (causal): _verdicts concatenates an empty list.
+
     entry = zoo.ZOO["linear"]
     assert score(CRITERIA[criterion], entry.build(), (), zoo.batches(entry, 4)) == ()
 
@@ -531,7 +529,6 @@ def test_a_reused_prefix_survives_writing_in_place(layer: str) -> None:
 
 def test_a_forward_that_the_user_replaced_stays_replaced() -> None:
     """Some factories wrap a layer by assigning its `forward`; reusing a prefix must put that back."""
-    # BUG shown here: replay.replayed deletes it with its own.
     entry = zoo.ZOO["in-place"]
     module: Any = entry.build()
     original = module.conv1.forward

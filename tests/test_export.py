@@ -296,7 +296,7 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 def test_a_network_that_cannot_be_exported(
     name: str, words: str, network: Callable[[str], Network], images: ImageSet, tmp_path: Path
 ) -> None:
-    logger = logging.getLogger("torch.onnx")
+    logger = logging.getLogger("torch")
     before = logger.level
     with pytest.raises(ExportError, match=f"PyTorch cannot export the network to ONNX: .*{words}") as caught:
         exported(tmp_path / "out", network(name), images, STATIC18)

@@ -110,21 +110,18 @@ def test_finding_leaves_the_module_as_it_was_and_is_repeatable(name: str) -> Non
 
 
 def test_finding_leaves_training_mode_on() -> None:
-    # BUG shown here: torch_pruning calls eval() on the module that groups._trace hands it.
     module = zoo.ZOO["mlp"].build().train()
     find(module, zoo.ZOO["mlp"].spec)
     assert all(layer.training for layer in module.modules())
 
 
 def test_finding_needs_no_gradient_mode_of_its_caller() -> None:
-    # BUG shown here: groups._trace relies on the caller's gradient mode.
     entry = zoo.ZOO["residual"]
     with torch.no_grad():
         assert find(entry.build(), entry.spec) == entry.groups
 
 
 def test_the_forward_sees_batches_only() -> None:
-    # BUG shown here: torch_pruning unpacks a bare tensor: it first calls the forward with one image, without a batch axis.
     seen: set[int] = set()
 
     def watch(x: Tensor) -> Tensor:
@@ -246,7 +243,6 @@ def test_a_single_unit_is_refused() -> None:
 
 
 def test_units_of_a_bare_parameter_are_refused() -> None:
-    # BUG shown here: groups._has_parameters is never true of a parameter; the reason given is a crash further on.
     assert refusals(between(Scale()))["made"] == "it is coupled to a parameter that stands outside any layer"
 
 
@@ -285,7 +281,7 @@ def test_one_head_is_refused() -> None:
 
 def test_a_weight_that_two_layers_share_is_refused() -> None:
     """Cutting gives each layer its own tensor: the network would gain parameters by losing units."""
-    # BUG shown here, in test_the_dense_cost..., test_the_cost_of_a_plan... and test_nothing_reads... [shared]: it is not.
+
     shared = {"first", "second"}
     for group in zoo.ZOO["shared"].groups.groups:
         assert not shared & {member.module for member in group.members}, group.name
@@ -303,7 +299,6 @@ def test_what_cannot_be_traced_is_an_error_with_a_way_out() -> None:
 
 
 def test_an_error_while_tracing_leaves_the_module_as_it_was() -> None:
-    # BUG shown here: torch_pruning leaves its forward hooks behind when the forward raises.
     def raising(x: Tensor) -> Tensor:
         raise ValueError("odd")
 
@@ -316,7 +311,6 @@ def test_an_error_while_tracing_leaves_the_module_as_it_was() -> None:
 
 def test_an_error_without_a_message_is_named() -> None:
     """A bare `assert` in the user's forward."""
-    # BUG shown here and below: groups.py takes str(error).splitlines()[0] of an empty text.
 
     def raising(x: Tensor) -> Tensor:
         raise AssertionError

@@ -470,6 +470,12 @@ def test_factory_that_fails(tmp_path: Path, write: Callable[..., str], text: str
     assert sys.path == path
 
 
+def test_factory_file_that_is_gone(tmp_path: Path) -> None:
+    refused(
+        "recipe's folder", "gone.py does not exist", lambda: load_into(tmp_path, factory=f"{tmp_path / 'gone.py'}:f")
+    )
+
+
 def test_factory_with_other_arguments(tmp_path: Path, net: str) -> None:
     refused("correct model.kwargs", "does not take these arguments: got an unexpected keyword argument 'depth'",
             lambda: load_into(tmp_path / "out", factory=net, kwargs={"depth": 2}))  # fmt: skip

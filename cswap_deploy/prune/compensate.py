@@ -31,8 +31,10 @@ from cswap_deploy.recipe import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-RIDGE = 1e-3
-"""Ridge of the least squares, relative to the mean diagonal of the Gram matrix; it pulls towards the dense weights."""
+RIDGE = 1e-4
+"""Ridge of the least squares relative to each input's own power; it pulls towards the dense weights."""
+SCARCE = 8
+"""With fewer rows than this per unknown the ridge is stronger in proportion."""
 
 
 @dataclass
@@ -136,11 +138,15 @@ def _reestimate(module: nn.Module, batches: Batches) -> None:
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
         layer.reset_running_stats()
-        layer.momentum = None
         layer.train()
+    seen = 0
     for images, _ in batches:
-        if len(images) > 1:
-            module(images)
+        if len(images) == 1 < batches.size and len(batches) > 1:
+            continue
+        seen += len(images)
+        for layer in norms:
+            layer.momentum = len(images) / seen
+        module(images)
     for layer, momentum in zip(norms, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()
@@ -223,9 +229,10 @@ def _solve(old: Any, module: nn.Module, name: str, system: _System, rows: Rows, 
     bias = old.bias if old.bias is not None else old.weight.new_zeros(rows.outputs)
     start = torch.cat([old.weight.flatten(1), bias[:, None]], 1).T.double()[index]
     gram, cross = system.gram[index][:, index], system.cross[index]
-    ridge = RIDGE * gram.diagonal().mean()
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    solution = torch.cholesky_solve(cross + ridge * start, factor).float()
+    scarcity = max(1.0, SCARCE * rows.columns / float(system.gram[-1, -1]))
+    ridge = RIDGE * scarcity * (gram.diagonal() + 1e-3 * gram.diagonal().mean())
+    factor = torch.linalg.cholesky(gram + torch.diag(ridge))
+    solution = torch.cholesky_solve(cross + ridge[:, None] * start, factor).float()
     weight = torch.zeros_like(layer.weight).flatten(1)
     weight[:, index[:-1]] = solution[:-1].T
     layer.weight.copy_(weight.reshape(layer.weight.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -44,7 +45,9 @@ def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = ()) -> Groups
     for number, group in enumerate(candidates, 1):
         progress.advance("groups proven", number, len(candidates))
         pattern = next((p for p in skip if any(fnmatchcase(member.module, p) for member in group.members)), None)
-        reason = f"prune.skip names it ({pattern})" if pattern else _disproof(module, group, spec)
+        reason = (
+            f"prune.skip names it ({pattern})" if pattern else _shared(module, group) or _disproof(module, group, spec)
+        )
         if reason is None:
             groups.append(group)
         else:
@@ -93,6 +96,7 @@ def _is_fused_attention(block: Any) -> bool:
 
 def _channels(module: nn.Module, spec: InputSpec) -> Iterator[Group | Refusal]:
     """Coupled channels and linear units as torch-pruning traces them; groups that touch an attention block's inside are left out."""
+    module = copy.deepcopy(module)  # torch-pruning leaves eval mode, and after an error its hooks
     names = {child: name for name, child in module.named_modules()}
     attention = {
         f"{name}.{part}"
@@ -115,14 +119,14 @@ def _trace(module: nn.Module, spec: InputSpec) -> list[Any]:
     import torch_pruning
 
     example = torch.randn(1, *spec.shape, generator=torch.Generator().manual_seed(0))
-    needs_grad = [parameter.requires_grad for parameter in module.parameters()]
     try:
         module.requires_grad_(True)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             graph = torch_pruning.DependencyGraph().build_dependency(
                 module,
                 example_inputs=example,
+                forward_fn=lambda network, images: network(images),
                 unwrapped_parameters=[],
                 customized_pruners={},
                 ignored_layers=[],
@@ -132,12 +136,13 @@ def _trace(module: nn.Module, spec: InputSpec) -> list[Any]:
             return list(graph.get_all_groups(ignored_layers=[]))
     except Exception as error:  # the tracer raises whatever it stumbles over
         raise PruningError(
-            f"the network's structure could not be traced: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"the network's structure could not be traced: {_first_line(error)}",
             "set prune.target: null to export it without pruning",
         ) from error
-    finally:
-        for parameter, need in zip(module.parameters(), needs_grad, strict=True):
-            parameter.requires_grad_(need)
+
+
+def _first_line(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _channel_group(proposal: Any, names: dict[Any, str]) -> Group:
@@ -166,8 +171,8 @@ def _channel_group(proposal: Any, names: dict[Any, str]) -> Group:
 def _has_parameters(target: Any) -> bool:
     from torch import nn
 
-    return (
-        isinstance(target, nn.Parameter) or bool(list(target.parameters())) if hasattr(target, "parameters") else False
+    return isinstance(target, nn.Parameter) or (
+        isinstance(target, nn.Module) and any(True for _ in target.parameters())
     )
 
 
@@ -235,6 +240,16 @@ def _require_matches(module: nn.Module, skip: Sequence[str]) -> None:
 # --- proof
 
 
+def _shared(module: nn.Module, group: Group) -> str | None:
+    """Why a tensor that stands under two names must not be cut: each of its layers would get one of its own."""
+    names: dict[Any, list[str]] = {}
+    for owner, layer in module.named_modules():
+        for leaf, tensor in layer.named_parameters(recurse=False):
+            names.setdefault(tensor, []).append(f"{owner}.{leaf}" if owner else leaf)
+    twins = next((n for n in names.values() if len(n) > 1 and {m.tensor for m in group.members} & set(n)), None)
+    return f"{' and '.join(twins)} are one tensor" if twins else None
+
+
 def _disproof(module: nn.Module, group: Group, spec: InputSpec) -> str | None:
     """Why this group must not be pruned, or None: cutting a random half of it equals masking it, on random images."""
     import torch
@@ -250,7 +265,7 @@ def _disproof(module: nn.Module, group: Group, spec: InputSpec) -> str | None:
     except CswapError as error:
         return error.message
     except Exception as error:  # whatever the user's forward raises on the smaller layers
-        return f"the network fails without some of its units: {str(error).splitlines()[0]}"
+        return f"the network fails without some of its units: {_first_line(error)}"
     if cut.shape != masked.shape:
         return "its units are outputs of the network"
     difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
@@ -269,6 +284,7 @@ def _cost_terms(module: nn.Module, groups: Sequence[Group], spec: InputSpec) -> 
     axes = _axes(module, groups)
     totals = count_by_module(module, spec)
     terms = []
+    counted: set[Any] = set()
     for name, layer in module.named_modules():
         inner = sum(totals.get(f"{name}.{child}" if name else child, 0) for child, _ in layer.named_children())
         own = totals.get(name, 0) - inner
@@ -276,7 +292,8 @@ def _cost_terms(module: nn.Module, groups: Sequence[Group], spec: InputSpec) -> 
         weight = f"{name}.weight" if name else "weight"
         for tensor, (_, values) in zip(tensors, layer.named_parameters(recurse=False), strict=True):
             macs = own if tensor == weight else 0
-            terms.append(CostTerm(tensor, values.numel(), macs, axes.get(tensor, ())))
+            terms.append(CostTerm(tensor, 0 if values in counted else values.numel(), macs, axes.get(tensor, ())))
+            counted.add(values)
         if own and weight not in tensors:
             heads = tuple(Axis(group.units, ((group.name, 1),)) for group in groups if group.name == f"{name}.heads")
             terms.append(CostTerm(name, 0, own, heads))

@@ -103,10 +103,9 @@ class _Watch:
                 self.shortcut = other.clone()
                 raise _Reached
 
-    def forget_if_overwritten(self, args: tuple[Any, ...], result: Any) -> None:
-        """A function that returns its own argument has changed it in place: it is no longer the layer's output."""
-        if self.carrier is not None and result is self.carrier and args and args[0] is self.carrier:
-            self.carrier = None
+    def version(self) -> int:
+        """Counts the writes into the layer's output: after one it is the layer's output no longer."""
+        return -1 if self.carrier is None else int(self.carrier._version)
 
 
 def _watch(module: nn.Module, name: str, as_far_as_sum: bool) -> _Watch:
@@ -117,8 +116,10 @@ def _watch(module: nn.Module, name: str, as_far_as_sum: bool) -> _Watch:
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             watch.see(func, args, kwargs or {})
+            version = watch.version()
             result = func(*args, **(kwargs or {}))
-            watch.forget_if_overwritten(args, result)
+            if watch.version() != version:
+                watch.carrier = None
             return result
 
     watch.mode = Mode()

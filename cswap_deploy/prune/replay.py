@@ -11,31 +11,30 @@ from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.observe import Place, observe
 
 if TYPE_CHECKING:
-    from torch import Size, Tensor, nn
+    from torch import Tensor, nn
 
 CACHE_BYTES = 2 << 30
 """Kept outputs of one walk; batches beyond it are computed from the start each time."""
 
-Kept = dict[str, "Tensor | Size"]
-"""Per submodule its output, or only the output's shape where nothing that is still to come reads it."""
+Kept = dict[str, "Tensor"]
+"""Per submodule its output, or zeros without memory of their own where nothing that is still to come reads it."""
 
 
 @contextmanager
-def replayed(module: nn.Module, outputs: Mapping[str, Tensor | Size]) -> Iterator[None]:
+def replayed(module: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block these submodules return what was kept; where only a shape was kept, zeros that nobody reads."""
 
-    def answer(value: Tensor | Size) -> Any:
-        import torch
-
-        if isinstance(value, torch.Tensor):
-            return lambda *_args, **_kwargs: value.clone()
-        return lambda *_args, **_kwargs: torch.zeros(()).expand(value)
+    def answer(value: Tensor) -> Any:
+        return lambda *_args, **_kwargs: value.clone()
 
     with ExitStack() as undo:
         for name, value in outputs.items():
             layer = module.get_submodule(name)
+            own = layer.__dict__.get("forward")
             layer.forward = answer(value)
-            undo.callback(layer.__dict__.pop, "forward")
+            undo.callback(
+                layer.__dict__.pop if own is None else layer.__dict__.__setitem__, "forward", *([own] if own else [])
+            )
         yield
 
 
@@ -110,10 +109,14 @@ def still_read(module: nn.Module, images: Tensor, outputs: Mapping[str, Tensor])
     gradients = torch.autograd.grad(total, list(floating.values()), allow_unused=True)
     read = {name for name, gradient in zip(floating, gradients, strict=True) if gradient is not None}
     read |= set(outputs) - set(floating)
-    thinned: Kept = {name: value if name in read else value.shape for name, value in outputs.items()}
+    thinned: Kept = {name: value if name in read else _unread(value) for name, value in outputs.items()}
     with torch.no_grad(), replayed(module, thinned):
         same = torch.allclose(module(images), logits, rtol=1e-4, atol=1e-5)
     return read if same else set(outputs)
+
+
+def _unread(value: Tensor) -> Tensor:
+    return value.new_zeros(()).expand_as(value)
 
 
 @dataclass
@@ -141,5 +144,5 @@ class Walk:
             read = self.reads[name]
             size += sum(value.nbytes for key, value in done.items() if key in read)
             if size <= CACHE_BYTES:
-                self.kept[number] = {key: value if key in read else value.shape for key, value in done.items()}
+                self.kept[number] = {key: value if key in read else _unread(value) for key, value in done.items()}
             yield place

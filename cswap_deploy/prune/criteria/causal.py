@@ -32,6 +32,8 @@ class CausalEffect:
 
     def score(self, module: nn.Module, groups: Sequence[Group], batches: Batches) -> tuple[GroupScores, ...]:
         """Scores over all units of each group; `module` is left as it was."""
+        if not groups:
+            return ()
         batches = batches.first(self.settings.images)
         means = _input_means(module, groups, batches) if self.settings.intervention == "mean" else None
         match self.settings.estimator:
@@ -50,7 +52,7 @@ class CausalEffect:
 
 def _group_scores(group: Group, values: Tensor, verdicts: tuple[Verdict, ...]) -> GroupScores:
     """values: (images, units) change of log p(true class) per image."""
-    error = values.std(0) / max(1, len(values)) ** 0.5
+    error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else values[0] * 0
     return GroupScores(
         group.name,
         tuple(range(group.units)),
@@ -78,7 +80,9 @@ def _attribution(
     for images, labels in batches:
         images.requires_grad_(True)
         with torch.enable_grad(), taps(module, layers) as seen:
-            torch.autograd.backward(_log_p(module, images, labels).sum())
+            torch.autograd.backward(
+                _log_p(module, images, labels).sum(), inputs=[tap for inputs in seen.values() for tap in inputs]
+            )
         products = {name: [_product(module, name, tap, means) for tap in inputs] for name, inputs in seen.items()}
         for part, group in zip(parts, groups, strict=True):
             total = [
@@ -151,6 +155,8 @@ def _verdicts(effects: Sequence[Tensor], alpha: float, *, decisive: bool) -> lis
 
     means = np.concatenate([values.mean(0).numpy() for values in effects])
     count = len(effects[0])
+    if count < 2:
+        return [_unresolved(values) for values in effects]
     errors = np.concatenate([values.std(0).numpy() for values in effects]) / count**0.5
     safe = np.maximum(errors, 1e-300)
     p_values = np.where(errors > 0, 2 * stats.t.sf(np.abs(means) / safe, count - 1), np.where(means == 0, 1.0, 0.0))
@@ -169,3 +175,7 @@ def _verdict(mean: float, significant: bool, inside: bool) -> Verdict:
     if significant:
         return "critical" if mean < 0 else "detrimental"
     return "unresolved"
+
+
+def _unresolved(values: Tensor) -> tuple[Verdict, ...]:
+    return tuple("unresolved" for _ in range(values.shape[1]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cswap_deploy.artifacts import Group, GroupScores
-from cswap_deploy.prune.ablation import taps, unit_sums
+from cswap_deploy.prune.ablation import channel_axis, taps, unit_sums
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.criteria.weights import relative_scores
 from cswap_deploy.recipe import VarianceCriterion
@@ -40,9 +40,7 @@ class Variance:
                         for tap in seen[member.module]:
                             for power, total in enumerate(moments[group.name], 1):
                                 total += unit_sums(tap.double() ** power, member, layer, group.units).sum(0).cpu()
-                            seen_values[group.name] += (
-                                tap.numel() // tap.shape[1 if tap.ndim == 4 else -1] * member.repeat
-                            )
+                            seen_values[group.name] += tap.numel() // tap.shape[channel_axis(layer)] * member.repeat
         results = []
         for group in groups:
             mean, square = (total / seen_values[group.name] for total in moments[group.name])
