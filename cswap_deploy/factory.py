@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
@@ -44,6 +45,35 @@ def call_factory(reference: str, kwargs: Mapping[str, Any]) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ModelError(f"factory {reference!r} returned {type(module).__name__}", "it must return a torch.nn.Module")
     return module.eval()
+
+
+def files_beside(file: Path | None) -> tuple[Path, ...]:
+    """The files in the factory's folder that it reaches by its imports, sorted; a result depends on them too."""
+    reached: set[Path] = set()
+    waiting = [file] if file is not None and file.is_file() else []
+    while waiting:
+        found = set(_imported(waiting.pop(), file.parent)) - reached if file else set()
+        reached |= found
+        waiting += found
+    return tuple(sorted(reached - {file}))
+
+
+def _imported(source: Path, folder: Path) -> Iterator[Path]:
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return  # importing it will say so
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import():
+                names = [alias.name for alias in node.names]
+            case ast.ImportFrom():
+                names = [node.module or alias.name for alias in node.names]
+            case _:
+                continue
+        for name in names:
+            inside = folder.joinpath(*name.split("."))
+            yield from (path for path in (inside.with_suffix(".py"), inside / "__init__.py") if path.is_file())
 
 
 @contextmanager

@@ -30,15 +30,22 @@ FACTORY_INPUT = InputSpec(
 
 
 @stage("source", returns=Network, libraries=("torch", "timm", "safetensors"))
-def load(out: Path, settings: ModelSettings, code: Path | None) -> Network:
+def load(
+    out: Path, settings: ModelSettings, code: Path | None, seed: int = 0, beside: tuple[Path, ...] = ()
+) -> Network:
     """Build the network, load its weights, and prove that it is a classifier with finite float32 weights.
 
-    `code`: the factory's file, so that the result is stale when it changes. Errors: ModelError.
+    `code` and `beside`: the factory's file and those that it imports, so that the result is stale when one changes;
+    `seed`: of whatever the constructor draws.
+    Errors: ModelError.
     """
     require_module("torch")
+    import torch
     from safetensors.torch import save_file
 
-    architecture, module = _create(settings, code)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        architecture, module = _create(settings, code)
     if settings.checkpoint is not None:
         load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
     _require_sound(module)

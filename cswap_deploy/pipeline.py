@@ -10,6 +10,7 @@ from cswap_deploy import accuracy, bundle, data, export, model, prune
 from cswap_deploy.artifacts import Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.errors import RecipeError
+from cswap_deploy.factory import files_beside
 from cswap_deploy.recipe import (
     CausalCriterion,
     FpsTarget,
@@ -51,7 +52,8 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     """Load, split, prune, export, simplify."""
     require_available(recipe)
     settings, device, seed = recipe.prune, recipe.device, recipe.seed
-    source = work.run(model.load, recipe.model, recipe.model.factory_file)
+    code = recipe.model.factory_file
+    source = work.run(model.load, recipe.model, code, seed, files_beside(code))
     images = recipe.calibration.images
     calibration = recipe.calibration
     catalogue = data.catalogue(images, calibration.labels, source.outputs, work.digest)

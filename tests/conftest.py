@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pytest
 from PIL import Image
 
 from cswap_deploy import export, pipeline, progress
+from cswap_deploy.artifacts import Network
 from cswap_deploy.bundle import Bundle
-from cswap_deploy.recipe import Recipe, load
+from cswap_deploy.recipe import OnnxSettings, Recipe, load
 from cswap_deploy.stage import Workdir
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,21 @@ def run(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> 
     return subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=300, check=False)
 
 
+def start_build(recipe: Path, work: Path, *options: str) -> subprocess.Popen[str]:
+    """The real command in a process of its own, to be stopped by the test."""
+    command = [sys.executable, "-m", "cswap_deploy", "build", str(recipe), "--work", str(work), *options]
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings)
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
+        time.sleep(0.005)
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -227,9 +244,26 @@ def project(tmp_path: Path) -> Project:
     return make_project(tmp_path / "project")
 
 
+@pytest.fixture(scope="session")
+def exports() -> dict[str, bytes]:
+    """ONNX graphs by the digest of what they were exported from."""
+    return {}
+
+
 @pytest.fixture
-def plain_simplify(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exported graph passes for the simplified one: a build without onnxsim's process of its own takes half the time."""
+def cheap_export(monkeypatch: pytest.MonkeyPatch, exports: dict[str, bytes]) -> None:
+    """For tests about other stages: a network is exported once per session, and its graph passes for the simplified one."""
+    import onnx
+
+    really_export = export._export
+
+    def remembered(network: Network, settings: OnnxSettings) -> onnx.ModelProto:
+        key = f"{network.plan and network.plan.sha256} {network.weights.sha256} {settings}"
+        if key not in exports:
+            exports[key] = really_export(network, settings).SerializeToString()
+        return onnx.load_from_string(exports[key])
+
+    monkeypatch.setattr(export, "_export", remembered)
     monkeypatch.setattr(export, "_run_onnxsim", lambda source, target: shutil.copyfile(source, target) and None)
 
 

@@ -113,7 +113,7 @@ def test_readme_s_code_runs_in_the_bundle(quickstart):
     assert done.stdout.split() == [str(label) for label in expected]
 
 
-def test_class_names_with_a_line_break_are_refused(project, plain_simplify):
+def test_class_names_with_a_line_break_are_refused(project, cheap_export):
     for part in ("scoring", "holdout"):
         (project.folder / "images" / part / "blue").rename(project.folder / "images" / part / "bl\u2028ue")
     with pytest.raises(DataError, match="line break"):
@@ -136,7 +136,7 @@ def test_timm_network_reloads_bit_equal_in_a_process_without_its_checkpoint(quic
     assert np.allclose(exported, np.load(bundle / "test_vectors/output.npy"), atol=1e-4)
 
 
-def test_vision_transformer_reloads_bit_equal(tmp_path, plain_simplify):
+def test_vision_transformer_reloads_bit_equal(tmp_path, cheap_export):
     import torch
 
     settings = ("calibration.scoring=32", "calibration.holdout=20", "prune.steps=1", "prune.criterion=taylor")

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, faults, run
+from conftest import ROOT, faults, run, start_build, wait_until
 from typer.testing import CliRunner
 
 import cswap_deploy
@@ -117,7 +118,7 @@ def test_json_of_an_error_keeps_to_the_schema(command, tmp_path):
     assert f"error: {found['error']['message']}" in result.stderr
 
 
-def test_json_of_build_prepare_check_and_show_keeps_to_the_schemas(project, plain_simplify):
+def test_json_of_build_prepare_check_and_show_keeps_to_the_schemas(project, cheap_export):
     work = project.folder / "work"
     for command, arguments in {
         "check": [project.recipe, "--work", work, "--groups"],
@@ -200,10 +201,10 @@ def test_a_build_whose_progress_nobody_reads_goes_on(quickstart):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as nobody:
-        command = [sys.executable, "-m", "cswap_deploy", "build", QUICKSTART, "--work", str(quickstart.work), "--json"]
+        command = [sys.executable, "-m", "cswap_deploy", "build", QUICKSTART, "--work", str(quickstart.work)]
         command += [f"--set={setting}" for setting in quickstart.overrides]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=nobody, text=True, check=False)
-    assert done.returncode == 0 and json.loads(done.stdout)["verdict"] == "pass"
+    assert done.returncode == 0 and "\nPASS: " in done.stdout
 
 
 def test_a_build_reports_on_standard_error_and_answers_on_standard_output(quickstart):
@@ -229,27 +230,25 @@ def test_check_says_what_would_run_and_writes_nothing(quickstart, tmp_path):
     assert sorted(quickstart.work.rglob("*")) == before
 
 
-def test_progress_lives_on_a_terminal_and_is_taken_away(project):
-    """A real process on a pseudo-terminal: a live line appears, is erased, and the error has a line of its own."""
-    broken = sorted((project.folder / "images" / "holdout").rglob("*.png"))[-1]
-    broken.write_bytes(b"not an image")
-    command = ["-m", "cswap_deploy", "build", str(project.recipe), "--work", str(project.folder / "work")]
+def test_a_run_that_ends_in_the_midst_of_a_live_line_says_why_on_a_line_of_its_own(tmp_path):
+    code = (
+        "import sys\nfrom cswap_deploy import cli, errors, pipeline, progress\n"
+        "def build(recipe, work):\n"
+        "    progress.advance('images', 1, 3)\n    raise errors.DataError('x.png cannot be decoded', 'remove it')\n"
+        "pipeline.build = build\ncli.main()\n"
+    )
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ |= {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-        os.execv(sys.executable, [sys.executable, *command, "--set=prune.target=null"])
+        os.execv(sys.executable, [sys.executable, "-c", code, "build", QUICKSTART, "--work", str(tmp_path / "work")])
     sent = b""
-    try:
+    with suppress(OSError):  # how Linux says that the other side has closed
         while block := os.read(terminal, 4096):
             sent += block
-    except OSError:
-        pass
-    _, status = os.waitpid(pid, 0)
-    text = sent.decode()
-    assert os.waitstatus_to_exitcode(status) == 3, text
-    assert "images 16/16" in text or "digests" in text
-    assert text.count("\r\x1b[2K") >= 1
-    assert "\nerror: " in text.replace("\x1b[2K", "").replace("\r", "\n")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    live, rest = sent.decode().split("\r\x1b[2K")
+    assert live.endswith("images 1/3")
+    assert rest.split("\r\n") == ["error: x.png cannot be decoded", "  hint: remove it", ""]
 
 
 # --- exit codes
@@ -311,7 +310,7 @@ def test_show_of_a_tampered_manifest_ends_with_9(copy):
     assert result.exit_code == 9 and "is not a manifest" in result.stderr
 
 
-def test_a_failed_gate_ends_with_7_and_leaves_a_complete_bundle(project, plain_simplify):
+def test_a_failed_gate_ends_with_7_and_leaves_a_complete_bundle(project, cheap_export):
     sets = ["prune.criterion=magnitude", "prune.compensate=none", "prune.target.macs=0.15", "accuracy.max_drop=0"]
     work = project.folder / "work"
     result = call("build", project.recipe, "--work", work, "--json", *(f"--set={setting}" for setting in sets))
@@ -334,7 +333,7 @@ def test_a_work_folder_in_use_is_named(quickstart, tmp_path):
     assert result.exit_code == 2 and f"in use by process {os.getpid()}" in result.stderr
 
 
-def test_default_work_folder_is_runs_and_the_name(project, monkeypatch, plain_simplify):
+def test_default_work_folder_is_runs_and_the_name(project, monkeypatch, cheap_export):
     monkeypatch.chdir(project.folder)
     result = call("prepare", "recipe.yaml", "--set=prune.target=null", "--json")
     assert document(result)["work"] == "runs/colours"
@@ -344,26 +343,18 @@ def test_default_work_folder_is_runs_and_the_name(project, monkeypatch, plain_si
 # --- interruption
 
 
-def start(built_or_recipe: Path, work: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cswap_deploy", "build", str(built_or_recipe), "--work", str(work), *options]
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings)
-
-
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "groups"), (signal.SIGTERM, "exported")])
-def test_an_interrupted_build_ends_with_130_soon_and_resumes(project, number, stage):
-    process = start(project.recipe, project.folder / "work", "--json")
-    assert process.stderr is not None and process.stdout is not None
-    folder = project.folder / "work" / "tmp" / f"{stage}-0"
-    deadline = time.monotonic() + 120
-    while not folder.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "source"), (signal.SIGTERM, "exported")])
+def test_an_interrupted_build_ends_with_130_soon_and_resumes(project, cheap_export, number, stage):
+    work = project.folder / "work"
+    process = start_build(project.recipe, work, "--json")
+    wait_until(lambda: (work / "tmp" / f"{stage}-0").exists(), process)
     process.send_signal(number)
     sent = time.monotonic()
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert time.monotonic() - sent < 4, "seconds until it ended; 2 on a machine with nothing else to do"
+    assert time.monotonic() - sent < 4, "2 s, and as much again for a machine with other things to do"
     assert json.loads(stdout)["error"]["exit_code"] == 130
     assert "error: interrupted" in stderr and "Traceback" not in stderr
-    result = call("build", project.recipe, "--work", project.folder / "work")
-    assert result.exit_code == 0 and "source     up to date" in result.stderr
+    result = call("build", project.recipe, "--work", work)
+    assert result.exit_code == 0, result.stderr
+    assert ("source     up to date" in result.stderr) == (stage != "source")

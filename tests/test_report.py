@@ -62,7 +62,7 @@ def test_names_are_escaped_wherever_they_stand(manifest):
     assert page.attributes.keys() == Page(render_html(manifest)).attributes.keys()
 
 
-def test_a_hostile_class_folder_stays_text_from_the_folder_to_the_page(project, plain_simplify):
+def test_a_hostile_class_folder_stays_text_from_the_folder_to_the_page(project, cheap_export):
     for part in ("scoring", "holdout"):
         (project.folder / "images" / part / "blue").rename(project.folder / "images" / part / "<script>alert(1)<")
     built = project.build("prune.target=null")
