@@ -68,18 +68,18 @@ def a_run(talk: Console) -> None:
     talk.advance("images", 2, 3)
     talk.warn("2 exact copies")
     talk.advance("images", 3, 3)
-    talk.stage_finished("source", 1.25, "/work/stages/source/1", 2048)
+    talk.stage_finished("source", 1.25, "runs/x/stages/source/1", 2048)
     talk.stage_started("plan", "seed: 0 -> 1")
     talk.note("59.8% of the MACs")
-    talk.stage_finished("plan", 0.5, "/work/stages/plan/1", 0)
-    talk.stage_finished("bundle", None, "/work/stages/bundle/1", 2048)
+    talk.stage_finished("plan", 0.5, "runs/x/stages/plan/1", 0)
+    talk.stage_finished("bundle", None, "runs/x/stages/bundle/1", 2048)
     talk.close()
 
 
 LINES = [
     "[ 1/3] source     not run yet",
     "warning: 2 exact copies",
-    "        source     done in 1.2 s, 2.0 KiB in /work/stages/source/1",
+    "        source     done in 1.2 s, 2.0 KiB in runs/x/stages/source/1",
     "[ 2/3] plan       seed: 0 -> 1",
     "        59.8% of the MACs",
     "        plan       done in 0.5 s",

@@ -52,7 +52,7 @@ class Batches:
     def size(self) -> int:
         """Images per batch, so that the activations of deep networks stay within some hundred megabytes."""
         channels, height, width = self.spec.shape
-        return max(1, min(128, BATCH_ELEMENTS // (channels * height * width)))
+        return max(1, min(64, BATCH_ELEMENTS // (channels * height * width)))
 
 
 def resolve_device(wanted: str) -> str:

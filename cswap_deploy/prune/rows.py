@@ -13,8 +13,8 @@ WORK = 1e10
 """Multiplications that one Gram matrix may cost; beyond it positions are sampled."""
 ROWS_PER_COLUMN = 8
 """But never fewer positions than this times the unknowns per output."""
-CHUNK = 8_000_000
-"""Elements of one block: bounds the memory of unfolding to 32 MB."""
+CHUNK = 4_000_000
+"""Elements of one block: bounds the memory of unfolding to 16 MB."""
 
 
 @dataclass(frozen=True)
