@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import shutil
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
     accuracy, model, pruned = manifest["accuracy"], manifest["model"], manifest["pruned"]
     dense, shipped = accuracy["source"], accuracy["shipped"]
     rows = [
-        ("top-1", _percent(dense["top1"]), _percent(shipped["top1"]), f"{accuracy['drop_pp']:+.2f} points lost"),
+        ("top-1", _percent(dense["top1"]), _percent(shipped["top1"]), f"drop {accuracy['drop_pp']:+.2f} points"),
         ("  95 % interval", _interval(dense["top1_ci95"]), _interval(shipped["top1_ci95"]), _drop_interval(accuracy)),
         ("top-5", _percent(dense["top5"]), _percent(shipped["top5"]), ""),
         ("parameters", count_text(model["params"]), count_text(pruned["params"]), _ratio(pruned, model, "params")),
@@ -100,12 +102,24 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
 
 
 def next_commands(bundle: Bundle) -> Iterator[str]:
-    yield f"bundle   {bundle.folder}"
-    yield f"report   {bundle.folder / 'report.html'}"
-    yield f"next     {shlex.join(['cswap-deploy', 'show', str(bundle.folder)])}"
+    """Where things are and what to try, ready to paste into the shell that this program was started from."""
+    folder = _from_here(bundle.folder)
+    yield f"bundle   {folder}"
+    yield f"report   {folder / 'report.html'}"
+    program = _from_here(Path(sys.argv[0])) if os.sep in sys.argv[0] else Path("cswap-deploy")
+    if program.name != "cswap-deploy":
+        program = Path("cswap-deploy")
+    yield f"next     {shlex.join([str(program), 'show', str(folder)])}"
     if bundle.manifest["model"]["source"] == "timm":
-        code = f"import cswap_deploy; print(cswap_deploy.load_pruned({str(bundle.folder)!r}))"
-        yield f"         {shlex.join(['python', '-c', code])}"
+        code = f"import cswap_deploy; print(cswap_deploy.load_pruned({str(folder)!r}))"
+        python = str(program.with_name("python")) if program.parent != Path() else "python"
+        yield f"         {shlex.join([python, '-c', code])}"
+
+
+def _from_here(path: Path) -> Path:
+    """The path as one would type it: relative where it lies below the current folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def file_lines(bundle: Bundle) -> Iterator[str]:

@@ -129,6 +129,7 @@ def read_labels(file: Path, outputs: int) -> tuple[str, ...]:
         if not name or name in line_of:
             what = f"{name!r} is already on line {line_of[name]}" if name else "a blank line"
             raise DataError(f"{file}:{line}: {what}", hint="give each model output a name of its own")
+        _require_one_line(name, file)
         line_of[name] = line
     if len(names) != outputs:
         raise DataError(
@@ -136,6 +137,12 @@ def read_labels(file: Path, outputs: int) -> tuple[str, ...]:
             hint="write one class name per model output, in the order of the outputs",
         )
     return tuple(names)
+
+
+def _require_one_line(name: str, place: Path) -> None:
+    """labels.txt holds one class name a line, whatever its reader takes for the end of a line."""
+    if name.splitlines() != [name]:
+        raise DataError(f"class name {name!r} ({place}) holds a line break", hint="rename the class")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -244,6 +251,7 @@ def _require_classes(pool: Path, names: Sequence[str], outputs: int) -> None:
 def _labelled(pool: _Folder, root: Path, names: Sequence[str]) -> Iterator[Found]:
     label_of = {name: label for label, name in enumerate(names)}
     for folder in _class_folders(pool):
+        _require_one_line(folder.name, folder.path)
         if folder.name not in label_of:
             nearest = get_close_matches(folder.name, names, n=1, cutoff=0)[0]
             raise DataError(

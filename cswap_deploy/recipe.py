@@ -403,7 +403,7 @@ class AccuracySettings(Settings):
     rule: Literal["point", "bound"] = Field(
         default="point", description="point: the observed drop decides; bound: its upper bound does"
     )
-    confidence: float = Field(default=0.95, gt=0, lt=1, description="confidence of the interval, as a fraction")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="confidence of the interval, as a fraction")
 
 
 class OnnxSettings(Settings):

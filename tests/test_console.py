@@ -168,7 +168,7 @@ def test_the_table_holds_the_manifest_s_figures(quickstart):
     text = "\n".join(console.bundle_lines(quickstart.bundle))
     manifest = quickstart.manifest
     assert f"{100 * manifest['accuracy']['source']['top1']:.2f} %" in text
-    assert f"{manifest['accuracy']['drop_pp']:+.2f} points lost" in text
+    assert f"drop {manifest['accuracy']['drop_pp']:+.2f} points" in text
     for key in ("params", "macs"):
         assert f"{100 * manifest['pruned'][key] / manifest['model'][key]:.1f} % kept" in text
         assert console.count_text(manifest["pruned"][key]) in text

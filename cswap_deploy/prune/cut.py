@@ -156,6 +156,8 @@ def _kept_indices(module: nn.Module, groups: Sequence[Group], keep: Keep) -> dic
     kept = {}
     for (owner, parameter, axis), lost in gone.items():
         size = getattr(module.get_submodule(owner), parameter).shape[axis]
+        if max(lost, default=0) >= size:
+            raise PruningError(f"{owner}.{parameter} has {size} indices on axis {axis}, the groups own more")
         kept[owner, parameter, axis] = [index for index in range(size) if index not in lost]
     return kept
 
