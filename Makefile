@@ -11,7 +11,7 @@ demo: $(INSTALLED)  ## install, prune the embedded digit classifier, show before
 	$(BIN)/cswap-deploy build recipes/quickstart.yaml
 
 test: $(INSTALLED)  ## the tests (under 4 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not wheel"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 check: $(INSTALLED)  ## format, lint, types, architecture
 	$(BIN)/ruff format --check .
@@ -23,7 +23,7 @@ bench: $(INSTALLED)  ## the benchmarks; they write JSON beside themselves
 	$(BIN)/python benchmarks/criteria.py
 
 soak: $(INSTALLED)  ## the long tests
-	$(BIN)/python -m pytest -m "slow or wheel"
+	$(BIN)/python -m pytest -m slow
 
 docs: $(INSTALLED)  ## regenerate what is generated under docs/
 	$(BIN)/python docs/generate_recipe.py
