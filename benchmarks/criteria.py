@@ -121,7 +121,7 @@ def _scorer(name: str, seed: int) -> Scorer:
 
 def prepare(path: Path, overrides: Sequence[str], steps: int, keep: float, scratch: Path) -> Bench:
     settings = recipe.load(path, overrides)
-    network = model.load(scratch, settings.model, settings.model.factory_file)
+    network = model.load(scratch, settings.model, seed=settings.seed)
     calibration = settings.calibration
     catalogue = data.catalogue(calibration.images, calibration.labels, network.outputs)
     split = data.divide(catalogue, calibration.scoring, calibration.holdout, settings.seed)

@@ -29,7 +29,12 @@ NO_CLASS = -1
 """What is predicted where a logit is NaN or infinite: never right, whereas sorting would put the first class first."""
 
 
-@stage("accuracy", returns=AccuracyReport, libraries=("torch", "timm", "onnxruntime"), reads_holdout=True)
+@stage(
+    "accuracy",
+    returns=AccuracyReport,
+    libraries=("torch", "timm", "numpy", "pillow", "onnxruntime"),
+    reads_holdout=True,
+)
 def compare(
     out: Path,
     source: Network,
@@ -63,7 +68,7 @@ def evaluate(
         inputs = normalise(pixels, network.input)
         labels += truth.tolist()
         for number, predict in enumerate(models):
-            logits = predict(inputs)
+            logits = predict(inputs.copy())
             best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
             best[~np.isfinite(logits).all(1)] = NO_CLASS
             predicted[number] += best[:, 0].tolist()

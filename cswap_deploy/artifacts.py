@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -239,6 +239,23 @@ class GroupScores:
     error: tuple[float, ...] = ()
     xi: tuple[float, ...] = ()
     verdict: tuple[Verdict, ...] = ()
+
+    def of(self, units: Collection[int]) -> GroupScores:
+        """The scores of these units alone."""
+        places = [place for place, unit in enumerate(self.units) if unit in set(units)]
+
+        def pick(values: tuple[T, ...]) -> tuple[T, ...]:
+            return tuple(values[place] for place in places) if values else ()
+
+        return GroupScores(
+            self.group,
+            pick(self.units),
+            pick(self.keep_value),
+            pick(self.effect),
+            pick(self.error),
+            pick(self.xi),
+            pick(self.verdict),
+        )
 
 
 @dataclass(frozen=True)

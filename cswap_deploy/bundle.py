@@ -114,7 +114,8 @@ def load_pruned(bundle: Path | str, factory: Callable[..., nn.Module] | None = N
     `factory`, called with the recorded kwargs: nothing that a bundle names is imported. The test vectors are replayed.
     Errors: ModelError, VerifyError.
     """
-    require_module("torch")
+    for library in ("torch", "timm", "safetensors"):
+        require_module(library)
     from cswap_deploy.model import build
     from cswap_deploy.prune.cut import rebuild
 
@@ -142,7 +143,7 @@ def load_pruned(bundle: Path | str, factory: Callable[..., nn.Module] | None = N
     return module
 
 
-@stage("bundle", returns=BundleFiles)
+@stage("bundle", returns=BundleFiles, libraries=("cswap-deploy", "jinja2", *ENVIRONMENT))
 def assemble(
     out: Path,
     name: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cswap_deploy import data, model, pipeline, prune
-from cswap_deploy.artifacts import Groups
+from cswap_deploy.artifacts import Groups, Split
+from cswap_deploy.factory import code_files
 from cswap_deploy.recipe import Recipe
 from cswap_deploy.stage import Workdir
 
@@ -28,12 +28,13 @@ def check(recipe: Recipe, folder: Path) -> CheckReport:
     outputs = model.expected_outputs(recipe.model)
     calibration = recipe.calibration
     facts = {"model": model.describe(recipe.model)}
+    work = Workdir(folder, dry=True)
     if outputs is not None:
-        listing = data.scan(calibration.images, calibration.labels, outputs)
-        facts["images"] = _describe(listing, calibration.images)
+        catalogue = data.catalogue(calibration.images, calibration.labels, outputs, work.digest)
+        split = data.divide(catalogue, calibration.scoring, calibration.holdout, recipe.seed)
+        facts["images"] = _describe(split, calibration.images)
     else:
         facts["images"] = f"{calibration.images} (classes are compared once the factory has run)"
-    work = Workdir(folder, dry=True)
     with work.open():
         return CheckReport(facts, tuple(pipeline.status(recipe, work)))
 
@@ -41,7 +42,7 @@ def check(recipe: Recipe, folder: Path) -> CheckReport:
 def provable_groups(recipe: Recipe) -> Groups:
     """Load the network and prove its groups, outside any work folder."""
     with TemporaryDirectory() as scratch:
-        source = model.load(Path(scratch), recipe.model, recipe.model.factory_file)
+        source = model.load(Path(scratch), recipe.model, code_files(recipe.model.factory), recipe.seed)
         return prune.find_groups(Path(scratch), source, recipe.prune.skip)
 
 
@@ -55,8 +56,7 @@ def groups_document(groups: Groups) -> dict[str, Any]:
     }
 
 
-def _describe(listing: data.Listing, folder: Path) -> str:
-    classes = len(Counter(label for _, label in listing.scoring))
-    if listing.holdout is None:
-        return f"{len(listing.scoring)} in {classes} classes, to be divided by seed ({folder})"
-    return f"{len(listing.scoring)} scoring, {len(listing.holdout)} hold-out, {classes} classes ({folder})"
+def _describe(split: Split, folder: Path) -> str:
+    classes = len({image.label for image in split.fit})
+    parts = f"{len(split.fit)} fit, {len(split.selection)} selection, {len(split.holdout)} hold-out"
+    return f"{parts}, {classes} classes ({folder})"

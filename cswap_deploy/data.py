@@ -15,6 +15,7 @@ from unicodedata import normalize
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Image, Split, sha256_of
+from cswap_deploy.digests import digest_of
 from cswap_deploy.errors import DataError
 from cswap_deploy.stage import stage
 
@@ -60,6 +61,11 @@ class Catalogue:
     scoring: tuple[Image, ...]
     holdout: tuple[Image, ...] | None
     folder: Path = field(metadata={"key": False})
+
+    @property
+    def sha256(self) -> str:
+        """Of all images that may take part, names included; what else lies in the folder does not count."""
+        return digest_of([[image.path, image.sha256] for image in (*self.scoring, *(self.holdout or ()))])
 
 
 def catalogue(folder: Path, labels: Path | None, outputs: int, digest: Callable[[Path], str] = sha256_of) -> Catalogue:

@@ -74,6 +74,15 @@ class VerifyError(CswapError):
     exit_code = 9
 
 
+HOST_MODULES = ("torch", "timm", "safetensors", "PIL", "scipy", "torch_pruning", "onnx", "onnxscript", "onnxruntime")
+
+
+def require_host() -> None:
+    """Refuse early where the host part of the installation is missing or incomplete. Errors: MissingPartError."""
+    for name in HOST_MODULES:
+        require_module(name)
+
+
 def require_module(name: str, extra: str = "host") -> None:
     """Refuse early, with the command that helps, when an optional library is not installed."""
     from importlib.util import find_spec

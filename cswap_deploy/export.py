@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime")
+LIBRARIES = ("torch", "timm", "numpy", "pillow", "onnx", "onnxscript", "onnxruntime")
 MAX_IR = 10
 """Highest IR version that ONNX Runtime 1.18 and the mobile runtimes of its time read."""
 PARITY_IMAGES = 16
@@ -262,7 +262,7 @@ def _reference(network: Network, images: ImageSet) -> tuple[Array, Array]:
     pixels, _ = load(images, network.input)
     inputs = normalise(pixels, network.input)
     with torch.no_grad():
-        return inputs, restore(network)(torch.from_numpy(inputs)).numpy()
+        return inputs, restore(network)(torch.from_numpy(inputs.copy())).numpy()
 
 
 def _parity(found: Array, wanted: Array) -> Parity:

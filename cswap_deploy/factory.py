@@ -47,18 +47,45 @@ def call_factory(reference: str, kwargs: Mapping[str, Any]) -> nn.Module:
     return module.eval()
 
 
-def files_beside(file: Path | None) -> tuple[Path, ...]:
-    """The files in the factory's folder that it reaches by its imports, sorted; a result depends on them too."""
+def code_files(reference: str | None) -> tuple[Path, ...]:
+    """The user's own files behind a factory: its file and those that it reaches by its imports; a result depends on them.
+
+    Of `file.py:function` what lies in its folder counts, of `package.module:function` what lies in that package.
+    """
+    place = (reference or "").rpartition(":")[0]
+    if place.endswith(".py"):
+        start, base, own = Path(place), Path(place).parent, None
+    else:
+        found = _origin(place) if place else None
+        if found is None:
+            return ()
+        start, base = found
+        own = place.split(".")[0]
     reached: set[Path] = set()
-    waiting = [file] if file is not None and file.is_file() else []
+    waiting = [start] if start.is_file() else []
     while waiting:
-        found = set(_imported(waiting.pop(), file.parent)) - reached if file else set()
-        reached |= found
-        waiting += found
-    return tuple(sorted(reached - {file}))
+        file = waiting.pop()
+        if file not in reached:
+            reached.add(file)
+            waiting += _imported(file, base, own)
+    return tuple(sorted(reached))
 
 
-def _imported(source: Path, folder: Path) -> Iterator[Path]:
+def _origin(module: str) -> tuple[Path, Path] | None:
+    """A module's file, and the folder in which its top-level package lies."""
+    try:
+        spec, top = importlib.util.find_spec(module), importlib.util.find_spec(module.split(".")[0])
+    except (ImportError, ValueError):
+        return None  # calling it will say so
+    if spec is None or spec.origin is None or top is None:
+        return None
+    places = list(top.submodule_search_locations or ())
+    base = Path(places[0]).parent if places else Path(spec.origin).parent
+    return Path(spec.origin), base
+
+
+def _imported(source: Path, base: Path, own: str | None) -> Iterator[Path]:
+    """Files below `base` that a source text imports; `own` limits them to one top-level package."""
     try:
         tree = ast.parse(source.read_bytes())
     except (SyntaxError, ValueError, OSError):
@@ -66,14 +93,24 @@ def _imported(source: Path, folder: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         match node:
             case ast.Import():
-                names = [alias.name for alias in node.names]
+                names = [(base, alias.name) for alias in node.names]
             case ast.ImportFrom():
-                names = [node.module or alias.name for alias in node.names]
+                folder = base if node.level == 0 else source.parents[node.level - 1]
+                parts = [node.module] if node.module else []
+                names = [(folder, ".".join([*parts, *last])) for alias in node.names for last in ([], [alias.name])]
             case _:
                 continue
-        for name in names:
-            inside = folder.joinpath(*name.split("."))
-            yield from (path for path in (inside.with_suffix(".py"), inside / "__init__.py") if path.is_file())
+        for folder, name in names:
+            if own is None or folder != base or name.split(".")[0] == own:
+                yield from _module_files(folder, name)
+
+
+def _module_files(folder: Path, name: str) -> Iterator[Path]:
+    """The module's file and the __init__.py of every package on the way to it."""
+    for part in filter(None, name.split(".")):
+        candidates = (folder / f"{part}.py", folder / part / "__init__.py")
+        yield from (path for path in candidates if path.is_file())
+        folder = folder / part
 
 
 @contextmanager

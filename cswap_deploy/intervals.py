@@ -81,16 +81,6 @@ def discordant(labels: Sequence[int], dense: Sequence[int], shipped: Sequence[in
     return outcomes.count((True, False)), outcomes.count((False, True))
 
 
-def mcnemar(b: int, c: int) -> float:
-    """Exact two-sided p-value that both models err equally often: binomial over the discordant pairs (McNemar 1947)."""
-    assert b >= 0 <= c, f"b = {b}, c = {c}"
-    pairs, term, tail = b + c, 1, 0
-    for k in range(min(b, c) + 1):
-        tail += term
-        term = term * (pairs - k) // (k + 1)
-    return min(1.0, 2 * tail / (1 << pairs))
-
-
 # --- Tango's score ---------------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ def _flat(name: str, value: object, digest: Digest) -> dict[str, str]:
         case BaseModel():
             flat = {f"{name}.kind": type(value).__name__}
             for key in type(value).model_fields:
-                flat |= _flat(f"{name}.{key}", getattr(value, key), digest)
+                flat |= _flat(f"{name}.{key}", getattr(value, getattr(value, "KEYED_BY", {}).get(key, key)), digest)
             return flat
         case Path():
             return {name: f"sha256:{digest(value)}" if value.exists() else "missing"}

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Architecture, File, InputSpec, Network, sha256_of
 from cswap_deploy.checkpoint import load_state, read_checkpoint, reason
-from cswap_deploy.errors import ModelError, require_module
+from cswap_deploy.digests import digest_of
+from cswap_deploy.errors import ModelError, require_host
 from cswap_deploy.factory import call_factory
 from cswap_deploy.recipe import ModelSettings
 from cswap_deploy.stage import stage
@@ -30,16 +31,14 @@ FACTORY_INPUT = InputSpec(
 
 
 @stage("source", returns=Network, libraries=("torch", "timm", "safetensors"))
-def load(
-    out: Path, settings: ModelSettings, code: Path | None, seed: int = 0, beside: tuple[Path, ...] = ()
-) -> Network:
+def load(out: Path, settings: ModelSettings, code: tuple[Path, ...] = (), seed: int = 0) -> Network:
     """Build the network, load its weights, and prove that it is a classifier with finite float32 weights.
 
-    `code` and `beside`: the factory's file and those that it imports, so that the result is stale when one changes;
-    `seed`: of whatever the constructor draws.
+    `code`: the user's files behind a factory, so that the result is stale when one changes; `seed`: of whatever the
+    constructor draws.
     Errors: ModelError.
     """
-    require_module("torch")
+    require_host()
     import torch
     from safetensors.torch import save_file
 
@@ -60,7 +59,7 @@ def load(
 
 def expected_outputs(settings: ModelSettings) -> int | None:
     """Number of classes without building the network; None where only the factory knows. Errors: ModelError."""
-    require_module("torch")
+    require_host()
     if settings.checkpoint is not None and not settings.checkpoint.is_file():
         raise ModelError(f"checkpoint {settings.checkpoint} does not exist", "correct model.checkpoint")
     if settings.name is None:
@@ -126,7 +125,7 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
 # --- building
 
 
-def _create(settings: ModelSettings, code: Path | None) -> tuple[Architecture, nn.Module]:
+def _create(settings: ModelSettings, code: tuple[Path, ...]) -> tuple[Architecture, nn.Module]:
     kwargs = dict(settings.kwargs)
     if settings.num_classes is not None:
         kwargs["num_classes"] = settings.num_classes
@@ -139,7 +138,7 @@ def _create(settings: ModelSettings, code: Path | None) -> tuple[Architecture, n
     place, function = settings.factory.rsplit(":", 1)
     shown = f"{Path(place).name if place.endswith('.py') else place}:{function}"
     module = call_factory(settings.factory, kwargs)
-    digest = f"sha256:{sha256_of(code)}" if code else "unknown"
+    digest = f"sha256:{digest_of([sha256_of(file) for file in code])}" if code else "unknown"
     return Architecture("factory", shown, kwargs, digest, settings.factory), module
 
 

@@ -10,7 +10,7 @@ from cswap_deploy import accuracy, bundle, data, export, model, prune
 from cswap_deploy.artifacts import Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.errors import RecipeError
-from cswap_deploy.factory import files_beside
+from cswap_deploy.factory import code_files
 from cswap_deploy.recipe import (
     CausalCriterion,
     FpsTarget,
@@ -41,6 +41,7 @@ class Prepared:
     shipped: OnnxModel
     split: Split
     images: Path
+    images_sha256: str
 
 
 def build(recipe: Recipe, work: Workdir) -> Bundle:
@@ -52,8 +53,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     """Load, split, prune, export, simplify."""
     require_available(recipe)
     settings, device, seed = recipe.prune, recipe.device, recipe.seed
-    code = recipe.model.factory_file
-    source = work.run(model.load, recipe.model, code, seed, files_beside(code))
+    source = _located(work.run(model.load, recipe.model, code_files(recipe.model.factory), seed), recipe)
     images = recipe.calibration.images
     calibration = recipe.calibration
     catalogue = data.catalogue(images, calibration.labels, source.outputs, work.digest)
@@ -65,11 +65,10 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         groups = work.run(prune.find_groups, source, settings.skip)
         scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
         plan = work.run(prune.choose, source, groups, scores, fit, selection, settings, round_to(recipe), device, seed)
-    pruned = work.run(prune.apply, source, groups, plan, fit, settings.compensate, device)
-    pruned = replace(pruned, architecture=source.architecture)
+    pruned = _located(work.run(prune.apply, source, groups, plan, fit, settings.compensate, device), recipe)
     exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx)
     shipped = work.run(export.simplify, exported, pruned, fit, recipe.onnx)
-    return Prepared(source, pruned, groups, plan, exported, shipped, split, images)
+    return Prepared(source, pruned, groups, plan, exported, shipped, split, images, catalogue.sha256)
 
 
 def finish(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
@@ -79,10 +78,20 @@ def finish(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
         accuracy.compare, ready.source, ready.pruned, ready.shipped, holdout, recipe.accuracy, recipe.device
     )
     files = work.run(
-        bundle.assemble, recipe.name, to_yaml(recipe, work.digest), recipe.prune, ready.source, ready.pruned,
+        bundle.assemble, recipe.name, _resolved(recipe, ready, work), recipe.prune, ready.source, ready.pruned,
         ready.groups, ready.plan, ready.exported, ready.shipped, report, ready.split.labels, work.holdout_reads,
     )  # fmt: skip
     return Bundle.read(work.publish(files.files, files.manifest.path.parent, "bundle"))
+
+
+def _located(network: Network, recipe: Recipe) -> Network:
+    """A stored network with its factory where it is now: the place does not count, so the project may have moved."""
+    return replace(network, architecture=replace(network.architecture, location=recipe.model.factory or ""))
+
+
+def _resolved(recipe: Recipe, ready: Prepared, work: Workdir) -> str:
+    """The recipe for the bundle; of the image folder only the images that may take part count."""
+    return to_yaml(recipe, lambda path: ready.images_sha256 if path == ready.images else work.digest(path))
 
 
 def stages(recipe: Recipe) -> tuple[str, ...]:

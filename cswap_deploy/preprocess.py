@@ -21,7 +21,7 @@ def preprocess(spec: InputSpec) -> dict[str, Any]:
         "shape": list(spec.shape),
         "resize": {"mode": spec.crop_mode, "interpolation": spec.interpolation, "crop_pct": spec.crop_pct},
         "scale": 1 / 255,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
+        "mean": list(spec.mean[: spec.shape[0]]),
+        "std": list(spec.std[: spec.shape[0]]),
         "formula": "(pixel * scale - mean) / std",
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -97,6 +97,9 @@ _OWN_KEYS = {"pretrained": "pretrained", "num_classes": "num_classes", "checkpoi
 
 class ModelSettings(Settings):
     """Which network: a timm name, or a callable of the user's that returns a module."""
+
+    KEYED_BY: ClassVar[Mapping[str, str]] = {"factory": "factory_shown"}
+    """Fields that count in a stage's key by another attribute: a factory's folder does not, its files do by content."""
 
     name: str | None = Field(default=None, min_length=1, description="a timm model name; or give `factory`")
     factory: str | None = Field(

@@ -104,7 +104,7 @@ def read(path: Path, overrides: Sequence[str]) -> Document:
     document.places[""] = Place(f"{path}:1", (0, 0), path.parent)
     node = _compose(_text(path), str(path))
     if node is None:
-        raise RecipeError("the file is empty", "`cswap-deploy init` writes a commented recipe", where=f"{path}:1")
+        raise RecipeError("the file is empty", "docs/recipe.md begins with a minimal recipe", where=f"{path}:1")
     base = path.parent.absolute()
     walker = _Walker(document, lambda line: Place(f"{path}:{line}", (0, line), base))
     data = walker.plain(node, "", node.start_mark.line + 1)

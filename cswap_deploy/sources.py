@@ -28,7 +28,8 @@ def source_digests(module: str) -> dict[str, str]:
             continue
         source = path.read_bytes()
         reached[name] = hashlib.sha256(source).hexdigest()[:16]
-        waiting += package_imports(source)
+        if path.suffix == ".py":
+            waiting += [*package_imports(source), *sorted(path.parent.glob("templates/*"))]
     return dict(sorted(reached.items()))
 
 

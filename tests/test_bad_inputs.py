@@ -98,7 +98,7 @@ RECIPES = [
     recipe("speed without a meter", text("{macs: 0.5}", "{latency_ms: 5}"), "a speed is measured: add a latency block"),
     recipe("YAML syntax", text("{macs: 0.5}", "{macs: 0.5"), "not valid YAML: ", ""),
     recipe("YAML object", text("name: colours", "name: !!python/object:os.system x"), "is not used in recipes"),
-    recipe("empty file", lambda p: p.recipe.write_text(""), "the file is empty", "`cswap-deploy init`"),
+    recipe("empty file", lambda p: p.recipe.write_text(""), "the file is empty", "docs/recipe.md"),
     recipe("only a list", lambda p: p.recipe.write_text("- a\n- b\n"), "expected a mapping of keys", ""),
     recipe("not UTF-8", lambda p: p.recipe.write_bytes(b"name: caf\xe9\n"), "this is not UTF-8 text", "save the file as"),
     recipe("missing file", lambda p: p.recipe.unlink(), "cannot read the recipe: no such file", "path of a YAML file"),

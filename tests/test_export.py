@@ -98,7 +98,7 @@ def network(folder: Path) -> Callable[[str], Network]:
             )
         else:
             settings = ModelSettings(factory=f"{folder / 'net.py'}:{name}", input={"size": 8})
-        return load(out, settings, settings.factory_file)
+        return load(out, settings)
 
     return network
 

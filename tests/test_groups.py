@@ -266,7 +266,7 @@ def test_the_embedding_of_a_vision_transformer_is_refused() -> None:
 def test_a_padded_shortcut_is_refused_since_the_tracer_misreads_it() -> None:
     found = zoo.ZOO["padded-shortcut"].groups
     assert set(widths(found)) == {"conv1.0"}
-    assert refusals(found)["stem.0"] == "stem.0.weight has 4 indices on axis 0, the groups own more"
+    assert refusals(found)["stem.0"] == "stem.0.weight has 4 indices on axis 0, group 'stem.0' owns more"
 
 
 def test_one_head_is_refused() -> None:

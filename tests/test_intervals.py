@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import pytest
 
-from cswap_deploy.intervals import gate, images_to_prove, mcnemar, paired_drop, upper_bound, wilson
+from cswap_deploy.intervals import gate, images_to_prove, paired_drop, upper_bound, wilson
 
 Z = NormalDist().inv_cdf(0.975)
 CASES = [(0, 0, 40), (1, 0, 44), (5, 5, 30), (7, 1, 21), (40, 20, 160), (3, 900, 10_000), (40, 0, 40), (10, 30, 40)]
@@ -116,18 +116,6 @@ def test_bound_rule_wants_proof() -> None:
 def test_gate_off() -> None:
     judged = gate(900, 0, 1000, None, "point", 0.95)
     assert (judged.verdict, judged.proven, judged.images_to_prove) == ("off", False, None)
-
-
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 7), (5, 5), (30, 12), (0, 20)])
-def test_mcnemar_is_the_exact_binomial_test(b: int, c: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    expected = stats.binomtest(b, b + c).pvalue if b + c else 1.0
-    assert mcnemar(b, c) == pytest.approx(expected, rel=1e-12)
-
-
-def test_mcnemar_of_many_pairs_stays_finite() -> None:
-    assert mcnemar(0, 5000) == 0.0
-    assert 0 < mcnemar(4900, 5100) < 0.05
 
 
 @pytest.mark.parametrize(("b", "c", "n"), [(-1, 0, 10), (6, 5, 10), (0, 0, 0)])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cswap_deploy.artifacts import InputSpec, Network
 from cswap_deploy.checkpoint import load_state, read_checkpoint, reason
 from cswap_deploy.errors import ModelError
+from cswap_deploy.factory import code_files
 from cswap_deploy.model import FACTORY_INPUT, build, count, count_by_module, describe, expected_outputs, load, quiet
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import ModelSettings
@@ -40,7 +41,7 @@ def net(classes=3, width=4):
 def load_into(out: Path, **settings: Any) -> Network:
     made = ModelSettings(**{"input": INPUT, **settings})
     out.mkdir(exist_ok=True)
-    return load(out, made, made.factory_file)
+    return load(out, made, code_files(made.factory))
 
 
 def refused(hint: str, message: str, call: Callable[[], object]) -> ModelError:

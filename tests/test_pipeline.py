@@ -28,6 +28,7 @@ from conftest import (
 from cswap_deploy import accuracy, data, export, model, pipeline, schemas
 from cswap_deploy.artifacts import ImageSet
 from cswap_deploy.errors import DataError, PruningError, RecipeError
+from cswap_deploy.factory import code_files
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import load
 from cswap_deploy.stage import Workdir
@@ -413,7 +414,7 @@ def cifar() -> list[str]:
 def test_the_published_resnet56_is_right_as_often_as_published(tmp_path):
     recipe = load(ROOT / "recipes" / "cifar10-resnet56.yaml", [*cifar(), "prune.target=null"])
     with Workdir(tmp_path / "work").open() as work:
-        source = work.run(model.load, recipe.model, recipe.model.factory_file)
+        source = work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed)
         catalogue = data.catalogue(recipe.calibration.images, None, source.outputs, work.digest)
         split = work.run(data.split, catalogue, recipe.calibration.scoring, recipe.calibration.holdout, recipe.seed)
     predict = accuracy._torch(source, "cpu")

@@ -26,7 +26,7 @@ from cswap_deploy.errors import PruningError
 from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches, resolve_device
 from cswap_deploy.prune.compensate import Structure, compensated
-from cswap_deploy.prune.criteria import scorer
+from cswap_deploy.prune.criteria import images_used, scorer
 from cswap_deploy.prune.cut import cut_copy, restore, write_plan
 from cswap_deploy.prune.groups import find
 from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest
@@ -45,7 +45,7 @@ from cswap_deploy.stage import stage
 if TYPE_CHECKING:
     from torch import nn
 
-LIBRARIES = ("torch", "timm")
+LIBRARIES = ("torch", "timm", "numpy", "pillow")
 DROP_STEP = 0.05
 """Fraction of the MACs that leaves in one step while `max_drop` looks for its limit; halved `DROP_HALVINGS` times at the end."""
 DROP_HALVINGS = 3
@@ -57,7 +57,7 @@ def find_groups(out: Path, source: Network, skip: tuple[str, ...]) -> Groups:
     return find(restore(source), source.input, skip)
 
 
-@stage("scores", returns=Scores, libraries=LIBRARIES)
+@stage("scores", returns=Scores, libraries=(*LIBRARIES, "scipy"))
 def score(
     out: Path,
     source: Network,
@@ -76,10 +76,11 @@ def score(
     batches = Batches.read(fit, source.input, resolve_device(device))
     module = restore(source).to(batches.device)
     require_learned(_correct(module, batches), len(batches), source.outputs, "scoring", gated=learned)
-    return Scores(criterion.kind, len(fit.images), scorer(criterion, seed).score(module, groups.groups, batches))
+    found = scorer(criterion, seed).score(module, groups.groups, batches)
+    return Scores(criterion.kind, images_used(criterion, len(batches)), found)
 
 
-@stage("plan", returns=PruningPlan, libraries=LIBRARIES)
+@stage("plan", returns=PruningPlan, libraries=(*LIBRARIES, "scipy"))
 def choose(
     out: Path,
     source: Network,
@@ -94,7 +95,8 @@ def choose(
 ) -> PruningPlan:
     """Which units stay: `settings.steps` rounds of score, select, compensate towards the target.
 
-    A `max_drop` target is judged on the selection images: the smallest network whose drop stays within it.
+    A `max_drop` target is judged on the selection images and sets its own pace: it cuts until a step's drop exceeds the
+    limit, then goes on in smaller steps.
     """
     search = _Search.prepare(source, groups, scores, fit, selection, settings, round_to, device, seed)
     match settings.target:
@@ -110,7 +112,7 @@ def choose(
             raise AssertionError("refused by the pipeline before anything runs")
         case _:
             assert_never(settings.target)
-    last = Scores(scores.criterion, len(fit.images), state.scores) if state.steps else None
+    last = Scores(scores.criterion, scores.images, state.scores) if state.steps else None
     return PruningPlan(state.keep, state.steps, last)
 
 
@@ -209,7 +211,8 @@ class _Search:
         """Score what is there (the first time the stored scores), remove down to `fraction`, compensate, judge."""
         scores = state.scores
         if state.steps:
-            scores = scorer(self.settings.criterion, self.seed).score(state.module, self.groups.groups, self.fit)
+            found = scorer(self.settings.criterion, self.seed).score(state.module, self.groups.groups, self.fit)
+            scores = tuple(item.of(state.keep[item.group]) for item in found)
         keep = choose_units(self.groups, scores, state.keep, kind, fraction, self.round_to)
         module = compensated(self.dense, self.groups.groups, keep, self.fit, self.settings.compensate, self.structure)
         step = self._describe(state, keep, module)

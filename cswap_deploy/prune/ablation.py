@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group, Slice
+from cswap_deploy.errors import PruningError
 from cswap_deploy.prune.cut import positions
 
 if TYPE_CHECKING:
@@ -65,8 +66,16 @@ def ablated(
         yield
 
 
-def unit_sums(values: Tensor, member: Slice, layer: nn.Module, units: int) -> Tensor:
-    """Sum a layer's input-shaped values over positions and over each unit's channels: (images, units)."""
+def unit_sums(values: Tensor, member: Slice, layer: nn.Module, units: int, images: int) -> Tensor:
+    """Sum a layer's input-shaped values over positions and over each unit's channels: (images, units).
+
+    A layer that runs on windows or patches has several rows per image, those of one image in succession.
+    """
+    if len(values) % images:
+        raise PruningError(
+            f"{member.module} reads {len(values)} rows for {images} images: effects cannot be told apart by image",
+            f"list {member.module!r} under prune.skip",
+        )
     last = values.movedim(channel_axis(layer), -1)
     own = last[..., member.offset : member.offset + units * member.repeat]
-    return own.reshape(len(values), -1, units, member.repeat).sum((1, 3))
+    return own.reshape(images, -1, units, member.repeat).sum((1, 3))

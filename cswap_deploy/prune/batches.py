@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH_ELEMENTS = 3 << 20
-"""Input elements per batch: 1,024 images of 3x32x32, 20 of 3x224x224."""
+"""Input elements per batch, which holds 64 images at most: 20 of 3x224x224."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Batches:
 
 
 def resolve_device(wanted: str) -> str:
-    """`auto` is cuda where PyTorch sees one, else cpu. Errors: ModelError when cuda is asked for and absent."""
+    """`auto` is cuda where PyTorch sees one, else cpu. Errors: DeviceError when cuda is asked for and absent."""
     import torch
 
     from cswap_deploy.errors import DeviceError

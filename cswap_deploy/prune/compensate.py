@@ -43,7 +43,7 @@ class Structure:
 
     systems: dict[str, tuple[Rows | None, bool]] = field(default_factory=dict)
     """Per layer how it is a linear system, and whether its output goes into a sum."""
-    reads: dict[str, set[str]] = field(default_factory=dict)
+    reads: dict[str, set[str] | None] = field(default_factory=dict)
 
 
 def compensated(
@@ -191,7 +191,7 @@ def _examine(dense: nn.Module, name: str, batches: Batches, once: Sequence[str])
 
 @dataclass
 class _System:
-    """A = U'U and B = U'Y with U extended by a column of ones; float64."""
+    """A = U'U and B = U'Y with U extended by a column of ones; float32 products of a block, float64 sums of blocks."""
 
     gram: Tensor
     cross: Tensor

@@ -145,6 +145,7 @@ def _kept_indices(module: nn.Module, groups: Sequence[Group], keep: Keep) -> dic
     for group in groups:
         if group.name not in keep:
             continue
+        _require_inside(module, group)
         removed = sorted(set(range(group.units)) - set(keep[group.name]))
         if len(removed) == group.units:
             raise PruningError(f"group {group.name!r} would lose all of its {group.units} units")
@@ -156,10 +157,18 @@ def _kept_indices(module: nn.Module, groups: Sequence[Group], keep: Keep) -> dic
     kept = {}
     for (owner, parameter, axis), lost in gone.items():
         size = getattr(module.get_submodule(owner), parameter).shape[axis]
-        if max(lost, default=0) >= size:
-            raise PruningError(f"{owner}.{parameter} has {size} indices on axis {axis}, the groups own more")
         kept[owner, parameter, axis] = [index for index in range(size) if index not in lost]
     return kept
+
+
+def _require_inside(module: nn.Module, group: Group) -> None:
+    """A group may come from a file: its units must lie within the tensors that it names."""
+    for member in group.members:
+        size = getattr(module.get_submodule(member.module), member.parameter).shape[member.axis]
+        if member.offset < 0 or member.repeat < 1 or member.offset + group.units * member.repeat > size:
+            raise PruningError(
+                f"{member.tensor} has {size} indices on axis {member.axis}, group {group.name!r} owns more"
+            )
 
 
 def _has_bias(layer: nn.Module) -> bool:

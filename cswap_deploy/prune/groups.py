@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from cswap_deploy.prune.cut import cut_copy, masked_copy
 if TYPE_CHECKING:
     from torch import nn
 
-TOLERANCE = 1e-9
-"""Largest difference between cut and masked network, relative to the largest logit, in float64."""
+TOLERANCE, SINGLE_TOLERANCE = 1e-9, 1e-4
+"""Largest difference between cut and masked network, relative to the largest logit, in float64; in float32 where the
+network's own forward cannot run in float64."""
 
 
 class _Unfit(Exception):
@@ -34,6 +36,7 @@ def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = ()) -> Groups
     """
     _require_matches(module, skip)
     proposals = [*_heads(module), *_channels(module, spec)]
+    proof = _Proof.possible(module, spec)
     groups: list[Group] = []
     refused: list[Refusal] = [item for item in proposals if isinstance(item, Refusal)]
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
@@ -46,7 +49,9 @@ def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = ()) -> Groups
         progress.advance("groups proven", number, len(candidates))
         pattern = next((p for p in skip if any(fnmatchcase(member.module, p) for member in group.members)), None)
         reason = (
-            f"prune.skip names it ({pattern})" if pattern else _shared(module, group) or _disproof(module, group, spec)
+            f"prune.skip names it ({pattern})"
+            if pattern
+            else _shared(module, group) or _disproof(module, group, spec, proof)
         )
         if reason is None:
             groups.append(group)
@@ -240,6 +245,26 @@ def _require_matches(module: nn.Module, skip: Sequence[str]) -> None:
 # --- proof
 
 
+@dataclass(frozen=True)
+class _Proof:
+    """The precision in which groups are proven."""
+
+    dtype: Any
+    tolerance: float
+
+    @staticmethod
+    def possible(module: nn.Module, spec: InputSpec) -> _Proof:
+        import torch
+
+        try:
+            with torch.no_grad():
+                copy.deepcopy(module).double()(torch.zeros(2, *spec.shape, dtype=torch.float64))
+        except Exception as error:  # whatever a forward that insists on float32 raises
+            progress.warn(f"groups are proven in float32, the network does not run in float64 ({_first_line(error)})")
+            return _Proof(torch.float32, SINGLE_TOLERANCE)
+        return _Proof(torch.float64, TOLERANCE)
+
+
 def _shared(module: nn.Module, group: Group) -> str | None:
     """Why a tensor that stands under two names must not be cut: each of its layers would get one of its own."""
     names: dict[Any, list[str]] = {}
@@ -250,18 +275,18 @@ def _shared(module: nn.Module, group: Group) -> str | None:
     return f"{' and '.join(twins)} are one tensor" if twins else None
 
 
-def _disproof(module: nn.Module, group: Group, spec: InputSpec) -> str | None:
+def _disproof(module: nn.Module, group: Group, spec: InputSpec, proof: _Proof) -> str | None:
     """Why this group must not be pruned, or None: cutting a random half of it equals masking it, on random images."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(group.units, generator=generator).tolist()
     keep = {group.name: tuple(sorted(order[: max(1, group.units // 2)]))}
-    images = torch.randn(2, *spec.shape, generator=generator, dtype=torch.float64)
+    images = torch.randn(2, *spec.shape, generator=generator, dtype=torch.float64).to(proof.dtype)
     try:
         with torch.no_grad():
-            cut = cut_copy(module, [group], keep).double()(images)
-            masked = masked_copy(module, [group], keep).double()(images)
+            cut = cut_copy(module, [group], keep).to(proof.dtype)(images.clone())
+            masked = masked_copy(module, [group], keep).to(proof.dtype)(images.clone())
     except CswapError as error:
         return error.message
     except Exception as error:  # whatever the user's forward raises on the smaller layers
@@ -271,7 +296,7 @@ def _disproof(module: nn.Module, group: Group, spec: InputSpec) -> str | None:
     difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
     return (
         None
-        if difference <= TOLERANCE
+        if difference <= proof.tolerance
         else f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
     )
 

@@ -13,8 +13,8 @@ from cswap_deploy.prune.observe import Place, observe
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CACHE_BYTES = 2 << 30
-"""Kept outputs of one walk; batches beyond it are computed from the start each time."""
+CACHE_BYTES = 1 << 30
+"""Kept outputs of one walk (a refit makes two); batches beyond it are computed from the start each time."""
 
 Kept = dict[str, "Tensor"]
 """Per submodule its output, or zeros without memory of their own where nothing that is still to come reads it."""
@@ -70,10 +70,15 @@ def finished_before(module: nn.Module, layers: Sequence[str], among: Sequence[st
 
 @contextmanager
 def prefix_reused(module: nn.Module, images: Tensor, layers: Sequence[str]) -> Iterator[None]:
-    """Inside the block, `module(images)` repeats nothing that ended before the first of `layers` began."""
+    """Inside the block, `module(images)` repeats nothing that ended before the first of `layers` began.
+
+    Where that would change the result (a layer that writes into its input, say) everything runs again each time.
+    """
     with finished_before(module, layers, called_once(module, images[:1])) as done:
-        module(images)
+        plain = module(images)
     with replayed(module, done):
+        faithful = _same(module(images), plain)
+    with replayed(module, done if faithful else {}):
         yield
 
 
@@ -95,24 +100,35 @@ def called_once(module: nn.Module, images: Tensor) -> list[str]:
     return [name for name, count in calls.items() if count == 1]
 
 
-def still_read(module: nn.Module, images: Tensor, outputs: Mapping[str, Tensor]) -> set[str]:
-    """Which of these outputs the rest of the forward depends on, by autograd; all of them where that cannot tell."""
+def still_read(module: nn.Module, images: Tensor, outputs: Mapping[str, Tensor]) -> set[str] | None:
+    """Which of these outputs the rest of the forward depends on; None where replaying them changes the logits.
+
+    Autograd says which; running with the others as zeros must then give the logits of a plain forward.
+    """
     import torch
 
+    with torch.no_grad():
+        plain = module(images)
     leaves = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in outputs.items()}
     with torch.enable_grad(), replayed(module, leaves):
-        logits = module(images)
-        total = logits.sum()
+        total = module(images).sum()
     floating = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    if not floating or not total.requires_grad:
-        return set(outputs)
-    gradients = torch.autograd.grad(total, list(floating.values()), allow_unused=True)
-    read = {name for name, gradient in zip(floating, gradients, strict=True) if gradient is not None}
-    read |= set(outputs) - set(floating)
-    thinned: Kept = {name: value if name in read else _unread(value) for name, value in outputs.items()}
-    with torch.no_grad(), replayed(module, thinned):
-        same = torch.allclose(module(images), logits, rtol=1e-4, atol=1e-5)
-    return read if same else set(outputs)
+    read = set(outputs)
+    if floating and total.requires_grad:
+        gradients = torch.autograd.grad(total, list(floating.values()), allow_unused=True)
+        read -= {name for name, gradient in zip(floating, gradients, strict=True) if gradient is None}
+    for candidate in (read, set(outputs)):
+        thinned = {name: value if name in candidate else _unread(value) for name, value in outputs.items()}
+        with torch.no_grad(), replayed(module, thinned):
+            if _same(module(images), plain):
+                return candidate
+    return None
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    import torch
+
+    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max().clamp_min(1e-6)))
 
 
 def _unread(value: Tensor) -> Tensor:
@@ -125,8 +141,8 @@ class Walk:
 
     module: nn.Module
     batches: Batches
-    reads: dict[str, set[str]]
-    """Per visited layer the outputs that are still read from there on: true of every network of the same structure."""
+    reads: dict[str, set[str] | None]
+    """Per visited layer what `still_read` says there: true of every network of the same structure."""
     kept: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -140,9 +156,17 @@ class Walk:
             with replayed(self.module, before), finished_before(self.module, [name], self.once) as done:
                 place = observe(self.module, name, images, as_far_as_sum=as_far_as_sum)
             if name not in self.reads:
-                self.reads[name] = still_read(self.module, images[:1], {key: value[:1] for key, value in done.items()})
+                self.reads[name] = self._read_from(name, images[:1])
             read = self.reads[name]
+            if read is None:
+                yield place
+                continue
             size += sum(value.nbytes for key, value in done.items() if key in read)
             if size <= CACHE_BYTES:
                 self.kept[number] = {key: value if key in read else _unread(value) for key, value in done.items()}
             yield place
+
+    def _read_from(self, name: str, images: Tensor) -> set[str] | None:
+        with finished_before(self.module, [name], self.once) as done:
+            self.module(images)
+        return still_read(self.module, images, done)

@@ -47,3 +47,12 @@ def scorer(settings: CriterionSettings, seed: int) -> Scorer:
             return Random(seed)
         case _:
             assert_never(settings)
+
+
+def images_used(settings: CriterionSettings, available: int) -> int:
+    """How many of the fit images the criterion looks at."""
+    match settings:
+        case CausalCriterion() | TaylorCriterion() | VarianceCriterion():
+            return min(settings.images, available)
+        case _:
+            return 0

@@ -86,7 +86,7 @@ def _attribution(
         products = {name: [_product(module, name, tap, means) for tap in inputs] for name, inputs in seen.items()}
         for part, group in zip(parts, groups, strict=True):
             total = [
-                unit_sums(product, member, module.get_submodule(member.module), group.units)
+                unit_sums(product, member, module.get_submodule(member.module), group.units, len(images))
                 for member in group.consumers
                 for product in products[member.module]
             ]

@@ -30,16 +30,20 @@ class Taylor:
         wanted = [parameter.requires_grad for parameter in parameters.values()]
         module.requires_grad_(True)
         try:
-            with torch.enable_grad():
-                loss = sum((F.cross_entropy(module(x), y, reduction="sum") for x, y in batches), torch.zeros(()))
-                gradients = torch.autograd.grad(loss / len(batches), list(parameters.values()), allow_unused=True)
+            gradients = [torch.zeros_like(parameter) for parameter in parameters.values()]
+            for images, labels in batches:
+                with torch.enable_grad():
+                    loss = F.cross_entropy(module(images), labels, reduction="sum") / len(batches)
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                for total, gradient in zip(gradients, found, strict=True):
+                    if gradient is not None:
+                        total += gradient
         finally:
             for parameter, want in zip(parameters.values(), wanted, strict=True):
                 parameter.requires_grad_(want)
         products = {
             name: parameter.detach() * gradient
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-            if gradient is not None
         }
         return tuple(
             scores_of(group, [rows.sum(1).square() for rows in unit_rows(products, group)]) for group in groups

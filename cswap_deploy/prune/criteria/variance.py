@@ -39,7 +39,11 @@ class Variance:
                         layer = module.get_submodule(member.module)
                         for tap in seen[member.module]:
                             for power, total in enumerate(moments[group.name], 1):
-                                total += unit_sums(tap.double() ** power, member, layer, group.units).sum(0).cpu()
+                                total += (
+                                    unit_sums(tap.double() ** power, member, layer, group.units, len(images))
+                                    .sum(0)
+                                    .cpu()
+                                )
                             seen_values[group.name] += tap.numel() // tap.shape[channel_axis(layer)] * member.repeat
         results = []
         for group in groups:
