@@ -352,7 +352,7 @@ def test_an_interrupted_build_ends_with_130_soon_and_resumes(project, cheap_expo
     sent = time.monotonic()
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert time.monotonic() - sent < 4, "2 s, and as much again for a machine with other things to do"
+    assert time.monotonic() - sent < 10, "about 1 s on an idle machine; importing a library cannot be interrupted"
     assert json.loads(stdout)["error"]["exit_code"] == 130
     assert "error: interrupted" in stderr and "Traceback" not in stderr
     result = call("build", project.recipe, "--work", work)

@@ -6,7 +6,7 @@ Units leave progressively: score what is there, remove a little, let the consume
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import assert_never
 
@@ -35,8 +35,10 @@ from cswap_deploy.recipe import (
     CriterionSettings,
     FpsTarget,
     LatencyTarget,
+    LeastSquaresCompensation,
     MacsTarget,
     MaxDropTarget,
+    MeanCompensation,
     ParamsTarget,
     PruneSettings,
 )
@@ -188,6 +190,8 @@ class _Search:
 
     def towards(self, kind: CostKind, fraction: float, steps: int) -> _State:
         """`steps` equal cuts of the cost, down to `fraction`."""
+        if kind == "params":
+            fraction -= self._new_biases() / self.groups.cost({})[0]
         self._require_reachable(kind, fraction)
         state = self.start()
         for number in range(1, steps + 1):
@@ -230,6 +234,14 @@ class _Search:
         return PruningStep(
             params / dense_params, macs / dense_macs, {name: units for name, units in removed.items() if units}, drop
         )
+
+    def _new_biases(self) -> int:
+        """Parameters that compensation adds at most: a bias for each consumer that has none."""
+        if not isinstance(self.settings.compensate, MeanCompensation | LeastSquaresCompensation):
+            return 0
+        names = {member.module for group in self.groups.groups for member in group.consumers}
+        layers: list[Any] = [self.dense.get_submodule(name) for name in names]
+        return sum(len(layer.weight) for layer in layers if layer.bias is None)
 
     def _require_reachable(self, kind: CostKind, fraction: float) -> None:
         if not self.groups.groups and fraction < 1:
