@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MANIFEST = "manifest.json"
+RECORD = "# A record of what was built; local files are named without their folders, with their sha256.\n"
 LARGEST_MANIFEST = 64 << 20
 ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "torch-pruning", "numpy")
 SAFE_KWARGS = frozenset(
@@ -167,9 +168,9 @@ def assemble(
     (out / "test_vectors").mkdir()
     shutil.copyfile(shipped.vectors.input.path, out / "test_vectors" / "input.npy")
     shutil.copyfile(shipped.vectors.output.path, out / "test_vectors" / "output.npy")
-    (out / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+    (out / "recipe.yaml").write_text(RECORD + recipe_yaml, encoding="utf-8")
     (out / "labels.txt").write_text(_one_a_line(labels), encoding="utf-8")
-    (out / "preprocess.json").write_text(json.dumps(preprocess(source.input), indent=1), encoding="utf-8")
+    (out / "preprocess.json").write_text(json.dumps(preprocess(source.input), indent=1) + "\n", encoding="utf-8")
     units = {group.name: group.units for group in groups.groups}
     how = (prune.criterion.kind, prune.compensate.kind) if prune.target is not None else ("none", "none")
     reasons = facts.reasons(accuracy)

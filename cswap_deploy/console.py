@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -98,7 +99,12 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
         ("MACs", count_text(model["macs"]), count_text(pruned["macs"]), _ratio(pruned, model, "macs")),
     ]
     yield from table(("", "dense", "shipped", ""), rows, f"{manifest['name']}: {model['name']}")
-    yield from _wrapped(f"{manifest['verdict'].upper()}: {_sentence(manifest)}")
+    word = (
+        "NO GATE"
+        if accuracy["gate"]["verdict"] == "off" and manifest["verdict"] == "pass"
+        else manifest["verdict"].upper()
+    )
+    yield from _wrapped(f"{word}: {_sentence(manifest)}")
 
 
 def next_commands(bundle: Bundle) -> Iterator[str]:
@@ -113,7 +119,9 @@ def next_commands(bundle: Bundle) -> Iterator[str]:
     if bundle.manifest["model"]["source"] == "timm":
         code = f"import cswap_deploy; print(cswap_deploy.load_pruned({str(folder)!r}))"
         python = str(program.with_name("python")) if program.parent != Path() else "python"
-        yield f"         {shlex.join([python, '-c', code])}"
+        plain = re.fullmatch(r"[\w./-]+", str(folder)) and " " not in python
+        quoted = f'{python} -c "{code}"' if plain else shlex.join([python, "-c", code])
+        yield f"         {quoted}"
 
 
 def _from_here(path: Path) -> Path:
@@ -213,7 +221,12 @@ def _sentence(manifest: dict[str, Any]) -> str:
     accuracy = manifest["accuracy"]
     gate = accuracy["gate"]
     if gate["verdict"] == "off":
-        return f"no accuracy gate was set; {accuracy['images']} hold-out images"
+        return f"the recipe sets no accuracy gate; {accuracy['images']} hold-out images"
     proof = f"proven at {gate['confidence']:.0%}" if gate["proven"] else f"not proven at {gate['confidence']:.0%}"
-    more = f" (about {gate['images_to_prove']} images would)" if not gate["proven"] and gate["images_to_prove"] else ""
-    return f"the drop is within {gate['max_drop_pp']:g} points on {accuracy['images']} hold-out images, {proof}{more}"
+    more = (
+        f" (about {gate['images_to_prove']} images would prove it)"
+        if not gate["proven"] and gate["images_to_prove"]
+        else ""
+    )
+    limit = f"{gate['max_drop_pp']:g} point{'' if gate['max_drop_pp'] == 1 else 's'}"
+    return f"the drop is within {limit} on {accuracy['images']} hold-out images, {proof}{more}"

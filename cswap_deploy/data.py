@@ -244,7 +244,7 @@ def _require_classes(pool: Path, names: Sequence[str], outputs: int) -> None:
     if len(names) != outputs:
         raise DataError(
             f"{pool} holds {len(names)} class folders and the model has {outputs} outputs",
-            hint="give calibration.labels a file with one class name per model output; then a subset will do",
+            hint="correct model.num_classes, or give calibration.labels one class name per model output; then a subset will do",
         )
     if all(name.isascii() and name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
         raise DataError(

@@ -28,6 +28,9 @@ class CswapError(Exception):
         self.message = message
         self.hint = hint
 
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
 
 class UsageError(CswapError):
     exit_code = 2

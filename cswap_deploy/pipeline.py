@@ -113,7 +113,8 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
         if position < stopped:
             yield name, "up to date"
         else:
-            yield name, reason if position == stopped else f"runs if the result of {names[stopped]} changes"
+            later = reason if reason == "not run yet" else f"runs if the result of {names[stopped]} changes"
+            yield name, reason if position == stopped else later
 
 
 def round_to(recipe: Recipe) -> int:
@@ -133,14 +134,14 @@ def require_available(recipe: Recipe) -> None:
         "prune.criterion.estimator": isinstance(criterion, CausalCriterion) and criterion.estimator == "screened",
         "prune.criterion.intervention": isinstance(criterion, CausalCriterion) and criterion.intervention == "surgery",
     }
-    for key, asked in missing.items():
-        if asked:
-            raise RecipeError(
-                f"{key}: what it asks for is not available in this version",
-                "remove it; this version exports fp32 ONNX and does not measure latency",
-                where=recipe.where(key),
-                key=key,
-            )
+    refused = [key for key, asked in missing.items() if asked]
+    if refused:
+        raise RecipeError(
+            f"{', '.join(refused)}: what it asks for is not available in this version",
+            "remove it; this version exports fp32 ONNX and does not measure latency",
+            where=recipe.where(refused[0]),
+            key=refused[0],
+        )
 
 
 def unknown_force(names: Sequence[str], recipe: Recipe) -> str | None:

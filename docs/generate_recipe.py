@@ -27,7 +27,12 @@ calibration: {images: path/to/images}
 ```
 
 That prunes timm's pretrained ResNet-18 to 70 % of its multiply-accumulates and refuses to ship more than one
-percentage point of accuracy lost. A recipe that asks for more:
+percentage point of accuracy lost.
+
+**Not available in this version**, and refused with file and line: `engine`, `latency`, `variants`, `ship: fp16` and
+`int8`, the targets `latency_ms` and `fps`, `estimator: screened`, `intervention: surgery`.
+
+A recipe that asks for more, and in part for what is not available yet:
 
 ```yaml
 name: resnet18-orin
@@ -69,9 +74,6 @@ stand in, and a block is replaced whole: `--set 'prune.target={macs: 0.5}'`.
 
 **Editors** complete and check a recipe with the schema that `cswap-deploy schema` prints: save it as `recipe.schema.json`
 and begin the recipe with `# yaml-language-server: $schema=recipe.schema.json`.
-
-**Not available in this version**, and refused with file and line: `engine`, `latency`, `variants`, `ship: fp16` and
-`int8`, the targets `latency_ms` and `fps`, `estimator: screened`, `intervention: surgery`.
 
 A recipe is trusted like code: a factory is imported and called.
 

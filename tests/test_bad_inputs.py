@@ -106,7 +106,7 @@ RECIPES = [
     override("unknown --set key", "prune.stepz=3", "--set prune.stepz=3: prune.stepz: unknown key; did you mean 'steps'?"),
     override("--set without value", "prune.steps", "expected KEY.PATH=VALUE, such as prune.steps=4"),
     override("--set into a value", "name.first=x", "name is 'colours' there, not a block of keys"),
-    override("engine", "engine.precision=fp16", "engine: what it asks for is not available in this version", ABSENT),
+    override("engine", "engine.precision=fp16", "engine, ship: what it asks for is not available in this version", ABSENT),
     override("latency", "latency={target: local}", "latency: what it asks for is not available", ABSENT),
     override("variants", "variants=[int8]", "variants: what it asks for is not available", ABSENT),
     override("ship", "ship=int8", "ship: what it asks for is not available", ABSENT),

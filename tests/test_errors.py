@@ -37,13 +37,13 @@ def test_docstring_draws_the_tree() -> None:
 
 def test_message_and_hint() -> None:
     error = WorkdirError("it is in use", "wait")
-    assert (str(error), error.message, error.hint) == ("it is in use", "it is in use", "wait")
+    assert (str(error), error.message, error.hint) == ("it is in use (wait)", "it is in use", "wait")
     assert CswapError("bare").hint == ""
 
 
 def test_recipe_error_begins_with_its_place() -> None:
     error = RecipeError("expected a number", "write one", where="recipe.yaml:3", key="prune.steps")
-    assert str(error) == "recipe.yaml:3: expected a number"
+    assert str(error) == "recipe.yaml:3: expected a number (write one)"
     assert (error.where, error.key, error.exit_code) == ("recipe.yaml:3", "prune.steps", 2)
     assert str(RecipeError("no such file")) == "no such file"
 

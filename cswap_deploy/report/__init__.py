@@ -25,6 +25,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("cswap_deploy.report", "templates"),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
