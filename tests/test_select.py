@@ -157,7 +157,9 @@ def test_a_unit_that_harms_leaves_before_all_that_help(case: Case, data: st.Data
 def test_what_cannot_be_reached_is_refused_with_what_can(case: Case, part: float) -> None:
     low = narrowest(case.groups, case.kind, case.round_to)
     wanted = low * part
-    said = f"^{wanted:.3f} of the {case.kind} cannot be reached: with every group at its narrowest {low:.3f} is left$"
+    said = (
+        f"^{wanted:.3f} of the {case.kind} cannot be reached: with every group at its narrowest {low:.3f} is left \\("
+    )
     with pytest.raises(PruningError, match=said) as caught:
         replace(case, fraction=wanted).select()
     assert f"lower prune.round_to ({case.round_to})" in caught.value.hint
