@@ -28,6 +28,7 @@ class Digests:
         self._known = load_json(path, dict[str, tuple[int, int, int, str]]) or {}
 
     def of(self, path: Path) -> str:
+        """Hex sha256 of a file, or of a folder's tree of names and contents; links are followed, hidden files left out."""
         if path.is_dir():
             tree = sorted(child for child in _walk(path) if child.is_file())
             return digest_of([[child.relative_to(path).as_posix(), self.of(child)] for child in tree])

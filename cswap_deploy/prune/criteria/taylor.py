@@ -22,6 +22,7 @@ class Taylor:
     settings: TaylorCriterion
 
     def score(self, module: nn.Module, groups: Sequence[Group], batches: Batches) -> tuple[GroupScores, ...]:
+        """One forward and backward per batch; gradients are summed over batches, so memory does not grow with the images."""
         import torch
         import torch.nn.functional as F
 

@@ -23,6 +23,7 @@ class Variance:
     settings: VarianceCriterion
 
     def score(self, module: nn.Module, groups: Sequence[Group], batches: Batches) -> tuple[GroupScores, ...]:
+        """Population variance over images and positions, summed over the group's consumers; float64 moments in one pass."""
         import torch
 
         layers = sorted({member.module for group in groups for member in group.consumers})
