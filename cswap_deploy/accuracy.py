@@ -1,19 +1,19 @@
-"""Dense, pruned and exported model on the same hold-out images: raw outcomes, and the gate on what ships."""
+"""Dense, pruned and exported models on the same hold-out images: raw outcomes, which the manifest turns into figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import AccuracyReport, Evaluation, ImageSet, Network, OnnxModel
+from cswap_deploy.artifacts import AccuracyReport, Engine, Evaluation, File, ImageSet, InputSpec, Network, OnnxModel
 from cswap_deploy.data import require_learned
-from cswap_deploy.images import batches, normalise
-from cswap_deploy.intervals import discordant, gate
+from cswap_deploy.device.target import Target
+from cswap_deploy.errors import DeviceError
+from cswap_deploy.images import batches, load, normalise
 from cswap_deploy.prune.batches import resolve_device
 from cswap_deploy.prune.cut import restore
-from cswap_deploy.recipe import AccuracySettings
 from cswap_deploy.runtime import Session
 from cswap_deploy.stage import stage
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 BATCH = 64
 NO_CLASS = -1
 """What is predicted where a logit is NaN or infinite: never right, whereas sorting would put the first class first."""
+IMAGES_PER_SECOND = 5
+"""Of an engine on the slowest board; below it the evaluation is given up."""
 
 
 @stage(
@@ -39,28 +41,55 @@ def compare(
     out: Path,
     source: Network,
     pruned: Network,
-    shipped: OnnxModel,
+    models: Mapping[str, OnnxModel],
     holdout: ImageSet,
-    settings: AccuracySettings,
+    learned: bool,
     device: str,
 ) -> AccuracyReport:
-    """Every model sees the same decoded pixels, batch by batch; the gate compares what ships with the dense network."""
+    """Every model sees the same decoded pixels, batch by batch. `learned`: a source at chance level is a DataError."""
     where = resolve_device(device)
-    models = (_torch(source, where), _torch(pruned, where), Session(shipped.graph.path).logits)
-    labels, (dense, cut, exported) = evaluate(models, source, holdout)
+    sessions = [Session(model.graph.path).logits for model in models.values()]
+    labels, (dense, cut, *others) = evaluate((_torch(source, where), _torch(pruned, where), *sessions), source, holdout)
     correct = sum(best == truth for best, truth in zip(dense.predicted, labels, strict=True))
-    require_learned(correct, len(labels), source.outputs, "hold-out", gated=settings.max_drop is not None)
-    only_dense, only_shipped = discordant(labels, dense.predicted, exported.predicted)
-    verdict = gate(only_dense, only_shipped, len(labels), settings.max_drop, settings.rule, settings.confidence)
-    return AccuracyReport(labels, dense, cut, exported, verdict)
+    require_learned(correct, len(labels), source.outputs, "hold-out", gated=learned)
+    return AccuracyReport(labels, dense, cut, dict(zip(models, others, strict=True)))
+
+
+@stage("accuracy", returns=File, libraries=("numpy", "pillow"))
+def crop(out: Path, holdout: ImageSet, spec: InputSpec) -> File:
+    """The hold-out images as a device gets them: uint8 (n, C, H, W), resized and cropped, not yet normalised."""
+    import numpy as np
+
+    np.save(out / "pixels.npy", load(holdout, spec)[0])
+    return File.of(out / "pixels.npy")
+
+
+@stage("accuracy", returns=Evaluation, libraries=("numpy",), reads_holdout=True)
+def on_engine(
+    out: Path, engine: Engine, pixels: File, labels: tuple[int, ...], spec: InputSpec, batch: int, target: Target
+) -> Evaluation:
+    """The engine on the target, where it was built; its outcomes count, whatever its ONNX file's are. Errors: DeviceError."""
+    import numpy as np
+
+    model, images = target.put(engine.file, pixels)
+    answer = target.ask(
+        "infer",
+        120 + len(labels) / IMAGES_PER_SECOND,
+        runtime="tensorrt", model=model, images=images, mean=spec.mean, std=spec.std, batch=batch,
+    )  # fmt: skip
+    path = target.get(answer["logits"], out / "logits.npy").path
+    logits = np.load(path, allow_pickle=False)
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise DeviceError(f"{target.name}: the engine's logits have shape {logits.shape} for {len(labels)} images")
+    predicted, in_top5 = _outcome(logits, np.array(labels))
+    _warn_of_lost("the engine", predicted)
+    return Evaluation(tuple(predicted), tuple(in_top5))
 
 
 def evaluate(
     models: tuple[Predict, ...], network: Network, images: ImageSet
 ) -> tuple[tuple[int, ...], list[Evaluation]]:
     """True classes, and per model the outcome of each image; `network` gives the preprocessing."""
-    import numpy as np
-
     labels: list[int] = []
     predicted: list[list[int]] = [[] for _ in models]
     in_top5: list[list[bool]] = [[] for _ in models]
@@ -68,19 +97,28 @@ def evaluate(
         inputs = normalise(pixels, network.input)
         labels += truth.tolist()
         for number, predict in enumerate(models):
-            logits = predict(inputs.copy())
-            best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-            best[~np.isfinite(logits).all(1)] = NO_CLASS
-            predicted[number] += best[:, 0].tolist()
-            in_top5[number] += (best == truth[:, None]).any(1).tolist()
+            best, top5 = _outcome(predict(inputs.copy()), truth)
+            predicted[number] += best
+            in_top5[number] += top5
         progress.advance("hold-out images", len(labels), len(images.images))
     for number, classes in enumerate(predicted):
-        if lost := classes.count(NO_CLASS):
-            progress.warn(
-                f"model {number + 1} of {len(models)}: logits of {lost} images are not finite and count as wrong"
-            )
+        _warn_of_lost(f"model {number + 1} of {len(models)}", classes)
     outcomes = [Evaluation(tuple(best), tuple(top5)) for best, top5 in zip(predicted, in_top5, strict=True)]
     return tuple(labels), outcomes
+
+
+def _outcome(logits: Array, truth: NDArray[np.int64]) -> tuple[list[int], list[bool]]:
+    """Per image the predicted class, and whether the true one is among the first five."""
+    import numpy as np
+
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    best[~np.isfinite(logits).all(1)] = NO_CLASS
+    return best[:, 0].tolist(), (best == truth[:, None]).any(1).tolist()
+
+
+def _warn_of_lost(what: str, predicted: list[int]) -> None:
+    if lost := predicted.count(NO_CLASS):
+        progress.warn(f"{what}: logits of {lost} images are not finite and count as wrong")
 
 
 def _torch(network: Network, device: str) -> Predict:

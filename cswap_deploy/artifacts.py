@@ -338,14 +338,77 @@ class Gate:
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """Raw counts of every model on the same hold-out images; percentages and intervals are derived from them."""
+    """Raw counts of every model on the same hold-out images; percentages, intervals and the gate are derived from them."""
 
     labels: tuple[int, ...]
     """True class of each image."""
     source: Evaluation
     pruned: Evaluation
-    exported: Evaluation
-    gate: Gate
+    models: dict[str, Evaluation]
+    """Of the ONNX files: `fp32` and the variants."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a bundle's verdict is not pass, and the exit code that this stands for."""
+
+    exit_code: int
+    text: str
+
+
+# --- the device ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A TensorRT engine, as it was built on the target."""
+
+    file: File
+    layers: File | None
+    """JSON: milliseconds of each layer, and what TensorRT's inspector says; None where only trtexec is on the target."""
+    tensorrt: str
+    gpu: str | None
+    seconds: float
+    note: str
+    """What of the settings could not be obeyed; else empty."""
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """Raw durations of the dense and the shipped model, run in turn; percentiles and the ratio are derived from them."""
+
+    samples: File
+    """`samples.Samples`: model 0 is the dense one, model 1 the one that ships."""
+    runtime: str
+    peak_memory_mb: tuple[float, ...]
+    """Per model, of a process that loads and runs it alone; empty where it could not be measured."""
+    overhead: float | None
+    """Share of the sampling time in which no model ran."""
+    conditions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The host's half: everything that the device's half and the bundle are made of."""
+
+    recipe: str
+    """The resolved recipe as the bundle shows it."""
+    source: Network
+    pruned: Network
+    groups: Groups
+    plan: PruningPlan
+    exported: OnnxModel
+    models: dict[str, OnnxModel]
+    """The pruned network's ONNX files: `fp32` and the variants that could be made."""
+    dense: dict[str, OnnxModel]
+    """The dense network's, in what ships and what an engine is built from; empty when nothing is built or measured."""
+    accuracy: AccuracyReport
+    labels: tuple[str, ...]
+    pixels: File | None
+    """Hold-out images as the target's engine gets them, uint8 (n, C, H, W) in .npy; None when no engine is asked for."""
+    reasons: tuple[Reason, ...]
+    environment: dict[str, str]
+    """Versions of Python and of the libraries that made this half."""
 
 
 @dataclass(frozen=True)

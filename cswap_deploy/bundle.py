@@ -9,7 +9,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import manifest as facts
 from cswap_deploy.artifacts import (
-    AccuracyReport,
     Architecture,
     BundleFiles,
+    Engine,
+    Evaluation,
     File,
-    Groups,
-    Network,
-    OnnxModel,
-    PruningPlan,
+    LatencyReport,
+    Prepared,
+    Reason,
     sha256_of,
 )
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
 from cswap_deploy.preprocess import preprocess
-from cswap_deploy.recipe import PruneSettings
+from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings, Precision, PruneSettings, Recipe
 from cswap_deploy.report import render_html, render_readme
 from cswap_deploy.stage import stage
 
@@ -41,6 +41,15 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 RECORD = "# A record of what was built; local files are named without their folders, with their sha256.\n"
 LARGEST_MANIFEST = 64 << 20
+FILES = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "int8": "model.int8.onnx",
+    "int8-tensorrt": "model.int8.tensorrt.onnx",
+    "int8-arm": "model.int8.arm.onnx",
+}
+"""The bundle's file of each ONNX model."""
+ENGINE, LAYERS = "engine/model.engine", "engine/layers.json"
 ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "torch-pruning", "numpy")
 SAFE_KWARGS = frozenset(
     (
@@ -144,54 +153,53 @@ def load_pruned(bundle: Path | str, factory: Callable[..., nn.Module] | None = N
     return module
 
 
-@stage("bundle", returns=BundleFiles, libraries=("cswap-deploy", "jinja2", *ENVIRONMENT))
-def assemble(
-    out: Path,
-    name: str,
-    recipe_yaml: str,
-    prune: PruneSettings,
-    source: Network,
-    pruned: Network,
-    groups: Groups,
-    plan: PruningPlan,
-    exported: OnnxModel,
-    shipped: OnnxModel,
-    accuracy: AccuracyReport,
-    labels: tuple[str, ...],
-    holdout_reads: int,
-) -> BundleFiles:
+@dataclass(frozen=True)
+class Terms:
+    """What the recipe says about the bundle: nothing in it names a path."""
+
+    name: str
+    prune: PruneSettings
+    accuracy: AccuracySettings
+    ship: Precision
+    ships_engine: bool
+    shipped_file: str
+    engine: EngineSettings | None
+    latency: LatencySettings | None
+
+    @staticmethod
+    def of(recipe: Recipe) -> Terms:
+        return Terms(**{item.name: getattr(recipe, item.name) for item in fields(Terms)})
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """The device's half: what was built and measured on the target. Nothing, when nothing was asked for or it failed."""
+
+    engine: Engine | None = None
+    on_engine: Evaluation | None = None
+    latency: LatencyReport | None = None
+    reasons: tuple[Reason, ...] = ()
+
+
+@stage("bundle", returns=BundleFiles, libraries=("cswap-deploy", "jinja2"))
+def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdout_reads: int) -> BundleFiles:
     """Write the bundle; the manifest is written last and lists every other file."""
-    assert pruned.plan is not None
-    shutil.copyfile(shipped.graph.path, out / "model.onnx")
-    shutil.copyfile(pruned.plan.path, out / "plan.json")
-    shutil.copyfile(pruned.weights.path, out / "weights.safetensors")
-    (out / "test_vectors").mkdir()
-    shutil.copyfile(shipped.vectors.input.path, out / "test_vectors" / "input.npy")
-    shutil.copyfile(shipped.vectors.output.path, out / "test_vectors" / "output.npy")
-    (out / "recipe.yaml").write_text(RECORD + recipe_yaml, encoding="utf-8")
-    (out / "labels.txt").write_text(_one_a_line(labels), encoding="utf-8")
-    (out / "preprocess.json").write_text(json.dumps(preprocess(source.input), indent=1) + "\n", encoding="utf-8")
-    units = {group.name: group.units for group in groups.groups}
-    how = (prune.criterion.kind, prune.compensate.kind) if prune.target is not None else ("none", "none")
-    reasons = facts.reasons(accuracy)
-    document: dict[str, Any] = {
-        "schema": facts.SCHEMA,
-        "name": name,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "tool": {"name": "cswap-deploy", "version": metadata.version("cswap-deploy")},
-        "recipe_sha256": sha256_of(out / "recipe.yaml"),
-        "shipped": "model.onnx",
-        "verdict": "fail" if reasons else "pass",
-        "reasons": reasons,
-        "model": facts.model_block(source),
-        "pruned": facts.pruned_block(pruned, plan, units, *how),
-        "accuracy": facts.accuracy_block(accuracy, labels, holdout_reads),
-        "onnx": facts.onnx_block(exported, shipped),
-        "latency": None,
-        "budget": None,
-        "engine": None,
-        "environment": _environment(),
-    }
+    assert ready.pruned.plan is not None
+    vectors = ready.models["fp32"].vectors
+    copies = {FILES[name]: model.graph for name, model in ready.models.items()}
+    copies |= {"plan.json": ready.pruned.plan, "weights.safetensors": ready.pruned.weights}
+    copies |= {"test_vectors/input.npy": vectors.input, "test_vectors/output.npy": vectors.output}
+    if deployed.engine:
+        copies |= {ENGINE: deployed.engine.file}
+        copies |= {LAYERS: deployed.engine.layers} if deployed.engine.layers else {}
+    for name, file in copies.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file.path, out / name)
+    (out / "recipe.yaml").write_text(RECORD + ready.recipe, encoding="utf-8")
+    (out / "labels.txt").write_text(_one_a_line(ready.labels), encoding="utf-8")
+    spec = json.dumps(preprocess(ready.source.input), indent=1)
+    (out / "preprocess.json").write_text(spec + "\n", encoding="utf-8")
+    document = _manifest(terms, ready, deployed, holdout_reads, sha256_of(out / "recipe.yaml"))
     (out / "README.md").write_text(render_readme(document), encoding="utf-8")
     (out / "report.html").write_text(render_html(document), encoding="utf-8")
     listed = [File.of(path) for path in sorted(out.rglob("*")) if path.is_file()]
@@ -201,6 +209,50 @@ def assemble(
     (out / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
     manifest = File.of(out / MANIFEST)
     return BundleFiles(manifest, (*listed, manifest))
+
+
+def _manifest(
+    terms: Terms, ready: Prepared, deployed: Deployed, holdout_reads: int, recipe_sha256: str
+) -> dict[str, Any]:
+    """Everything but the list of files."""
+    name, shipped = _shipped(terms, ready, deployed)
+    verdict = facts.gate_of(ready.accuracy, shipped, terms.accuracy)
+    reasons = [*ready.reasons, *deployed.reasons, *facts.gate_reasons(ready.accuracy, shipped, verdict)]
+    reasons.sort(key=lambda reason: reason.exit_code)
+    units = {group.name: group.units for group in ready.groups.groups}
+    prune = terms.prune
+    how = (prune.criterion.kind, prune.compensate.kind) if prune.target is not None else ("none", "none")
+    no_engine = next((reason.text for reason in deployed.reasons), "")
+    engine, latency = deployed.engine, deployed.latency
+    return {
+        "schema": facts.SCHEMA,
+        "name": terms.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "tool": {"name": "cswap-deploy", "version": metadata.version("cswap-deploy")},
+        "recipe_sha256": recipe_sha256,
+        "shipped": name,
+        "verdict": "fail" if reasons else "pass",
+        "reasons": [reason.text for reason in reasons],
+        "exit_code": reasons[0].exit_code if reasons else 0,
+        "model": facts.model_block(ready.source),
+        "pruned": facts.pruned_block(ready.pruned, ready.plan, units, *how),
+        "accuracy": facts.accuracy_block(
+            ready.accuracy, deployed.on_engine, shipped, verdict, ready.labels, holdout_reads
+        ),
+        "onnx": facts.onnx_block(ready.exported, ready.models, FILES),
+        "latency": facts.latency_block(latency, terms.latency, terms.ship) if latency and terms.latency else None,
+        "budget": None,
+        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine) if terms.engine else None,
+        "environment": ready.environment,
+    }
+
+
+def _shipped(terms: Terms, ready: Prepared, deployed: Deployed) -> tuple[str, Evaluation]:
+    """The file that ships, and how it did on the hold-out; where it is missing, which is a reason to fail, its nearest."""
+    nearest = terms.shipped_file if terms.shipped_file in ready.models else "fp32"
+    if terms.ships_engine and deployed.engine:
+        return ENGINE, deployed.on_engine or ready.accuracy.models[nearest]
+    return FILES[nearest], ready.accuracy.models[nearest]
 
 
 def _one_a_line(labels: tuple[str, ...]) -> str:
@@ -296,7 +348,8 @@ def _require_plain(name: str) -> None:
         raise VerifyError(f"the manifest names {name!r}, which lies outside the bundle", "build the bundle again")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Versions of Python and of the libraries that make a bundle, and the platform."""
     versions = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
     for library in ENVIRONMENT:
         try:

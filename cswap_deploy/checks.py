@@ -10,6 +10,7 @@ from typing import Any
 
 from cswap_deploy import data, model, pipeline, prune
 from cswap_deploy.artifacts import Groups, Split
+from cswap_deploy.device.target import Probe, reach
 from cswap_deploy.factory import code_files
 from cswap_deploy.recipe import Recipe
 from cswap_deploy.stage import Workdir
@@ -35,6 +36,10 @@ def check(recipe: Recipe, folder: Path) -> CheckReport:
         facts["images"] = _describe(split, calibration.images)
     else:
         facts["images"] = f"{calibration.images} (classes are compared once the factory has run)"
+    if recipe.latency or recipe.engine:
+        with reach(recipe.target) as target:
+            probe = Probe.of(target)
+        facts["target"] = f"{recipe.target} ({probe.device}, {_runtime(recipe, probe)})"
     with work.open():
         return CheckReport(facts, tuple(pipeline.status(recipe, work)))
 
@@ -54,6 +59,14 @@ def groups_document(groups: Groups) -> dict[str, Any]:
         "refused": [{"name": item.name, "reason": item.reason} for item in groups.refused],
         "prunable": {"params": 1 - narrow[0] / dense[0], "macs": 1 - narrow[1] / dense[1]},
     }
+
+
+def _runtime(recipe: Recipe, probe: Probe) -> str:
+    """Errors: DeviceError when what the recipe needs is not on the target."""
+    runtime = recipe.latency.runtime if recipe.latency else "tensorrt"
+    if recipe.engine:
+        probe.require_tensorrt(recipe.target)
+    return probe.facts(runtime)["runtime"]
 
 
 def _describe(split: Split, folder: Path) -> str:

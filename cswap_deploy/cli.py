@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
@@ -18,6 +20,7 @@ import typer
 from cswap_deploy.errors import CswapError, UsageError
 
 if TYPE_CHECKING:
+    from cswap_deploy.bundle import Bundle
     from cswap_deploy.recipe import Recipe
 
 app = typer.Typer(
@@ -38,9 +41,13 @@ WorkOption = Annotated[
 ]
 ForceOption = Annotated[list[str] | None, typer.Option("--force", metavar="STAGE", help="rerun this stage; repeatable")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+OnOption = Annotated[
+    str | None,
+    typer.Option("--on", metavar="TARGET", help="where to build and measure: local, or ssh://[user@]host[:port]"),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result only")]
 
-GATE_FAILED, INTERRUPTED = 7, 130
+INTERRUPTED = 130
 ParserError: Any = typer.BadParameter.__mro__[1]
 """UsageError of click, whichever copy of click typer carries."""
 
@@ -50,6 +57,7 @@ def build(
     recipe: RecipeArgument,
     work: WorkOption = None,
     overrides: SetOption = None,
+    on: OnOption = None,
     force: ForceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -57,15 +65,11 @@ def build(
     """Do everything the recipe asks for; ends with the bundle in <work>/bundle."""
     with _session("build", as_json) as answer:
         from cswap_deploy import pipeline
-        from cswap_deploy.console import bundle_lines, next_commands
 
-        settings, folder = _load(recipe, work, overrides)
+        settings, folder = _load(recipe, work, overrides, on)
         with _run(settings, folder, force, quiet or as_json) as opened:
             bundle = pipeline.build(settings, opened)
-        code = GATE_FAILED if bundle.verdict == "fail" else 0
-        answer.document = {"bundle": str(bundle.folder), "verdict": bundle.verdict, "manifest": bundle.manifest}
-        answer.lines = [*bundle_lines(bundle), "", *next_commands(bundle)]
-        answer.code = code
+        _answer_bundle(answer, bundle)
 
 
 @app.command()
@@ -73,20 +77,106 @@ def prepare(
     recipe: RecipeArgument,
     work: WorkOption = None,
     overrides: SetOption = None,
+    on: OnOption = None,
     force: ForceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The host's half: load, prune, export and simplify; no hold-out image is read."""
+    """The host's half: load, prune, export, make variants, judge them; `deploy` goes on, here or on the device."""
     with _session("prepare", as_json) as answer:
         from cswap_deploy import pipeline
         from cswap_deploy.console import prepared_lines
 
-        settings, folder = _load(recipe, work, overrides)
+        settings, folder = _load(recipe, work, overrides, on)
         with _run(settings, folder, force, quiet or as_json) as opened:
             ready = pipeline.prepare(settings, opened)
-        answer.document = {"work": str(folder), "onnx": str(ready.shipped.graph.path), "macs": ready.pruned.macs}
-        answer.lines = [*prepared_lines(ready)]
+        answer.document = {"work": str(folder), "onnx": str(ready.models["fp32"].graph.path), "macs": ready.pruned.macs}
+        answer.lines = [*prepared_lines(ready, folder)]
+
+
+@app.command()
+def deploy(
+    work: Annotated[Path, typer.Argument(metavar="WORK", help="the work folder of `prepare`, or a copy of it")],
+    on: OnOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The device's half: build and measure what `prepare` has made, and assemble the bundle. Needs no PyTorch."""
+    with _session("deploy", as_json) as answer:
+        from cswap_deploy import pipeline, prepared
+        from cswap_deploy.console import Console
+        from cswap_deploy.progress import reporting
+        from cswap_deploy.stage import Workdir
+
+        if not work.is_dir():
+            raise UsageError(f"{work} is not a folder", "give the work folder of a run, such as runs/<recipe name>")
+        _require_target(on)
+        with Workdir(work).open() as opened:
+            recipe, ready = prepared.find(opened)
+            recipe = recipe.on(on) if on else recipe
+            console = Console(pipeline.device_stages(recipe), silent=quiet or as_json)
+            with closing(console), reporting(console):
+                bundle = pipeline.deploy(recipe, ready, opened)
+        _answer_bundle(answer, bundle)
+
+
+@app.command()
+def measure(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="a .onnx file, or an engine that was built on the target")
+    ],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="OTHER", help="run in turn with this one")
+    ] = None,
+    on: OnOption = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="images per inference")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the runtime")] = 1,
+    warmup: Annotated[float, typer.Option("--warmup", min=0, help="seconds before the first sample")] = 1.0,
+    duration: Annotated[float, typer.Option("--duration", min=0.01, help="seconds of sampling, each model")] = 5.0,
+    layers: Annotated[bool, typer.Option("--layers", help="also show where MODEL's time goes")] = False,
+    trust_engine: Annotated[
+        list[str] | None, typer.Option("--trust-engine", metavar="SHA256", help="run an engine built elsewhere")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Latency of a model on a target; with --against, of two in turn and their ratio."""
+    with _session("measure", as_json) as answer:
+        from cswap_deploy import measuring
+        from cswap_deploy.console import measured_lines
+        from cswap_deploy.recipe import LatencySettings
+
+        _require_target(on)
+        paths = [model, *([against] if against else [])]
+        settings = LatencySettings(
+            runtime=measuring.runtime_of(paths), target=on or "local", batch=batch, threads=threads,
+            warmup_s=warmup, duration_s=duration,
+        )  # fmt: skip
+        answer.document = measuring.measure(paths, settings, trust_engine or (), layers)
+        answer.lines = [*measured_lines(answer.document)]
+
+
+@app.command()
+def doctor(on: OnOption = None, as_json: JsonOption = False) -> None:
+    """What this machine and the target can do, what is missing, and how to fix it."""
+    with _session("doctor", as_json) as answer:
+        from cswap_deploy import doctor as examination
+        from cswap_deploy.console import finding_lines
+        from cswap_deploy.device.target import Probe, reach
+        from cswap_deploy.errors import DeviceError
+
+        _require_target(on)
+        name = on or "local"
+        here = examination.host()
+        try:
+            with reach(name) as target:
+                there = examination.target(name, Probe.of(target).document)
+        except DeviceError as error:
+            there, answer.code = examination.unreachable(name, error.message, error.hint), error.exit_code
+        answer.document = {
+            "host": [asdict(finding) for finding in here],
+            "target": {"name": name, "findings": [asdict(finding) for finding in there]},
+        }
+        answer.lines = ["this machine", *finding_lines(here), "", f"target {name}", *finding_lines(there)]
 
 
 @app.command()
@@ -94,6 +184,7 @@ def check(
     recipe: RecipeArgument,
     work: WorkOption = None,
     overrides: SetOption = None,
+    on: OnOption = None,
     groups: Annotated[bool, typer.Option("--groups", help="also prove and list what can be pruned")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -102,7 +193,7 @@ def check(
         from cswap_deploy import checks
         from cswap_deploy.console import check_lines, group_lines
 
-        settings, folder = _load(recipe, work, overrides)
+        settings, folder = _load(recipe, work, overrides, on)
         report = checks.check(settings, folder)
         found = checks.provable_groups(settings) if groups else None
         answer.document = {
@@ -129,17 +220,39 @@ def show(
 
 
 @app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="a bundle folder")],
+    require: Annotated[
+        str | None, typer.Option("--require", metavar="CHECK,...", help="these checks must not be skipped")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a bundle: sha256 of every file, test vectors through ONNX Runtime, reload in PyTorch where it is."""
+    with _session("verify", as_json) as answer:
+        from cswap_deploy import verify as checks
+        from cswap_deploy.console import verified_lines
+        from cswap_deploy.errors import VerifyError
+
+        found = checks.verify(bundle, [name for name in (require or "").split(",") if name])
+        answer.document = {"bundle": str(bundle), "checks": [asdict(check) for check in found]}
+        answer.lines = [*verified_lines(found)]
+        if any(check.outcome == "failed" for check in found):
+            answer.code = VerifyError.exit_code
+
+
+@app.command()
 def schema(
     manifest: Annotated[bool, typer.Option("--manifest", help="of manifest.json in place of the recipe")] = False,
     command: Annotated[
         str | None, typer.Option("--command", metavar="NAME", help="of a command's --json output")
     ] = None,
+    agent: Annotated[bool, typer.Option("--agent", help="of the device agent's requests and documents")] = False,
 ) -> None:
     """JSON Schema of the recipe, for editors and programs."""
     with _session("schema", as_json=False) as answer:
         from cswap_deploy import schemas
 
-        document = schemas.of(manifest=manifest, command=command)
+        document = schemas.of(manifest=manifest, command=command, agent=agent)
         answer.lines = [json.dumps(document, indent=2, ensure_ascii=False)]
 
 
@@ -236,10 +349,29 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _load(path: Path, work: Path | None, overrides: list[str] | None) -> tuple[Recipe, Path]:
+def _answer_bundle(answer: _Answer, bundle: Bundle) -> None:
+    """How a run ended is in the manifest, so a second run that finds all up to date ends as the first did."""
+    from cswap_deploy.console import bundle_lines, next_commands
+
+    answer.document = {"bundle": str(bundle.folder), "verdict": bundle.verdict, "manifest": bundle.manifest}
+    answer.lines = [*bundle_lines(bundle), "", *next_commands(bundle)]
+    answer.code = bundle.manifest["exit_code"]
+
+
+def _require_target(name: str | None) -> None:
+    from cswap_deploy.recipe import TARGET
+
+    if name is not None and not re.fullmatch(TARGET, name):
+        raise UsageError(
+            f"--on: {name!r} is no target", "give local or ssh://[user@]host[:port]; no user or host starts with '-'"
+        )
+
+
+def _load(path: Path, work: Path | None, overrides: list[str] | None, on: str | None) -> tuple[Recipe, Path]:
     from cswap_deploy.recipe import load
 
-    recipe = load(path, overrides or ())
+    _require_target(on)
+    recipe = load(path, [*(overrides or ()), *([f"latency.target={json.dumps(on)}"] if on else ())])
     return recipe, work or Path("runs") / recipe.name
 
 

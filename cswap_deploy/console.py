@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from cswap_deploy.artifacts import Groups
+    from cswap_deploy.artifacts import Groups, Prepared
     from cswap_deploy.bundle import Bundle
     from cswap_deploy.checks import CheckReport
-    from cswap_deploy.pipeline import Prepared
+    from cswap_deploy.doctor import Finding
+    from cswap_deploy.verify import Check
 
 WIDTH = 80
 REFRESH_S = 0.1
+SLOWEST = 15
 
 
 class Console:
@@ -98,6 +100,8 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
         ("parameters", count_text(model["params"]), count_text(pruned["params"]), _ratio(pruned, model, "params")),
         ("MACs", count_text(model["macs"]), count_text(pruned["macs"]), _ratio(pruned, model, "macs")),
     ]
+    if latency := manifest["latency"]:
+        rows += _latency_rows(latency)
     yield from table(("", "dense", "shipped", ""), rows, f"{manifest['name']}: {model['name']}")
     word = (
         "NO GATE"
@@ -105,6 +109,9 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
         else manifest["verdict"].upper()
     )
     yield from _wrapped(f"{word}: {_sentence(manifest)}")
+    if latency:
+        yield from _unstable(latency["unstable_because"])
+        yield from _wrapped(f"latency of {manifest['shipped']} and its dense twin, on {_conditions(latency)}")
 
 
 def next_commands(bundle: Bundle) -> Iterator[str]:
@@ -135,9 +142,57 @@ def file_lines(bundle: Bundle) -> Iterator[str]:
         yield f"{entry['path']:<28} {size_text(entry['bytes']):>9}  sha256 {entry['sha256'][:16]}"
 
 
-def prepared_lines(ready: Prepared) -> Iterator[str]:
-    share = ready.pruned.macs / ready.source.macs
-    yield f"pruned to {share:.1%} of the MACs: {ready.shipped.graph.path} ({size_text(ready.shipped.graph.bytes)})"
+def prepared_lines(ready: Prepared, work: Path) -> Iterator[str]:
+    share, file = ready.pruned.macs / ready.source.macs, ready.models["fp32"].graph
+    yield f"pruned to {share:.1%} of the MACs: {file.path} ({size_text(file.bytes)})"
+    for reason in ready.reasons:
+        yield from _wrapped(f"failed: {reason.text}")
+    yield f"next     {shlex.join(['cswap-deploy', 'deploy', str(work)])}"
+
+
+def measured_lines(document: dict[str, Any]) -> Iterator[str]:
+    """Percentiles of one or two files, the ratio with its interval, whether that can be trusted, the conditions."""
+    models = document["models"]
+    names = [Path(model["file"]).name for model in models]
+    names = [model["file"] for model in models] if len(set(names)) < len(names) else names
+    rows = [
+        (name, *(_ms(model[f"p{p}_ms"]) for p in (50, 90, 99)), _ms_interval(model), str(model["samples"]), _mb(model))
+        for name, model in zip(names, models, strict=True)
+    ]
+    yield from table(("ms", "p50", "p90", "p99", "p50, 95 %", "samples", "peak MB"), rows, document["runtime"])
+    if document["speedup"] is not None:
+        low, high = document["speedup_ci95"]
+        yield f"{names[0]} is {document['speedup']:.3f} times as fast as {names[1]} (95 %: {low:.3f} to {high:.3f})"
+    yield from _unstable(
+        [f"{name}: {why}" for name, m in zip(names, models, strict=True) for why in m["unstable_because"]]
+    )
+    yield from _wrapped(f"on {_conditions(document)}")
+    if document["layers"]:
+        yield from layer_lines(document["layers"])
+
+
+def layer_lines(layers: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The layers that take longest."""
+    total = sum(layer["ms"] for layer in layers)
+    slowest = sorted(layers, key=lambda layer: -float(layer["ms"]))[:SLOWEST]
+    rows = [(layer["name"], layer["op"], _ms(layer["ms"]), f"{layer['ms'] / total:.1%}") for layer in slowest]
+    yield from table(("layer", "op", "ms", "share"), rows, f"{len(slowest)} slowest of {len(layers)} layers")
+
+
+def verified_lines(checks: Sequence[Check]) -> Iterator[str]:
+    for check in checks:
+        yield from _wrapped(f"{check.outcome:<8} {check.name}: {check.detail}")
+    failed = sum(check.outcome == "failed" for check in checks)
+    skipped = sum(check.outcome == "skipped" for check in checks)
+    more = f", {skipped} skipped" if skipped else ""
+    yield f"{'FAIL' if failed else 'PASS'}: {failed} of {len(checks)} checks failed{more}"
+
+
+def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    for finding in findings:
+        yield from _wrapped(f"{finding.state:<8} {finding.topic}: {finding.text}")
+        if finding.fix:
+            yield from (f"{'':9}{line}" for line in _wrapped(f"fix: {finding.fix}"))
 
 
 def check_lines(report: CheckReport) -> Iterator[str]:
@@ -213,6 +268,49 @@ def _drop_interval(accuracy: dict[str, Any]) -> str:
 
 def _ratio(pruned: dict[str, Any], model: dict[str, Any], key: str) -> str:
     return f"{100 * pruned[key] / model[key]:.1f} % kept"
+
+
+def _latency_rows(latency: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    dense, shipped = latency["source"], latency["pruned"]
+    low, high = latency["speedup_ci95"]
+    yield "p50", f"{_ms(dense['p50_ms'])} ms", f"{_ms(shipped['p50_ms'])} ms", f"{latency['speedup']:.2f} x as fast"
+    yield "  95 % interval", _ms_interval(dense), _ms_interval(shipped), f"{low:.2f} to {high:.2f}"
+    yield "p99", f"{_ms(dense['p99_ms'])} ms", f"{_ms(shipped['p99_ms'])} ms", ""
+    if shipped["peak_memory_mb"]:
+        yield "peak memory", f"{_mb(dense)} MB", f"{_mb(shipped)} MB", ""
+
+
+def _unstable(reasons: Sequence[str]) -> Iterator[str]:
+    """The first reason for which the figures cannot be trusted, and how many more there are."""
+    if reasons:
+        more = f" (and {_plural(len(reasons) - 1, 'more reason')}: --json)" if len(reasons) > 1 else ""
+        yield from _wrapped(f"UNSTABLE: {reasons[0]}{more}")
+
+
+def _conditions(document: dict[str, Any]) -> str:
+    """Where and how it was measured, in one line."""
+    found = document["conditions"]
+    runtime = " ".join([document["runtime"], *filter(None, [document.get("runtime_version")])])
+    parts = [found["device"], runtime, f"batch {document['batch']}", _plural(document["threads"], "thread")]
+    parts += [f"power mode {found['power_mode']}"] if found["power_mode"] else []
+    parts += [f"governor {found['governor']}"] if found["governor"] else []
+    return ", ".join([*parts, f"load {found['load'][0]:.1f}", f"{document['duration_s']:g} s each, in turn"])
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+
+def _ms_interval(timing: dict[str, Any]) -> str:
+    return " to ".join(map(_ms, timing["p50_ci95_ms"]))
+
+
+def _mb(timing: dict[str, Any]) -> str:
+    return f"{timing['peak_memory_mb']:.0f}" if timing["peak_memory_mb"] else "?"
 
 
 def _sentence(manifest: dict[str, Any]) -> str:

@@ -77,7 +77,18 @@ class VerifyError(CswapError):
     exit_code = 9
 
 
-HOST_MODULES = ("torch", "timm", "safetensors", "PIL", "scipy", "torch_pruning", "onnx", "onnxscript", "onnxruntime")
+HOST_MODULES = (
+    "torch",
+    "timm",
+    "safetensors",
+    "PIL",
+    "scipy",
+    "torch_pruning",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxconverter_common",
+)
 
 
 def require_host() -> None:

@@ -49,6 +49,12 @@ def _flat(name: str, value: object, digest: Digest) -> dict[str, str]:
             for key in type(value).model_fields:
                 flat |= _flat(f"{name}.{key}", getattr(value, getattr(value, "KEYED_BY", {}).get(key, key)), digest)
             return flat
+        case _ if _is_artefact(value):
+            flat = {}
+            for key, item in _counted(value).items():
+                nested = isinstance(item, BaseModel)
+                flat |= _flat(f"{name}.{key}", item, digest) if nested else {f"{name}.{key}": _text(item, digest)}
+            return flat
         case Path():
             return {name: f"sha256:{digest(value)}" if value.exists() else "missing"}
         case Mapping():
@@ -68,9 +74,10 @@ def _plain(value: object, digest: Digest) -> Any:
     """JSON data of an artefact for its digest: files by content, machine paths left out."""
     if isinstance(value, File):
         return value.sha256
-    if is_dataclass(value) and not isinstance(value, type):
-        counted = [field for field in fields(value) if field.metadata.get("key", True)]
-        return {field.name: _plain(getattr(value, field.name), digest) for field in counted}
+    if _is_artefact(value):
+        return {key: _plain(item, digest) for key, item in _counted(value).items()}
+    if isinstance(value, BaseModel):
+        return _plain(_flat("", value, digest), digest)
     if isinstance(value, Mapping):
         return {str(key): _plain(item, digest) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -78,6 +85,15 @@ def _plain(value: object, digest: Digest) -> Any:
     if isinstance(value, Path):
         return digest(value)
     return value
+
+
+def _is_artefact(value: object) -> bool:
+    return is_dataclass(value) and not isinstance(value, type | File)
+
+
+def _counted(value: Any) -> dict[str, Any]:
+    """Fields of an artefact that its content consists of; where it lies on this machine is none."""
+    return {field.name: getattr(value, field.name) for field in fields(value) if field.metadata.get("key", True)}
 
 
 def _is_json(value: object) -> bool:

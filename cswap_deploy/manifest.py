@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from cswap_deploy.artifacts import AccuracyReport, Evaluation, InputSpec, Network, OnnxModel, PruningPlan
-from cswap_deploy.intervals import discordant, paired_drop, wilson
+from cswap_deploy.artifacts import (
+    AccuracyReport,
+    Engine,
+    Evaluation,
+    Gate,
+    InputSpec,
+    LatencyReport,
+    Network,
+    OnnxModel,
+    PruningPlan,
+    Reason,
+)
+from cswap_deploy.intervals import discordant, gate, paired_drop, wilson
+from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings
+from cswap_deploy.samples import Samples
 
 SCHEMA = "cswap-deploy/manifest/1"
+GATE_FAILED = 7
+"""Exit code of a build whose accuracy gate failed."""
 WORST_CLASSES = 5
 
 Schema = dict[str, Any]
@@ -55,54 +70,129 @@ def pruned_block(
     }
 
 
-def accuracy_block(report: AccuracyReport, labels: tuple[str, ...], holdout_reads: int) -> dict[str, Any]:
+def gate_of(report: AccuracyReport, shipped: Evaluation, settings: AccuracySettings) -> Gate:
+    """What ships against the dense network."""
+    lost, won = discordant(report.labels, report.source.predicted, shipped.predicted)
+    return gate(lost, won, len(report.labels), settings.max_drop, settings.rule, settings.confidence)
+
+
+def accuracy_block(
+    report: AccuracyReport,
+    engine: Evaluation | None,
+    shipped: Evaluation,
+    verdict: Gate,
+    labels: tuple[str, ...],
+    holdout_reads: int,
+) -> dict[str, Any]:
     """Fractions in 0..1, percentage points under `_pp`; the drop is dense minus shipped, its interval Tango's score interval."""
     images = len(report.labels)
-    lost, won = discordant(report.labels, report.source.predicted, report.exported.predicted)
+    lost, won = discordant(report.labels, report.source.predicted, shipped.predicted)
     low, high = paired_drop(lost, won, images)
-    same = sum(a == b for a, b in zip(report.source.predicted, report.exported.predicted, strict=True))
+    same = sum(a == b for a, b in zip(report.source.predicted, shipped.predicted, strict=True))
     return {
         "images": images,
         "source": _outcome(report, report.source),
         "pruned": _outcome(report, report.pruned),
-        "exported": _outcome(report, report.exported),
-        "variants": {},
-        "engine": None,
-        "shipped": _outcome(report, report.exported),
+        "exported": _outcome(report, report.models["fp32"]),
+        "variants": {name: _outcome(report, found) for name, found in report.models.items() if name != "fp32"},
+        "engine": _outcome(report, engine) if engine else None,
+        "shipped": _outcome(report, shipped),
         "drop_pp": 100 * (lost - won) / images,
         "drop_ci95_pp": [100 * low, 100 * high],
         "drop_interval": "Tango 1998, score interval of paired proportions",
         "only_dense_right": lost,
         "only_shipped_right": won,
         "agreement": same / images,
-        "worst_classes": _worst_classes(report, labels),
-        "gate": asdict(report.gate),
+        "worst_classes": _worst_classes(report, shipped, labels),
+        "gate": asdict(verdict),
         "holdout_reads": holdout_reads,
     }
 
 
-def onnx_block(exported: OnnxModel, shipped: OnnxModel) -> dict[str, Any]:
+def onnx_block(exported: OnnxModel, models: Mapping[str, OnnxModel], names: Mapping[str, str]) -> dict[str, Any]:
+    """`names`: the bundle's file of each model."""
+    simplified = models["fp32"]
+    variants = {name: model for name, model in models.items() if name != "fp32"}
     return {
-        "opset": shipped.opset,
-        "ir_version": shipped.ir_version,
-        "parity": asdict(shipped.parity),
+        "opset": simplified.opset,
+        "ir_version": simplified.ir_version,
+        "parity": asdict(simplified.parity),
         "nodes_exported": exported.nodes,
-        "nodes_simplified": shipped.nodes,
-        "note": shipped.note,
+        "nodes_simplified": simplified.nodes,
+        "note": simplified.note,
+        "variants": {
+            name: {
+                "file": names[name],
+                "opset": model.opset,
+                "parity": asdict(model.parity),
+                "nodes": model.nodes,
+                "note": model.note,
+            }
+            for name, model in variants.items()
+        },
     }
 
 
-def reasons(report: AccuracyReport) -> list[str]:
-    """Why the verdict is not pass; empty when it is."""
-    gate = report.gate
-    if gate.verdict != "fail":
+def latency_block(report: LatencyReport, settings: LatencySettings, precision: str) -> dict[str, Any]:
+    """Milliseconds of one inference of a whole batch; `speedup`: how many times faster the shipped model is."""
+    samples = Samples.load(report.samples.path)
+    faster = samples.speedup(1, against=0)
+    faults = [f"{name}: {text}" for model, name in enumerate(("dense", "shipped")) for text in samples.faults(model)]
+    memory = report.peak_memory_mb or (None, None)
+    return {
+        "target": "local" if settings.target == "local" else "ssh",
+        "runtime": settings.runtime,
+        "runtime_version": report.runtime.partition(" ")[2],
+        "precision": precision,
+        "batch": settings.batch,
+        "threads": settings.threads,
+        "warmup_s": settings.warmup_s,
+        "duration_s": settings.duration_s,
+        "source": timing_block(samples, 0, memory[0]),
+        "pruned": timing_block(samples, 1, memory[1]),
+        "speedup": faster.value,
+        "speedup_ci95": [faster.low, faster.high],
+        "stable": not faults,
+        "unstable_because": faults,
+        "peak_memory_mb": memory[1],
+        "overhead": report.overhead,
+        "conditions": report.conditions,
+    }
+
+
+def timing_block(samples: Samples, model: int, peak_memory_mb: float | None) -> dict[str, Any]:
+    return {
+        **{f"p{p}_ms": samples.percentile_ms(model, p) for p in (50, 90, 99)},
+        "p50_ci95_ms": list(samples.percentile_ci95_ms(model, 50)),
+        "samples": samples.count(model),
+        "rounds": len(samples.rounds),
+        "peak_memory_mb": peak_memory_mb,
+    }
+
+
+def engine_block(engine: Engine | None, settings: EngineSettings, reason: str) -> dict[str, Any]:
+    return {
+        "built": engine is not None,
+        "reason": reason,
+        "precision": settings.precision,
+        "tensorrt": engine.tensorrt if engine else None,
+        "gpu": engine.gpu if engine else None,
+        "bytes": engine.file.bytes if engine else None,
+        "sha256": engine.file.sha256 if engine else None,
+        "build_seconds": engine.seconds if engine else None,
+        "note": engine.note if engine else "",
+    }
+
+
+def gate_reasons(report: AccuracyReport, shipped: Evaluation, verdict: Gate) -> list[Reason]:
+    """Why the gate is not passed; empty when it is, or when there is none."""
+    if verdict.verdict != "fail":
         return []
-    lost, won = discordant(report.labels, report.source.predicted, report.exported.predicted)
-    drop = 100 * (lost - won) / len(report.labels)
-    what = "the drop" if gate.rule == "point" else f"the upper bound at {gate.confidence:.0%} of the drop"
-    return [
-        f"accuracy: {what} exceeds {gate.max_drop_pp:g} points (observed {drop:+.2f} points on {len(report.labels)} images)"
-    ]
+    lost, won = discordant(report.labels, report.source.predicted, shipped.predicted)
+    drop, images = 100 * (lost - won) / len(report.labels), len(report.labels)
+    what = "the drop" if verdict.rule == "point" else f"the upper bound at {verdict.confidence:.0%} of the drop"
+    text = f"{what} exceeds {verdict.max_drop_pp:g} points (observed {drop:+.2f} points on {images} images)"
+    return [Reason(GATE_FAILED, f"accuracy: {text}")]
 
 
 def _outcome(report: AccuracyReport, outcome: Evaluation) -> dict[str, Any]:
@@ -116,9 +206,9 @@ def _outcome(report: AccuracyReport, outcome: Evaluation) -> dict[str, Any]:
     }
 
 
-def _worst_classes(report: AccuracyReport, labels: tuple[str, ...]) -> list[dict[str, Any]]:
+def _worst_classes(report: AccuracyReport, shipped: Evaluation, labels: tuple[str, ...]) -> list[dict[str, Any]]:
     """Classes that lost most top-1 from dense to shipped; ties by the order of the outputs."""
-    rows = list(zip(report.labels, report.source.predicted, report.exported.predicted, strict=True))
+    rows = list(zip(report.labels, report.source.predicted, shipped.predicted, strict=True))
     images = Counter(y for y, _, _ in rows)
     lost = Counter(y for y, a, _ in rows if a == y)
     lost.subtract(y for y, _, b in rows if b == y)
@@ -156,6 +246,7 @@ def schema() -> Schema:
         shipped=TEXT,
         verdict={"enum": ["pass", "fail"]},
         reasons={"type": "array", "items": TEXT},
+        exit_code={"type": "integer", "minimum": 0, "maximum": 8},
         model=record(
             name=TEXT,
             source={"enum": ["timm", "factory"]},
@@ -174,19 +265,60 @@ def schema() -> Schema:
             steps=INTEGER,
         ),
         accuracy=_accuracy(),
-        onnx=record(
-            opset=INTEGER,
-            ir_version=INTEGER,
-            parity=record(max_abs=NUMBER, sqnr_db=NUMBER),
-            nodes_exported=INTEGER,
-            nodes_simplified=INTEGER,
-        ),
-        latency=nullable({"type": "object"}),
+        onnx=_onnx(),
+        latency=nullable(_latency()),
         budget=nullable({"type": "object"}),
-        engine=nullable({"type": "object"}),
+        engine=nullable(_engine()),
         files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
         environment={"type": "object", "additionalProperties": TEXT},
     )
+
+
+def _onnx() -> Schema:
+    parity = record(max_abs=NUMBER, sqnr_db=NUMBER)
+    variant = record(file=TEXT, opset=INTEGER, parity=parity, nodes=INTEGER, note=TEXT)
+    return record(
+        opset=INTEGER,
+        ir_version=INTEGER,
+        parity=parity,
+        nodes_exported=INTEGER,
+        nodes_simplified=INTEGER,
+        variants={"type": "object", "additionalProperties": variant},
+    )
+
+
+def _engine() -> Schema:
+    return record(
+        built={"type": "boolean"},
+        reason=TEXT,
+        precision=TEXT,
+        tensorrt=nullable(TEXT),
+        gpu=nullable(TEXT),
+        bytes=nullable(INTEGER),
+    )
+
+
+def _latency() -> Schema:
+    timing = timing_schema()
+    return record(
+        target=TEXT,
+        runtime=TEXT,
+        precision=TEXT,
+        batch=POSITIVE,
+        threads=POSITIVE,
+        source=timing,
+        pruned=timing,
+        speedup=NUMBER,
+        speedup_ci95=_pair(NUMBER),
+        stable={"type": "boolean"},
+        unstable_because={"type": "array", "items": TEXT},
+        peak_memory_mb=nullable(NUMBER),
+        conditions={"type": "object"},
+    )
+
+
+def timing_schema() -> Schema:
+    return record(p50_ms=NUMBER, p90_ms=NUMBER, p99_ms=NUMBER, p50_ci95_ms=_pair(NUMBER), samples=POSITIVE)
 
 
 def _accuracy() -> Schema:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import (
     BaseModel,
@@ -447,11 +448,14 @@ class EngineSettings(Settings):
 
 _NAME = r"[A-Za-z0-9_.][A-Za-z0-9_.-]*"
 _PORT = r"(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
-_TARGET = rf"^(local|ssh://({_NAME}@)?({_NAME}|\[[0-9A-Fa-f:.]+\])(:{_PORT})?)$"
+TARGET = rf"^(local|ssh://({_NAME}@)?({_NAME}|\[[0-9A-Fa-f:.]+\])(:{_PORT})?)$"
 
 
 class LatencySettings(Settings):
     """How latency is measured, dense and shipped in turn."""
+
+    KEYED_BY: ClassVar[Mapping[str, str]] = {"target": "anywhere"}
+    """What the target is counts in a stage's key, by its own facts; where it is does not."""
 
     runtime: Literal["onnxruntime", "tensorrt"] = Field(
         default_factory=lambda: "onnxruntime",
@@ -459,7 +463,7 @@ class LatencySettings(Settings):
     )
     target: str = Field(
         default="local",
-        pattern=_TARGET,
+        pattern=TARGET,
         description="`local` or `ssh://[user@]host[:port]`",
         json_schema_extra={
             "errorMessage": "expected local or ssh://[user@]host[:port], where no user or host starts with '-'"
@@ -469,6 +473,10 @@ class LatencySettings(Settings):
     threads: int = Field(default=1, ge=1, description="CPU threads of the runtime")
     warmup_s: float = Field(default=1.0, ge=0, description="running before the first sample, in seconds")
     duration_s: float = Field(default=5.0, gt=0, description="sampling of each model, in seconds")
+
+    @property
+    def anywhere(self) -> str:
+        return "anywhere"
 
 
 # --- the recipe ------------------------------------------------------------------------------------------------------
@@ -505,6 +513,33 @@ class Recipe(Settings):
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
+    @property
+    def ships_engine(self) -> bool:
+        """The engine ships, when there is one in the precision of `ship`; else an ONNX file does."""
+        return self.engine is not None and self.engine.precision == self.ship
+
+    @property
+    def shipped_file(self) -> str:
+        """`fp32` or the variant that ships, or that is the nearest to the engine that ships."""
+        return "int8-tensorrt" if self.ships_engine and self.ship == "int8" else self.ship
+
+    @property
+    def wanted_variants(self) -> tuple[Variant, ...]:
+        """Those asked for, the one that ships, and what an engine of any TensorRT version may be built from."""
+        precision = self.engine.precision if self.engine else "fp32"
+        wanted = {*self.variants, self.shipped_file, {"int8": "int8-tensorrt"}.get(precision, precision)}
+        return tuple(variant for variant in get_args(Variant) if variant in wanted)
+
+    @property
+    def target(self) -> str:
+        return self.latency.target if self.latency else "local"
+
+    def on(self, target: str) -> Recipe:
+        """The same recipe, measured on `target`; without a latency block it gets one with the defaults."""
+        data = self.model_dump(mode="json")
+        data["latency"] = {**(data["latency"] or {}), "target": target}
+        return Recipe.model_validate_json(json.dumps(data))
+
     def where(self, key: str) -> str:
         """Where a dotted key, or the nearest block around it, was written: `file:line` or the `--set` text."""
         return next((self._places[k] for k in recipe_file.parents(key) if k in self._places), "the recipe")
@@ -523,7 +558,7 @@ class Recipe(Settings):
         latency = data.get("latency")
         if isinstance(latency, LatencySettings):
             latency = latency.model_dump(exclude_unset=True)
-        if isinstance(latency, Mapping):
+        if isinstance(latency, Mapping) and data.get("ship", precision) == precision:
             latency = {"runtime": "tensorrt", **latency}
         return {"ship": precision, **data, "latency": latency}
 
@@ -538,12 +573,30 @@ class Recipe(Settings):
             )
         if self.latency and self.latency.runtime == "tensorrt":
             yield from self._engine_conflicts(self.latency)
+        if self.latency and self.latency.runtime == "onnxruntime":
+            yield from self._onnxruntime_conflicts(self.latency)
+        if self.engine and self.engine.batch.max > 1 and not self.onnx.dynamic_batch:
+            yield "engine.batch", "more than one image needs a file with an open batch: set onnx.dynamic_batch: true"
+
+    def _onnxruntime_conflicts(self, latency: LatencySettings) -> Conflicts:
+        if self.ships_engine:
+            yield (
+                "latency.runtime",
+                "what ships is the engine, which tensorrt runs: leave runtime out, or set ship: fp32",
+            )
+        if latency.batch > 1 and not self.onnx.dynamic_batch:
+            yield "latency.batch", "more than one image needs a file with an open batch: set onnx.dynamic_batch: true"
 
     def _engine_conflicts(self, latency: LatencySettings) -> Conflicts:
         if self.engine is None:
             yield (
                 "latency.runtime",
                 "tensorrt runs an engine: add an engine block; for example `engine: {precision: fp16}`",
+            )
+        elif not self.ships_engine:
+            yield (
+                "latency.runtime",
+                f"what ships is the {self.ship} ONNX file, which onnxruntime runs: leave runtime out",
             )
         elif not self.engine.batch.min <= latency.batch <= self.engine.batch.max:
             batch = self.engine.batch

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from cswap_deploy import manifest as facts
 from cswap_deploy import recipe
+from cswap_deploy.device import protocol
 from cswap_deploy.errors import UsageError
-from cswap_deploy.manifest import INTEGER, TEXT, Schema, nullable, record
+from cswap_deploy.manifest import INTEGER, NUMBER, TEXT, Schema, nullable, record
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def of(*, manifest: bool = False, command: str | None = None) -> Schema:
+def of(*, manifest: bool = False, command: str | None = None, agent: bool = False) -> Schema:
     """Errors: UsageError for a command that has no --json output."""
-    if command is not None and manifest:
-        raise UsageError("--manifest and --command exclude each other", "ask for one of them")
+    if (command is not None) + manifest + agent > 1:
+        raise UsageError("--manifest, --command and --agent exclude each other", "ask for one of them")
+    if agent:
+        return of_agent()
     if command is not None:
         return _of_command(command)
     return of_manifest() if manifest else recipe.schema()
@@ -23,7 +26,19 @@ def of_manifest() -> Schema:
     return {"$schema": DRAFT, "title": "manifest of a cswap-deploy bundle", **facts.schema()}
 
 
+def of_agent() -> Schema:
+    """What goes to a device's agent and what comes back, by verb."""
+    verbs = {
+        verb: {"request": protocol.request_schema(verb), "response": protocol.response_schema(verb)}
+        for verb in protocol.VERBS
+    }
+    return {"$schema": DRAFT, "title": protocol.SCHEMA, "verbs": verbs}
+
+
 def _of_command(name: str) -> Schema:
+    finding = record(topic=TEXT, state={"enum": ["ok", "missing", "problem", "note"]}, text=TEXT, fix=TEXT)
+    findings: Schema = {"type": "array", "items": finding}
+    check = record(name=TEXT, outcome={"enum": ["passed", "failed", "skipped"]}, detail=TEXT)
     bodies: dict[str, Schema] = {
         "build": {"bundle": TEXT, "verdict": {"enum": ["pass", "fail"]}, "manifest": facts.schema()},
         "prepare": {"work": TEXT, "onnx": TEXT, "macs": INTEGER},
@@ -33,6 +48,18 @@ def _of_command(name: str) -> Schema:
             "groups": nullable({"type": "object"}),
         },
         "show": {"manifest": facts.schema()},
+        "deploy": {"bundle": TEXT, "verdict": {"enum": ["pass", "fail"]}, "manifest": facts.schema()},
+        "measure": {
+            "target": TEXT,
+            "runtime": TEXT,
+            "models": {"type": "array", "items": facts.timing_schema()},
+            "speedup": nullable(NUMBER),
+            "speedup_ci95": nullable({"type": "array", "items": NUMBER}),
+            "conditions": {"type": "object"},
+            "layers": nullable({"type": "array", "items": record(name=TEXT, op=TEXT, ms=NUMBER)}),
+        },
+        "verify": {"bundle": TEXT, "checks": {"type": "array", "items": check}},
+        "doctor": {"host": findings, "target": record(name=TEXT, findings=findings)},
     }
     if name not in bodies:
         raise UsageError(f"--command: {name!r} has no --json output", f"choose one of {', '.join(bodies)}")

@@ -159,6 +159,23 @@ class Workdir:
             )
         return int(text)
 
+    @property
+    def dry(self) -> bool:
+        return self._dry
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The results that this run has made or found up to date."""
+        return tuple(self._used)
+
+    def reuse(self, references: Sequence[str]) -> None:
+        """Count results of another run as used, so that they stay. Errors: WorkdirError when one is gone or damaged."""
+        for reference in references:
+            entry = self.root / "stages" / reference
+            if fault := self._damage(entry):
+                raise WorkdirError(f"{entry}: {fault}", "copy the whole work folder again, or run prepare again")
+            self._used.append(reference)
+
     # --- reasons
 
     def _reason_to_run(self, stage: Stage[P, T], parts: dict[str, str], entry: Path) -> str | None:

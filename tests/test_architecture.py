@@ -18,10 +18,11 @@ ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
     0: "artifacts digests errors keys progress recipe recipe_file sources stage",
-    1: "model factory checkpoint data images intervals preprocess runtime manifest report prune.batches prune.groups prune.ablation "
-    "prune.observe prune.rows prune.cut prune.compensate prune.select prune.replay prune.criteria prune.criteria.*",
-    2: "prune export accuracy bundle",
-    3: "pipeline checks schemas",
+    1: "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
+    "prepared onnx_file preprocess runtime manifest report prune.batches prune.groups prune.ablation prune.observe prune.rows "
+    "prune.cut prune.compensate prune.select prune.replay prune.criteria prune.criteria.*",
+    2: "prune export variants accuracy engine latency bundle",
+    3: "pipeline checks measuring verify doctor schemas",
     4: "cli console __main__",
 }
 """Modules by floor: values, nouns, stages, the line, the command line. A stage imports no other stage."""

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from PIL import Image as Pictures
 
-from cswap_deploy import export, progress
+from cswap_deploy import export, onnx_file, progress
 from cswap_deploy.artifacts import Image, ImageSet, Network, OnnxModel, sha256_of
 from cswap_deploy.errors import ExportError
 from cswap_deploy.images import load as pixels_of
@@ -223,8 +223,8 @@ def test_weights_of_a_transformer_keep_their_names(simple_vit: Exported) -> None
 
 def test_parity_is_close(either: Exported) -> None:
     parity = either[1].parity
-    assert parity.images == export.PARITY_IMAGES
-    assert 0 <= parity.max_abs < 1e-4 and 60 < parity.sqnr_db <= export.MAX_SQNR
+    assert parity.images == onnx_file.PARITY_IMAGES
+    assert 0 <= parity.max_abs < 1e-4 and 60 < parity.sqnr_db <= onnx_file.MAX_SQNR
     assert either[1].note == ""
 
 
@@ -324,18 +324,18 @@ def test_a_file_that_is_not_as_asked(tmp_path: Path, model: onnx.ModelProto, wor
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ExportError, match=words) as caught:
-        export._require_written_as_asked(path, STATIC18)
+        onnx_file.require_as_asked(path, STATIC18)
     assert hint in caught.value.hint
 
 
 def test_ir_version_is_lowered_and_an_invalid_graph_refused(tmp_path: Path) -> None:
     model = small()
     model.ir_version = 13
-    export._write(model, tmp_path / "model.onnx")
+    onnx_file.write(model, tmp_path / "model.onnx")
     assert onnx.load(tmp_path / "model.onnx").ir_version == 10
     model.graph.node[0].input[0] = "nobody"
     with pytest.raises(ExportError, match="the exported graph is not valid ONNX: "):
-        export._write(model, tmp_path / "model.onnx")
+        onnx_file.write(model, tmp_path / "model.onnx")
 
 
 def test_traces_are_removed_from_branches_and_functions_too() -> None:
@@ -350,7 +350,7 @@ def test_traces_are_removed_from_branches_and_functions_too() -> None:
     model.graph.node.append(choice)
     model.functions.append(function)
     model.producer_name = model.producer_version = "SECRET"
-    assert b"SECRET" not in export._without_traces(model).SerializeToString()
+    assert b"SECRET" not in onnx_file.without_traces(model).SerializeToString()
     assert [entry.domain for entry in model.opset_import] == [""]
 
 

@@ -1,0 +1,144 @@
+"""What host and agent say to each other, as JSON Schemas. A later version only adds keys; bytes of files follow a line."""
+
+from __future__ import annotations
+
+from cswap_deploy.manifest import NUMBER, POSITIVE, TEXT, Schema, nullable, record
+
+SCHEMA = "cswap-deploy/agent/1"
+VERBS = ("probe", "missing", "store", "fetch", "build", "measure", "infer", "layers")
+FAULTS = ("request", "file", "disk", "busy", "transfer", "runtime", "model", "engine", "internal")
+"""Kinds of error; `internal` is a bug of ours."""
+
+COUNT: Schema = {"type": "integer", "minimum": 0}
+SECONDS: Schema = {"type": "number", "minimum": 0}
+BOOLEAN: Schema = {"type": "boolean"}
+TEXTS: Schema = {"type": "array", "items": TEXT}
+NUMBERS: Schema = {"type": "array", "items": NUMBER}
+
+
+def request_schema(verb: str) -> Schema:
+    """The host's line. After that of `store` come the file's bytes."""
+    assert verb in VERBS, verb
+    demanded, allowed = _requests()[verb]
+    return _with(record(schema={"const": SCHEMA}, verb={"const": verb}, **demanded), **allowed)
+
+
+def response_schema(verb: str) -> Schema:
+    """The agent's line: an answer or an error. After that of `fetch` come the file's bytes."""
+    assert verb in VERBS, verb
+    demanded, allowed = _answers()[verb]
+    answer = _with(record(schema={"const": SCHEMA}, **demanded), **allowed)
+    error = record(kind={"enum": list(FAULTS)}, message=TEXT, hint=TEXT)
+    return {"anyOf": [answer, record(schema={"const": SCHEMA}, error=error)]}
+
+
+def _requests() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
+    """Verb → keys that its request has, and keys that it may have."""
+    file: Schema = {"anyOf": [_with(record(sha256=TEXT), name=TEXT), _with(record(path=TEXT), sha256=TEXT, name=TEXT)]}
+    runtime: Schema = {"enum": ["onnxruntime", "tensorrt"]}
+    alone = {"wait_s": SECONDS}
+    running = {"batch": POSITIVE, "threads": POSITIVE, "trust": TEXTS, **alone}
+    files: Schema = {"type": "array", "items": file, "minItems": 1}
+    return {
+        "probe": ({}, {}),
+        "missing": ({"sha256": TEXTS}, {}),
+        "store": ({"sha256": TEXT, "bytes": COUNT}, {}),
+        "fetch": ({"file": file}, {}),
+        "build": ({"model": file, "settings": _settings(), "input": _input(), "dynamic": BOOLEAN}, alone),
+        "measure": (
+            {"runtime": runtime, "models": files, "warmup_s": SECONDS, "duration_s": SECONDS},
+            {"block_s": SECONDS, **running},
+        ),
+        "infer": ({"runtime": runtime, "model": file, "images": file, "mean": NUMBERS, "std": NUMBERS}, running),
+        "layers": ({"runtime": runtime, "model": file}, running),
+    }
+
+
+def _answers() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
+    """Verb → keys that its answer has, and keys that it may have."""
+    kept = record(sha256=TEXT, bytes=COUNT)
+    built = {"tensorrt": TEXT, "gpu": nullable(TEXT), "compute_capability": nullable(TEXT), "note": TEXT}
+    layer = record(name=TEXT, op=TEXT, ms=SECONDS)
+    return {
+        "probe": (_probe(), {}),
+        "missing": ({"missing": TEXTS}, {}),
+        "store": ({"stored": kept}, {}),
+        "fetch": ({"bytes": COUNT}, {}),
+        "build": ({"engine": kept, "seconds": SECONDS, **built}, {}),
+        "measure": (_measurement(), {}),
+        "infer": ({"logits": kept, "images": COUNT}, {}),
+        "layers": ({"layers": {"type": "array", "items": layer}}, {"engine": {"type": "object"}}),
+    }
+
+
+def _settings() -> Schema:
+    """The recipe's `engine`."""
+    return record(
+        precision={"enum": ["fp32", "fp16", "int8"]},
+        workspace_mib=POSITIVE,
+        optimization_level=COUNT,
+        dla_core=nullable(COUNT),
+        batch=record(min=POSITIVE, opt=POSITIVE, max=POSITIVE),
+        keep_fp32={"anyOf": [{"const": "auto"}, TEXTS]},
+    )
+
+
+def _input() -> Schema:
+    return record(name=TEXT, shape={"type": "array", "items": POSITIVE, "minItems": 3, "maxItems": 3})
+
+
+def _machine() -> dict[str, Schema]:
+    """State of the device: the conditions of a measurement."""
+    cpu = record(model=TEXT, cores=POSITIVE, governor=nullable(TEXT), mhz=nullable(COUNT), max_mhz=nullable(COUNT))
+    board = record(model=TEXT, l4t=nullable(TEXT), power_mode=nullable(TEXT), gpu_clocks_locked=nullable(BOOLEAN))
+    return {
+        "python": TEXT,
+        "machine": TEXT,
+        "system": TEXT,
+        "cpu": cpu,
+        "board": nullable(board),
+        "memory_mb": COUNT,
+        "memory_free_mb": COUNT,
+        "load": {"type": "array", "items": SECONDS, "minItems": 3, "maxItems": 3},
+        "temperature_c": nullable(NUMBER),
+    }
+
+
+def _probe() -> dict[str, Schema]:
+    tensorrt = record(
+        module=BOOLEAN,
+        trtexec=nullable(TEXT),
+        gpu=nullable(TEXT),
+        reason=TEXT,
+        version=nullable(TEXT),
+        precision={"enum": ["flags", "typed", None]},
+        compute_capability=nullable(TEXT),
+        dla_cores=nullable(COUNT),
+    )
+    return {
+        **_machine(),
+        "disk_free_mb": COUNT,
+        "numpy": nullable(TEXT),
+        "onnxruntime": record(version=nullable(TEXT), providers=TEXTS, reason=TEXT),
+        "tensorrt": tensorrt,
+        "store": record(folder=TEXT, bytes=COUNT, limit_bytes=POSITIVE),
+    }
+
+
+def _measurement() -> dict[str, Schema]:
+    """`rounds[r][m]`: durations in ns of model m in round r."""
+    durations: Schema = {"type": "array", "items": COUNT, "minItems": 1}
+    memory = record(peak_mb=NUMBERS, runtime_mb=NUMBER, agent_mb=NUMBER)
+    return {
+        "rounds": {"type": "array", "items": {"type": "array", "items": durations, "minItems": 1}, "minItems": 1},
+        "models": {"type": "array", "items": record(runtime=TEXT), "minItems": 1},
+        "overhead": nullable(NUMBER),
+        "memory": nullable(memory),
+        "before": record(**_machine()),
+        "after": record(**_machine()),
+    }
+
+
+def _with(schema: Schema, **properties: Schema) -> Schema:
+    """A record that may have these keys as well."""
+    return {**schema, "properties": {**schema["properties"], **properties}}

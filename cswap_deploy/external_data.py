@@ -1,0 +1,74 @@
+"""Does an ONNX file keep data in other files: read from its protobuf fields, without the onnx package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+TENSORS: Mapping[str, Mapping[int, str]] = {
+    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {
+        5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto", 22: "SparseTensorProto",
+        23: "SparseTensorProto",
+    },
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
+    "TensorProto": {},
+}  # fmt: skip
+"""Where tensors can lie in a model: the fields of onnx.proto, by number, that lead to one."""
+EXTERNAL_DATA, DATA_LOCATION = 13, 14
+"""Fields of TensorProto."""
+
+
+def refers_to_other_files(model: bytes) -> bool:
+    """Whether any tensor of an ONNX file keeps its data elsewhere. Errors: ValueError for what is no protobuf.
+
+    ONNX Runtime 1.20 reads such data from wherever the file says, /etc/passwd included; later ones refuse some of it.
+    """
+    waiting = [("ModelProto", memoryview(model))]
+    while waiting:
+        kind, body = waiting.pop()
+        for number, value in _fields(body):
+            if kind == "TensorProto" and (number == EXTERNAL_DATA or (number == DATA_LOCATION and value != 0)):
+                return True
+            if number in TENSORS[kind] and isinstance(value, memoryview):
+                waiting.append((TENSORS[kind][number], value))
+    return False
+
+
+def _fields(body: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Number and value of each field of a protobuf message; strict where its own parsers differ."""
+    at = 0
+    while at < len(body):
+        tag, at = _varint(body, at, 32)
+        number, wire = tag >> 3, tag & 7
+        if number == 0 or wire not in (0, 1, 2, 5):
+            raise ValueError(f"its bytes are no protobuf message (field {number}, wire type {wire})")
+        if wire == 0:
+            value, at = _varint(body, at, 64)
+            yield number, value
+            continue
+        size = {1: 8, 5: 4}.get(wire)
+        if size is None:
+            size, at = _varint(body, at, 31)
+        if at + size > len(body):
+            raise ValueError("it ends in the middle")
+        yield number, body[at : at + size]
+        at += size
+
+
+def _varint(body: memoryview, at: int, bits: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(body):
+            raise ValueError("it ends in the middle")
+        byte = body[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            if value >> bits and bits < 64:
+                raise ValueError("its bytes are no protobuf message (a number is too large)")
+            return value, at
+    raise ValueError("its bytes are no protobuf message (a number has no end)")

@@ -1,0 +1,97 @@
+"""Latency of models on a target, measured in turn: raw samples first, percentiles late."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cswap_deploy.artifacts import File, LatencyReport
+from cswap_deploy.device.target import Target
+from cswap_deploy.recipe import LatencySettings
+from cswap_deploy.samples import Samples
+from cswap_deploy.stage import stage
+
+LOAD_S, WAIT_S = 300.0, 120.0
+"""Time for loading the models; time that another measurement on the target may still take."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Samples of models 0, 1, ... and what the agent says about the circumstances."""
+
+    samples: Samples
+    document: dict[str, Any]
+
+    @property
+    def runtime(self) -> str:
+        return str(self.document["models"][0]["runtime"])
+
+    @property
+    def peak_memory_mb(self) -> tuple[float, ...]:
+        return tuple((self.document["memory"] or {}).get("peak_mb", ()))
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What a reader must know to compare the figures: the machine, its clocks, its load before and after."""
+        before, after = self.document["before"], self.document["after"]
+        cpu, board = after["cpu"], after["board"] or {}
+        return {
+            "device": board.get("model") or cpu["model"],
+            "cpu": cpu["model"],
+            "cores": cpu["cores"],
+            "governor": cpu["governor"],
+            "mhz": [before["cpu"]["mhz"], cpu["mhz"]],
+            "max_mhz": cpu["max_mhz"],
+            "power_mode": board.get("power_mode"),
+            "gpu_clocks_locked": board.get("gpu_clocks_locked"),
+            "l4t": board.get("l4t"),
+            "load": [before["load"][0], after["load"][0]],
+            "temperature_c": [before["temperature_c"], after["temperature_c"]],
+            "system": f"{after['system']} {after['machine']}",
+            "python": after["python"],
+        }
+
+
+@stage("latency", returns=LatencyReport, libraries=("numpy",))
+def measure(
+    out: Path, dense: File, shipped: File, settings: LatencySettings, facts: Mapping[str, str], target: Target
+) -> LatencyReport:
+    """The dense model and the one that ships, in turn, on `target`, which `facts` describe. Errors: DeviceError."""
+    taken = take(target, (dense, shipped), settings, names=("the dense model", "the shipped model"))
+    taken.samples.save(out / "samples.npz")
+    return LatencyReport(
+        File.of(out / "samples.npz"),
+        taken.runtime,
+        taken.peak_memory_mb,
+        taken.document["overhead"],
+        taken.conditions,
+    )
+
+
+def take(
+    target: Target,
+    models: Sequence[File],
+    settings: LatencySettings,
+    names: tuple[str, ...] = (),
+    trust: Sequence[str] = (),
+) -> Measurement:
+    """Run models in turn. `trust`: digests of engines that were not built on the target. Errors: DeviceError."""
+    sampling = len(models) * (settings.warmup_s + 3 * settings.duration_s + 2)
+    document = target.ask(
+        "measure",
+        LOAD_S + WAIT_S + sampling,
+        runtime=settings.runtime,
+        models=target.put(*models, names=names),
+        batch=settings.batch,
+        threads=settings.threads,
+        warmup_s=settings.warmup_s,
+        duration_s=settings.duration_s,
+        wait_s=WAIT_S,
+        trust=list(trust),
+    )
+    rounds = tuple(tuple(np.array(block, np.int64) for block in blocks) for blocks in document["rounds"])
+    return Measurement(Samples(rounds), document)

@@ -1,0 +1,48 @@
+"""The host's half, kept in the work folder so that `deploy` can go on from a copy of it on a machine without torch."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import ValidationError
+
+from cswap_deploy.artifacts import Prepared, decode, encode
+from cswap_deploy.digests import write_atomically
+from cswap_deploy.errors import UsageError, WorkdirError
+from cswap_deploy.recipe import Recipe
+from cswap_deploy.stage import Workdir
+
+SCHEMA = "cswap-deploy/prepared/1"
+NAME = "prepared.json"
+
+
+def keep(work: Workdir, recipe: Recipe, ready: Prepared) -> None:
+    """Write `<work>/prepared.json`; all paths in it are relative to the work folder."""
+    document = {
+        "schema": SCHEMA,
+        "recipe": recipe.model_dump(mode="json"),
+        "ready": encode(ready, work.root),
+        "results": list(work.used),
+    }
+    write_atomically(work.root / NAME, json.dumps(document))
+
+
+def find(work: Workdir) -> tuple[Recipe, Prepared]:
+    """What `keep` wrote; its results are checked and stay. Errors: UsageError, WorkdirError."""
+    path = work.root / NAME
+    if not path.is_file():
+        raise UsageError(
+            f"{work.root} holds no prepared model", f"first run: cswap-deploy prepare RECIPE --work {work.root}"
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise WorkdirError(f"{path} has schema {document['schema']!r}, expected {SCHEMA!r}", "run prepare again")
+        recipe = Recipe.model_validate_json(json.dumps(document["recipe"]))
+        ready, results = decode(Prepared, document["ready"], work.root), [str(name) for name in document["results"]]
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise WorkdirError(
+            f"{path} cannot be read: {error}", "copy the work folder again, or run prepare again"
+        ) from error
+    work.reuse(results)
+    return recipe, ready
