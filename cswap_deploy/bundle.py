@@ -176,6 +176,7 @@ class Deployed:
     """The device's half: what was built and measured on the target. Nothing, when nothing was asked for or it failed."""
 
     engine: Engine | None = None
+    dense_engine: Engine | None = None
     on_engine: Evaluation | None = None
     latency: LatencyReport | None = None
     reasons: tuple[Reason, ...] = ()

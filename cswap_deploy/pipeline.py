@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from cswap_deploy import accuracy, bundle, data, engine, export, latency, model, prepared, prune, variants
+from cswap_deploy import accuracy, bundle, data, engine, export, latency, model, prepared, progress, prune, variants
 from cswap_deploy.artifacts import Engine, Groups, ImageSet, Network, OnnxModel, Prepared, PruningPlan, Reason, Split
 from cswap_deploy.bundle import Bundle, Deployed, Terms
-from cswap_deploy.device.target import Probe, Target, reach
-from cswap_deploy.errors import DeviceError, ExportError, RecipeError
+from cswap_deploy.device.target import Probe, Target, reach, without_place
+from cswap_deploy.errors import DeviceError, ExportError, RecipeError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.recipe import (
     CausalCriterion,
@@ -33,6 +33,8 @@ PRUNING = ("groups", "scores", "plan")
 
 def build(recipe: Recipe, work: Workdir) -> Bundle:
     """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises."""
+    if recipe.target != "local" and not work.dry:
+        _warn_if_away(recipe.target)
     return deploy(recipe, prepare(recipe, work), work)
 
 
@@ -74,7 +76,13 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
 
 def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
     """The device's half: build and measure on the target, then assemble the bundle in `<work>/bundle`. Needs no torch."""
-    deployed = _on_target(recipe, ready, work) if recipe.engine or recipe.latency else Deployed()
+    asked = recipe.engine or recipe.latency
+    if asked and not ready.dense:
+        raise UsageError(
+            f"{work.root} was prepared without a measurement: there is no dense model to compare with",
+            f"run prepare again with --on TARGET, or with a latency block in the recipe, and --work {work.root}",
+        )
+    deployed = _on_target(recipe, ready, work) if asked else Deployed()
     files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads)
     return Bundle.read(work.publish(files.files, files.manifest.path.parent, "bundle"))
 
@@ -115,7 +123,7 @@ def _dense(
     if not (recipe.engine or recipe.latency):
         return {}, []
     exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx)
-    wanted = [variant for variant in recipe.wanted_variants if variant == recipe.shipped_file]
+    wanted = [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
     models, reasons = _models(recipe, exported, source, fit, work, wanted)
     return models, [Reason(reason.exit_code, f"dense network, {reason.text}") for reason in reasons]
 
@@ -128,42 +136,63 @@ def _located(network: Network, recipe: Recipe) -> Network:
 # --- the device's half
 
 
+Step = Callable[[Recipe, Prepared, Workdir, Target, Probe, Deployed], Deployed]
+
+
 def _on_target(recipe: Recipe, ready: Prepared, work: Workdir) -> Deployed:
-    """What could be built and measured; the first thing that could not is a reason to fail, not the end of the build."""
+    """What could be built and measured; what could not is a reason to fail, not the end of the build."""
     done = Deployed()
+    steps: list[Step] = [*((_build_engines, _judge_engine) if recipe.engine else ())]
+    steps += [_measure] if recipe.latency else []
     try:
         with reach(recipe.target) as target:
-            for done in _steps(recipe, ready, work, target):  # noqa: B007
-                pass
+            probe = Probe.of(target)
+            for step in steps:
+                try:
+                    done = step(recipe, ready, work, target, probe, done)
+                except DeviceError as error:
+                    done = _failing(done, recipe, error, "engine" if step is _build_engines else "target")
     except DeviceError as error:
-        text = str(error).replace(recipe.target, "the target") if recipe.target != "local" else str(error)
-        missing = "engine: " if recipe.engine and not done.engine else "target: "
-        done = replace(done, reasons=(*done.reasons, Reason(error.exit_code, f"{missing}{text}. {FINISH}")))
+        done = _failing(done, recipe, error, "target")
     return done
 
 
-def _steps(recipe: Recipe, ready: Prepared, work: Workdir, target: Target) -> Iterator[Deployed]:
-    """Engine, its accuracy, latency: each adds to what the one before has done."""
-    done, probe = Deployed(), Probe.of(target)
-    dense = shipped = None
-    if recipe.engine:
-        probe.require_tensorrt(target.name)
-        dense, shipped = (_engine(recipe, models, ready, work, target, probe) for models in (ready.dense, ready.models))
-        yield (done := replace(done, engine=shipped))
-        assert ready.pixels is not None
-        spec, batch = ready.source.input, recipe.engine.batch.opt
-        outcome = work.run(accuracy.on_engine, shipped, ready.pixels, ready.accuracy.labels, spec, batch, target)
-        yield (done := replace(done, on_engine=outcome))
-    if recipe.latency:
-        if recipe.latency.runtime == "tensorrt":
-            assert dense and shipped
-            files = dense.file, shipped.file
-        elif recipe.shipped_file in ready.dense and recipe.shipped_file in ready.models:
-            files = ready.dense[recipe.shipped_file].graph, ready.models[recipe.shipped_file].graph
-        else:  # the variant that ships could not be made, which is a reason already
-            return
-        facts = probe.facts(recipe.latency.runtime)
-        yield replace(done, latency=work.run(latency.measure, *files, recipe.latency, facts, target))
+def _failing(done: Deployed, recipe: Recipe, error: DeviceError, what: str) -> Deployed:
+    text = f"{what}: {without_place(str(error), recipe.target)}"
+    return replace(done, reasons=(*done.reasons, Reason(error.exit_code, f"{text}. {FINISH}")))
+
+
+def _build_engines(
+    recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe, done: Deployed
+) -> Deployed:
+    probe.require_tensorrt(target.name)
+    dense, shipped = (_engine(recipe, models, ready, work, target, probe) for models in (ready.dense, ready.models))
+    return replace(done, engine=shipped, dense_engine=dense)
+
+
+def _judge_engine(
+    recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe, done: Deployed
+) -> Deployed:
+    if not done.engine:
+        return done
+    assert recipe.engine and ready.pixels
+    spec, batch, truth = ready.source.input, recipe.engine.batch.opt, ready.accuracy.labels
+    outcome = work.run(accuracy.on_engine, done.engine, ready.pixels, truth, spec, batch, target)
+    return replace(done, on_engine=outcome)
+
+
+def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe, done: Deployed) -> Deployed:
+    """What ships and its dense twin; where one of them could not be made, which is a reason already, nothing."""
+    assert recipe.latency
+    name = recipe.shipped_file
+    if recipe.latency.runtime == "tensorrt" and done.engine and done.dense_engine:
+        files = done.dense_engine.file, done.engine.file
+    elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
+        files = ready.dense[name].graph, ready.models[name].graph
+    else:
+        return done
+    facts = probe.facts(recipe.latency.runtime)
+    return replace(done, latency=work.run(latency.measure, *files, recipe.latency, facts, target))
 
 
 def _engine(
@@ -171,8 +200,8 @@ def _engine(
 ) -> Engine:
     """From the file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
     assert recipe.engine
-    by_flags = "int8-tensorrt" if recipe.engine.precision == "int8" else "fp32"
-    name = recipe.shipped_file if probe.typed else by_flags
+    by_flags = recipe.engine.precision == "fp16" and not probe.typed
+    name = "fp32" if by_flags else recipe.engine_file
     if name not in models:
         raise DeviceError(
             f"an engine of precision {recipe.engine.precision} needs the variant {name}", "see the reasons"
@@ -180,6 +209,15 @@ def _engine(
     spec, facts, described = ready.source.input, probe.facts("tensorrt"), probe.has_tensorrt_module
     model, dynamic = models[name].graph, recipe.onnx.dynamic_batch
     return work.run(engine.build, model, spec, recipe.engine, dynamic, facts, described, target)
+
+
+def _warn_if_away(name: str) -> None:
+    """Said before the long stages rather than after; the target may still come back meanwhile."""
+    try:
+        with reach(name) as target:
+            Probe.of(target)
+    except DeviceError as error:
+        progress.warn(f"{error}; the host's half goes on, and without the target the bundle will fail")
 
 
 # --- asking about a recipe

@@ -519,15 +519,20 @@ class Recipe(Settings):
         return self.engine is not None and self.engine.precision == self.ship
 
     @property
+    def engine_file(self) -> str:
+        """`fp32` or the variant that carries the engine's precision in its own types."""
+        precision = self.engine.precision if self.engine else "fp32"
+        return "int8-tensorrt" if precision == "int8" else precision
+
+    @property
     def shipped_file(self) -> str:
         """`fp32` or the variant that ships, or that is the nearest to the engine that ships."""
-        return "int8-tensorrt" if self.ships_engine and self.ship == "int8" else self.ship
+        return self.engine_file if self.ships_engine else self.ship
 
     @property
     def wanted_variants(self) -> tuple[Variant, ...]:
         """Those asked for, the one that ships, and what an engine of any TensorRT version may be built from."""
-        precision = self.engine.precision if self.engine else "fp32"
-        wanted = {*self.variants, self.shipped_file, {"int8": "int8-tensorrt"}.get(precision, precision)}
+        wanted = {*self.variants, self.shipped_file, self.engine_file}
         return tuple(variant for variant in get_args(Variant) if variant in wanted)
 
     @property

@@ -17,6 +17,7 @@ import pytest
 from conftest import Built, run
 from onnx import TensorProto, helper, numpy_helper
 
+from cswap_deploy import external_data
 from cswap_deploy import verify as module
 from cswap_deploy.artifacts import File, sha256_of
 from cswap_deploy.errors import UsageError
@@ -502,8 +503,8 @@ def test_places_of_tensors_are_those_of_onnx_proto():
     assert dict(TENSORS) == expected
     fields = onnx.TensorProto.DESCRIPTOR.fields_by_name
     assert (fields["external_data"].number, fields["data_location"].number) == (
-        module.EXTERNAL_DATA,
-        module.DATA_LOCATION,
+        external_data.EXTERNAL_DATA,
+        external_data.DATA_LOCATION,
     )
 
 

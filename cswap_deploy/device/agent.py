@@ -44,7 +44,9 @@ BLOCK_S, SETTLE_S = (
     0.005,
 )  # how long a model's turn is; what it starts with, on caches full of another, is not kept
 ROUNDS = 6  # fewer prove nothing
-TRTEXEC_ROUNDS, PROFILED_RUNS = 5, 50
+TRTEXEC_ROUNDS, PROFILED_RUNS = 6, 50
+MEMORY = {"memory_mb": "MemTotal", "memory_free_mb": "MemAvailable"}
+APT = "on a Jetson: sudo apt install python3-libnvinfer libnvinfer-bin"
 
 
 class Fault(Exception):
@@ -176,6 +178,8 @@ class Store:
 
 
 def missing(request: Json, files: Store) -> Json:
+    for path in filter(Path.is_file, map(files.path, request["sha256"])):
+        os.utime(str(path))  # wanted soon: not the first to leave
     return {"missing": [sha256 for sha256 in request["sha256"] if not files.path(sha256).is_file()]}
 
 
@@ -205,30 +209,23 @@ def digest_of(path: Path) -> str:
 
 def probe(request: Json, files: Store) -> Json:
     ort, reason = imported("onnxruntime")
-    providers = ort.get_available_providers() if ort else []
-    return {
-        **machine(),
-        "disk_free_mb": files.free() >> 20,
-        "numpy": getattr(imported("numpy")[0], "__version__", None),
-        "onnxruntime": {"version": getattr(ort, "__version__", None), "providers": providers, "reason": reason},
-        "tensorrt": tensorrt_facts(),
-        "store": {"folder": str(files.root), "bytes": files.size(), "limit_bytes": LIMIT},
-    }
+    runtime = {"version": getattr(ort, "__version__", None), "reason": reason}
+    runtime["providers"] = ort.get_available_providers() if ort else []
+    numpy = getattr(imported("numpy")[0], "__version__", None)
+    here = {"folder": str(files.root), "bytes": files.size(), "limit_bytes": LIMIT}
+    found = {"numpy": numpy, "onnxruntime": runtime, "tensorrt": tensorrt_facts(), "store": here}
+    return {**machine(), **found, "disk_free_mb": files.free() >> 20}
 
 
 def machine() -> Json:
     """The temperature is that of the hottest zone, in degrees Celsius."""
     memory = dict(re.findall(r"(\w+):\s+(\d+) kB", text_of("/proc/meminfo")))
     zones = [text_of(path) for path in Path("/sys/class/thermal").glob("thermal_zone*/temp")]
+    system, release, kind = os.uname().sysname, os.uname().release, os.uname().machine
     return {
-        "python": sys.version.split()[0],
-        "machine": os.uname().machine,
-        "system": f"{os.uname().sysname} {os.uname().release}",
-        "cpu": cpu(),
-        "board": board(),
-        "memory_mb": int(memory.get("MemTotal", 0)) >> 10,
-        "memory_free_mb": int(memory.get("MemAvailable", 0)) >> 10,
-        "load": list(os.getloadavg()),
+        **{"python": sys.version.split()[0], "machine": kind, "system": f"{system} {release}"},
+        **{key: int(memory.get(name, 0)) >> 10 for key, name in MEMORY.items()},
+        **{"cpu": cpu(), "board": board(), "load": list(os.getloadavg())},
         "temperature_c": max((int(text) / 1000 for text in zones if text.isdigit()), default=None),
     }
 
@@ -237,12 +234,9 @@ def cpu() -> Json:
     folder = "/sys/devices/system/cpu/cpu0/cpufreq/"
     clocks = {"mhz": text_of(folder + "scaling_cur_freq"), "max_mhz": text_of(folder + "cpuinfo_max_freq")}
     name = re.search(r"^(?:model name|Model|Hardware)\s*: (.+)$", text_of("/proc/cpuinfo"), re.M)
-    return {
-        "model": name.group(1).strip() if name else os.uname().machine,
-        "cores": len(os.sched_getaffinity(0)),
-        "governor": text_of(folder + "scaling_governor") or None,
-        **{key: int(text) // 1000 if text.isdigit() else None for key, text in clocks.items()},
-    }
+    facts: Json = {key: int(text) // 1000 if text.isdigit() else None for key, text in clocks.items()}
+    facts.update({"cores": len(os.sched_getaffinity(0)), "governor": text_of(folder + "scaling_governor") or None})
+    return {**facts, "model": name.group(1).strip() if name else os.uname().machine}
 
 
 def board() -> Json | None:
@@ -266,10 +260,9 @@ def power_mode() -> str | None:
 
 
 def text_of(path: str | Path) -> str:
-    try:
+    with suppress(OSError):
         return Path(path).read_text(errors="replace").strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def imported(name: str) -> tuple[Any, str]:
@@ -358,7 +351,7 @@ class OnnxModel:
         ort, reason = imported("onnxruntime")
         if not ort:
             raise Fault(
-                "runtime", f"ONNX Runtime cannot be used on the target: {reason}", "there: pip install onnxruntime"
+                "runtime", f"ONNX Runtime is not usable on the target: {reason}", "there: pip install onnxruntime"
             )
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = request.get("threads", 1), 1
@@ -463,8 +456,8 @@ def tensorrt_facts() -> Json:
             facts.update({"compute_capability": Cuda().capability(), "version": trt.__version__, "module": True})
         elif facts["trtexec"]:
             text = run_trtexec(["--help"])
-            banner = re.search(r"TensorRT v(\d+)(\d\d)(\d\d)\]", text)
-            facts["version"] = ".".join(str(int(part)) for part in banner.groups()) if banner else "unknown"
+            banner = re.search(r"TensorRT v(?:(\d+)(\d\d)(\d\d)|(\d)(\d)(\d\d))\]", text)
+            facts["version"] = ".".join(str(int(part)) for part in banner.groups() if part) if banner else "unknown"
             facts["precision"] = "flags" if "--fp16" in text else "typed"
     except (Fault, TypeError) as error:  # TypeError: TensorRT's library cannot start
         facts["reason"] = str(error)
@@ -502,6 +495,9 @@ class Cuda:
     def copy(self, to: int | None, source: int | None, size: int) -> None:
         arguments = ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size)
         self.call("cudaMemcpy", *arguments, 4)  # 4: the direction follows from the addresses
+        self.call(
+            "cudaStreamSynchronize", None
+        )  # pageable memory may still be on its way; our stream does not wait for it
 
 
 class EngineModel:
@@ -510,8 +506,7 @@ class EngineModel:
     def __init__(self, request: Json, file: Json, files: Store) -> None:
         trt, reason = imported("tensorrt")
         if not trt:
-            hint = "on a Jetson: sudo apt install python3-libnvinfer"
-            raise Fault("runtime", f"TensorRT's Python module cannot be used on the target: {reason}", hint)
+            raise Fault("runtime", f"TensorRT's Python module cannot be used on the target: {reason}", APT)
         blob, batch = files.engine(request, file).read_bytes(), request.get("batch", 1)
         self.trt, self.cuda, self.logger = trt, Cuda(), trt.Logger(trt.Logger.ERROR)
         self.runtime = trt.Runtime(self.logger)
@@ -571,8 +566,7 @@ def build(request: Json, files: Store) -> Json:
     with files.alone(request):
         facts = tensorrt_facts()
         if facts["version"] is None:
-            hint = "on a Jetson: sudo apt install python3-libnvinfer libnvinfer-bin"
-            raise Fault("runtime", f"TensorRT is not on the target: {facts['reason']}", hint)
+            raise Fault("runtime", f"TensorRT is not on the target: {facts['reason']}", APT)
         files.make_room(1 << 30)
         mode = (board() or {}).get("power_mode")
         place = re.sub(r"[^\w.-]+", "_", f"{facts['version']} {facts['gpu']} {facts['compute_capability']} {mode}")
@@ -601,14 +595,16 @@ def build_with_module(path: Path, target: Path, timing: Path, request: Json) -> 
     config = builder.create_builder_config()
     configure(trt, builder, network, config, request)
     cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    if not config.set_timing_cache(cache, False):  # written on another device or by another version
+    if cache is None or not config.set_timing_cache(cache, False):  # written on another device or by another version
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     blob = builder.build_serialized_network(network, config)
     if blob is None:
         raise Fault("engine", f"TensorRT {trt.__version__} could not build the engine", "its log is above")
     target.write_bytes(blob)
-    timing.write_bytes(config.get_timing_cache().serialize())
+    fresh = timing.with_suffix(f".{os.getpid()}")
+    fresh.write_bytes(config.get_timing_cache().serialize())
+    fresh.replace(timing)
     return ""
 
 
@@ -621,7 +617,8 @@ def configure(trt: Any, builder: Any, network: Any, config: Any, request: Json) 
     if hasattr(trt.BuilderFlag, "FP16") and settings["precision"] != "fp32":  # from 11 on the graph's own types decide
         for name in flags[settings["precision"]].split():
             config.set_flag(getattr(trt.BuilderFlag, name))
-        keep_in_fp32(trt, network, config, settings["keep_fp32"])
+        if settings["dla_core"] is None or settings["keep_fp32"] != "auto":  # a DLA knows no fp32
+            keep_in_fp32(trt, network, config, settings["keep_fp32"])
     if settings["dla_core"] is not None:  # without GPU_FALLBACK: what the DLA cannot run ends the build
         config.default_device_type, config.DLA_core = trt.DeviceType.DLA, settings["dla_core"]
     if request["dynamic"]:
@@ -636,12 +633,10 @@ def keep_in_fp32(trt: Any, network: Any, config: Any, patterns: Any) -> None:
     kinds = [getattr(trt.LayerType, name) for name in ("NORMALIZATION", "SOFTMAX", "REDUCE")]
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     for layer in map(network.get_layer, range(network.num_layers)):
-        if layer.type in kinds if patterns == "auto" else any(fnmatchcase(layer.name, p) for p in patterns):
+        wanted = layer.type in kinds if patterns == "auto" else any(fnmatchcase(layer.name, p) for p in patterns)
+        if wanted and layer.get_output(0).dtype in (trt.float32, trt.float16):
             layer.precision = trt.float32
             layer.set_output_type(0, trt.float32)
-
-
-# --- trtexec, where TensorRT's Python module is missing
 
 
 def trtexec() -> str | None:
@@ -649,11 +644,15 @@ def trtexec() -> str | None:
 
 
 def run_trtexec(options: Sequence[str]) -> str:
-    done = subprocess.run([trtexec() or "trtexec", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    text = done.stdout.decode(errors="replace")
-    if done.returncode:
+    """What it prints. It dies with the agent: on its own it would go on using the GPU without holding the lock."""
+    program, libc = trtexec(), ctypes.CDLL(None)  # prctl(1, 9): a SIGKILL when the parent ends; -1, -2: PIPE, STDOUT
+    if program is None:
+        raise Fault("runtime", "TensorRT is not on the target: no module and no trtexec", APT)
+    process = subprocess.Popen([program, *options], stdout=-1, stderr=-2, preexec_fn=lambda: libc.prctl(1, 9))
+    text = process.communicate()[0].decode(errors="replace")
+    if process.returncode:
         sys.stderr.write(text)
-        faults = "; ".join(re.findall(r"\[E\] (.+)", text)[-3:]) or f"it ended with {done.returncode}"
+        faults = "; ".join(re.findall(r"\[E\] (.+)", text)[-3:]) or f"it ended with {process.returncode}"
         raise Fault("engine", f"trtexec failed: {faults}", "its log is above")
     return text
 
@@ -676,6 +675,8 @@ def build_with_trtexec(path: Path, target: Path, timing: Path, request: Json) ->
 
 def trtexec_in_turn(request: Json, files: Store) -> Json:
     """Several short runs in turn; trtexec keeps one query ahead, so its latency is that under full load."""
+    if request.get("batch", 1) != 1:
+        raise Fault("runtime", "trtexec measures a batch of 1 only", APT)
     engines = [files.engine(request, file) for file in request["models"]]
     rounds: list[list[list[int]]] = []
     exported, seconds = files.scratch(".json"), request["duration_s"] / TRTEXEC_ROUNDS
@@ -685,13 +686,13 @@ def trtexec_in_turn(request: Json, files: Store) -> Json:
             options = [f"--loadEngine={engine}", "--noDataTransfers", "--useSpinWait", "--useCudaGraph"]
             options += [f"--warmUp={1000 * request['warmup_s']:.0f}", f"--duration={max(1, seconds):.0f}"]
             run_trtexec([*options, f"--exportTimes={exported}"])
-            rounds[-1].append([int(1e6 * entry["latencyMs"]) for entry in json.loads(exported.read_text())])
+            rounds[-1].append([round(1e6 * entry["latencyMs"]) for entry in json.loads(exported.read_text())])
     exported.unlink()
     return {"rounds": rounds, "models": [{"runtime": "trtexec"} for _ in engines], "overhead": None, "memory": None}
 
 
+# made of (request, file, files): objects with `run()` on fixed buffers, `logits(images)`, `layers()` and `facts`
 MODELS: dict[str, Any] = {"onnxruntime": OnnxModel, "tensorrt": EngineModel}
-"""Made of (request, file, files): objects with `run()` on fixed buffers, `logits(images)`, `layers()` and `facts`."""
 VERBS = {verb.__name__: verb for verb in (probe, missing, store, fetch, build, measure, infer, layers)}
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What host and agent say to each other, as JSON Schemas. A later version only adds keys; bytes of files follow a line."""
+"""What host and agent say to each other, as JSON Schemas. Later versions only add keys; a file's bytes follow a line."""
 
 from __future__ import annotations
 

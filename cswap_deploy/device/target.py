@@ -130,17 +130,14 @@ def reach(name: str) -> Iterator[Target]:
     if name == "local":
         yield Target(name, (sys.executable, "-c", BOOTSTRAP))
         return
-    parts = fullmatch(TARGET, name) and match(r"ssh://(?:([^@]*)@)?(?:\[(.*)\]|([^:]*))(?::(\d+))?$", name)
-    if not parts:
-        raise UsageError(f"target {name!r} is none", "give local or ssh://[user@]host[:port]")
+    user, host, port = _parts(name)
     if shutil.which("ssh") is None:
         raise DeviceError("ssh is not installed on this machine", "install OpenSSH's client")
-    user, address, host, port = parts.groups()
     with tempfile.TemporaryDirectory(prefix="cswap-") as folder:
         settings = OPTIONS | {"ControlPath": f"{folder}/s"}
         options = [text for key, value in settings.items() for text in ("-o", f"{key}={value}")]
         options += [*(["-l", user] if user else []), *(["-p", port] if port else [])]
-        destination = ["--", address or host]
+        destination = ["--", host]
         _connect(
             name, ["ssh", "-T", *options, "-o", "ControlMaster=yes", "-o", f"ControlPersist={IDLE_S}"], destination
         )
@@ -150,6 +147,24 @@ def reach(name: str) -> Iterator[Target]:
             with suppress(subprocess.TimeoutExpired):
                 command = ["ssh", *options, "-O", "exit", *destination]
                 subprocess.run(command, capture_output=True, timeout=CLOSE_S, check=False)
+
+
+def without_place(text: str, name: str) -> str:
+    """A message about a target for a bundle, which others read: user and host are left out."""
+    if name == "local":
+        return text
+    user, host, _ = _parts(name)
+    for place in (name, f"{user}@{host}", host):
+        text = text.replace(place, "the target")
+    return text
+
+
+def _parts(name: str) -> tuple[str | None, str, str | None]:
+    """User, host and port of an ssh target. Errors: UsageError."""
+    parts = fullmatch(TARGET, name) and match(r"ssh://(?:([^@]*)@)?(?:\[(.*)\]|([^:]*))(?::(\d+))?$", name)
+    if not parts:
+        raise UsageError(f"target {name!r} is none", "give local or ssh://[user@]host[:port]")
+    return parts[1], parts[2] or parts[3], parts[4]
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,7 @@ class Probe:
             "power_mode": board.get("power_mode"),
             "gpu": tensorrt["gpu"],
             "compute_capability": tensorrt["compute_capability"],
-            "agent": _agent_sha256(),
+            "agent": _agent_sha256()[:16],
         }
         return {key: value for key, value in known.items() if value}
 

@@ -29,12 +29,30 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "count": _count, "points": _points, "code": _code}
+    environment.filters |= {
+        "percent": _percent,
+        "count": _count,
+        "points": _points,
+        "code": _code,
+        "ms": _ms,
+        "fact": _fact,
+    }
     return environment
 
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.4g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+def _fact(value: Any) -> str:
+    """A condition of a measurement; of two values, the one before and the one after."""
+    if isinstance(value, list):
+        return "unknown" if None in value else " before, ".join(map(_fact, value)) + " after"
+    return "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _points(value: float) -> str:

@@ -1,0 +1,78 @@
+"""A test double of trtexec: it knows the flags of one version, copies files, and makes its numbers up.
+
+FAKE_TRTEXEC_VERSION is one of trtexec.json's; FAKE_TRTEXEC_TIMES a document of --exportTimes to hand out, else there are
+three made-up queries; FAKE_TRTEXEC_FAIL holds words: `build`, `crash` (no last line), `hang`. Each call becomes a line of
+FAKE_TENSORRT_RECORD. The lines that it prints have the form of NVIDIA's, shortened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+FACTS = json.loads((Path(__file__).parents[1] / "facts" / "trtexec.json").read_text("utf-8"))
+VERSION = os.environ.get("FAKE_TRTEXEC_VERSION", "10.3")
+FAILS = os.environ.get("FAKE_TRTEXEC_FAIL", "").split()
+BANNERS = {"8.6.1": "v8601", "10.3": "v100300", "10.13": "v101303] [b35", "11.1": "v110100] [b12"}
+MAGIC = b"NO ENGINE, A TEST DOUBLE OF TRTEXEC\n"
+LATENCIES = (0.873472, 0.8448, 2.31027)
+KEYS = "startEnqMs endEnqMs startH2dMs endH2dMs startComputeMs endComputeMs startD2hMs endD2hMs h2dMs computeMs d2hMs"
+
+
+def main(arguments: list[str]) -> int:
+    with Path(os.environ["FAKE_TENSORRT_RECORD"]).open("a") as stream:
+        stream.write(json.dumps({"call": "trtexec", "of": os.getpid(), "with": arguments}) + "\n")
+    banner("RUNNING")
+    known = [flag for versions, flags in FACTS["flags"].items() if covers(versions) for flag in flags.split()]
+    if "--help" in arguments:
+        print("=== Model Options ===", *(f"  {flag:<30} what it does" for flag in known), sep="\n")
+        return 0
+    options = {flag: value for flag, _, value in (text.partition("=") for text in arguments)}
+    unknown = [flag for flag in options if flag not in known]
+    for flag in unknown:
+        print(f"[10/05/2025-10:46:31] [E] Unknown option: {flag} {options[flag]}")
+    return banner("FAILED" if unknown or not work(options) else "PASSED")
+
+
+def covers(versions: str) -> bool:
+    return versions == "*" or VERSION in versions.split()
+
+
+def banner(word: str) -> int:
+    print(f"&&&& {word} TensorRT.trtexec [TensorRT {BANNERS[VERSION]}] # {' '.join(sys.argv)}", flush=True)
+    return int(word == "FAILED")
+
+
+def work(options: dict[str, str]) -> bool:
+    if "crash" in FAILS:
+        sys.stdout.flush()
+        os.abort()
+    if "hang" in FAILS:
+        time.sleep(30)
+    if "--onnx" in options:
+        if "build" in FAILS:
+            print(
+                "[10/05/2025-10:46:31] [E] [TRT] Error Code 10: Internal Error (no implementation for node /conv1/Conv)"
+            )
+            print("[10/05/2025-10:46:31] [E] Engine could not be created from network")
+            return False
+        Path(options["--saveEngine"]).write_bytes(MAGIC + Path(options["--onnx"]).read_bytes())
+        Path(options["--timingCacheFile"]).write_bytes(b"a timing\n")
+        print("[10/05/2025-10:46:31] [I] Engine built in 27.8143 sec.")
+        return True
+    if not Path(options["--loadEngine"]).read_bytes().startswith(MAGIC):
+        print("[10/05/2025-10:46:31] [E] Engine deserialization failed")
+        return False
+    print("[10/05/2025-10:46:31] [I] Engine deserialized in 0.0117302 sec.")
+    given = os.environ.get("FAKE_TRTEXEC_TIMES")
+    made_up = [dict.fromkeys(KEYS.split(), 0.0) | {"latencyMs": latency} for latency in LATENCIES]
+    Path(options["--exportTimes"]).write_text(Path(given).read_text() if given else json.dumps(made_up))
+    print("[10/05/2025-10:46:31] [I] === Performance summary ===")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
