@@ -33,10 +33,10 @@ RUNS = 20
 
 RELOAD = 0.01
 """What two loads of one file may differ by however long they run, since memory is laid out anew (docs/measuring.md): with
-0.5 % intervals held the truth in 85 % of measurements of a 0.15 ms model, with 1 % in 99 %. Not enough below 0.05 ms."""
+0.5 % intervals held the truth in 87 % of measurements of a 0.15 ms model, with 1 % in 99 %. Not enough below 0.05 ms."""
 
 MIN_ROUNDS, MIN_SAMPLES = 6, 20
-"""With 6 rounds of a shared machine the interval of the speed-up has a half-width of 7 %: honest, and of little use."""
+"""With 6 rounds of a shared machine the interval of the speed-up has a half-width of 8 %: honest, and of little use."""
 
 MAX_HALF_WIDTH = 0.05
 """Of the p50's 95 % interval, as a fraction; 2 % is usual after 5 s, 7 % when the neighbours change."""

@@ -67,13 +67,15 @@ def main() -> int:
         if request.get("schema") != SCHEMA or request.get("verb") not in VERBS:
             raise Fault("request", f"expected a request of schema {SCHEMA} with a verb of {', '.join(VERBS)}")
         if request["verb"] != "store":
-            threading.Thread(target=end_with_connection, daemon=True).start()
+            # the host holds standard input open as long as it waits; without it there is nobody to work for
+            threading.Thread(target=lambda: [os.read(0, 1), os._exit(1)], daemon=True).start()
         document = VERBS[request["verb"]](request, Store())
         payload = document.pop("payload", None)
     except Fault as fault:
         document = {"error": fault.document}
     except OSError as error:
-        document = {"error": Fault("disk", f"{error.strerror} on the target: {error.filename}", "make room").document}
+        where = error.filename or "its work folder"
+        document = {"error": Fault("disk", f"{error.strerror} on the target: {where}", "see space and rights").document}
     except Exception as error:
         traceback.print_exc()
         document = {"error": {"kind": "internal", "message": f"{type(error).__name__}: {error}", "hint": ""}}
@@ -84,13 +86,6 @@ def main() -> int:
                 shutil.copyfileobj(stream, out, 1 << 20)
         out.flush()
     return int("error" in document)
-
-
-def end_with_connection() -> None:
-    """The host holds standard input open as long as it waits; without it there is nobody to work for."""
-    while os.read(0, 1 << 16):
-        pass
-    os._exit(1)
 
 
 class Store:
@@ -131,27 +126,34 @@ class Store:
 
     def make_room(self, size: int) -> None:
         """Remove abandoned files, then the least recently used ones, until `size` bytes more fit."""
-        for path in (self.root / "tmp").iterdir():
-            if time.time() - path.stat().st_mtime > ABANDONED_S:
-                path.unlink()
-        for path in sorted((self.root / "files").iterdir(), key=lambda path: path.stat().st_mtime):
+        for changed, _, path in self.listed("tmp"):
+            if time.time() - changed > ABANDONED_S:
+                path.unlink(missing_ok=True)
+        for _, _, path in self.listed("files"):
             if self.size() + size > LIMIT or self.free() < size + SPARE:
-                path.unlink()
+                path.unlink(missing_ok=True)
         if self.free() < size + SPARE:
             have = f"{self.root} has {self.free() >> 20} MiB free and {SPARE >> 20} stay free"
             raise Fault("disk", f"{size >> 20} MiB do not fit on the target: {have}", "make room there")
 
     def engine(self, request: Json, file: Json) -> Path:
         """An engine that was built here or that the request trusts. Errors: Fault."""
-        path = self.find(file)
-        found = digest_of(path)
+        path, found = self.find(file), digest_of(self.find(file))
         if not (self.root / "engines" / found).is_file() and found not in request.get("trust", ()):
             hint = f"build it there, or, if you trust its origin, pass --trust-engine {found}"
             raise Fault("engine", "this engine was not built on the target; an engine is native code", hint)
         return path
 
+    def listed(self, folder: str) -> list[tuple[float, int, Path]]:
+        """Time of the last change, bytes and path of each file, oldest first; other agents' files come and go."""
+        found = []
+        for path in (self.root / folder).iterdir():
+            with suppress(FileNotFoundError):
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+        return sorted(found)
+
     def size(self) -> int:
-        return sum(path.stat().st_size for path in (self.root / "files").iterdir())
+        return sum(size for _, size, _ in self.listed("files"))
 
     def free(self) -> int:
         return shutil.disk_usage(str(self.root)).free
@@ -254,7 +256,7 @@ def board() -> Json | None:
 
 def power_mode() -> str | None:
     with suppress(OSError, subprocess.SubprocessError, IndexError):
-        asked = subprocess.run(["nvpmodel", "-q"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10)
+        asked = subprocess.run(["nvpmodel", "-q"], stdin=-3, stdout=-1, stderr=-3, timeout=10)  # -1: PIPE, -3: DEVNULL
         return str(re.findall(r"NV Power Mode: (\S+)", asked.stdout.decode())[0])
     return None
 
@@ -336,6 +338,7 @@ def peak_memory(request: Json, file: Json | None, files: Store) -> float:
     """Peak resident memory in MB of a process of its own that runs this model, or, without one, only loads the runtime."""
     child = os.fork()
     if child == 0:
+        ctypes.CDLL(None).prctl(1, 9)  # it dies with the agent, whose lock it shares
         with suppress(Exception):  # what fails here fails again, and is reported, when it is measured
             imported("numpy"), imported(request["runtime"])
             if file:
@@ -437,9 +440,6 @@ def layers(request: Json, files: Store) -> Json:
         for _ in range(PROFILED_RUNS):
             model.run()
         return dict(model.layers())
-
-
-# --- TensorRT. What is called here exists in 10.3, 10.13 and 11.4, or is asked for by hasattr (tests/facts/tensorrt.json)
 
 
 def tensorrt_facts() -> Json:
@@ -645,10 +645,10 @@ def trtexec() -> str | None:
 
 def run_trtexec(options: Sequence[str]) -> str:
     """What it prints. It dies with the agent: on its own it would go on using the GPU without holding the lock."""
-    program, libc = trtexec(), ctypes.CDLL(None)  # prctl(1, 9): a SIGKILL when the parent ends; -1, -2: PIPE, STDOUT
+    program, libc = trtexec(), ctypes.CDLL(None)  # prctl(1, 9): SIGKILL when the parent ends
     if program is None:
         raise Fault("runtime", "TensorRT is not on the target: no module and no trtexec", APT)
-    process = subprocess.Popen([program, *options], stdout=-1, stderr=-2, preexec_fn=lambda: libc.prctl(1, 9))
+    process = subprocess.Popen([program, *options], stdin=-3, stdout=-1, stderr=-2, preexec_fn=lambda: libc.prctl(1, 9))
     text = process.communicate()[0].decode(errors="replace")
     if process.returncode:
         sys.stderr.write(text)

@@ -1,4 +1,4 @@
-"""What host and agent say to each other, as JSON Schemas. Later versions only add keys; a file's bytes follow a line."""
+"""What host and agent say to each other, as JSON Schemas. Later versions only add keys; files follow a line."""
 
 from __future__ import annotations
 

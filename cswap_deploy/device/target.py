@@ -23,7 +23,8 @@ from cswap_deploy.recipe import TARGET
 AGENT = Path(__file__).with_name("agent.py")
 SCHEMA = "cswap-deploy/agent/1"
 BOOTSTRAP = (
-    "import sys; sys.path[:] = [p for p in sys.path if p]; n = int(sys.stdin.buffer.readline()); "
+    'import sys; sys.version_info >= (3, 8) or sys.exit("Python 3.8 or newer is needed, this is " + sys.version); '
+    "sys.path[:] = [p for p in sys.path if p]; n = int(sys.stdin.buffer.readline()); "
     'exec(compile(sys.stdin.buffer.read(n), "agent.py", "exec"))'
 )
 """Runs the agent that comes on standard input. The current folder is no place for modules."""
@@ -45,6 +46,7 @@ SLOWEST = 250_000
 """Bytes per second below which a transfer is given up."""
 IDLE_S = 60
 """How long an idle connection is kept for the next request; it is closed at the end of a run anyway."""
+LONGEST = 50
 UNKEYED = {"key": False}
 
 
@@ -82,6 +84,7 @@ class Target:
         seconds = PROBE_S + file["bytes"] / SLOWEST
         self._exchange({"verb": "fetch", "file": {"sha256": file["sha256"]}}, seconds, into=path)
         if sha256_of(path) != file["sha256"]:
+            path.unlink()
             raise DeviceError(f"{self.name}: a file arrived incomplete or changed", "run the same command again")
         return File.of(path)
 
@@ -113,15 +116,17 @@ class Target:
         return document
 
     def _silent(self, verb: str, code: int, log: str) -> DeviceError:
-        last = (log.strip().splitlines() or ["no message"])[-1]
+        last = "".join(f": {line}" for line in log.strip().splitlines()[-1:])
+        if "Python 3.8 or newer is needed" in log:
+            return DeviceError(f"{self.name}{last}", "install a newer Python there, or another JetPack")
         if code == 127 or "python3: not found" in log or "python3: command not found" in log:
             return DeviceError(f"{self.name}: there is no python3 on the target", "install Python 3.8 or newer there")
         if self.remote:
             return DeviceError(
-                f"{self.name}: the connection ended during {verb}: {last}",
+                f"{self.name}: the connection ended during {verb}{last}",
                 "run the same command again: what has arrived is kept",
             )
-        return DeviceError(f"{self.name}: the agent ended with {code} during {verb}: {last}", "please report this")
+        return DeviceError(f"{self.name}: the agent ended with {code} during {verb}{last}", "please report this")
 
 
 @contextmanager
@@ -133,8 +138,8 @@ def reach(name: str) -> Iterator[Target]:
     user, host, port = _parts(name)
     if shutil.which("ssh") is None:
         raise DeviceError("ssh is not installed on this machine", "install OpenSSH's client")
-    with tempfile.TemporaryDirectory(prefix="cswap-") as folder:
-        settings = OPTIONS | {"ControlPath": f"{folder}/s"}
+    with tempfile.TemporaryDirectory(prefix="cswap-", dir=_place_of_socket()) as folder:
+        settings = OPTIONS | {"ControlPath": '"{}/s"'.format(folder.replace("%", "%%"))}
         options = [text for key, value in settings.items() for text in ("-o", f"{key}={value}")]
         options += [*(["-l", user] if user else []), *(["-p", port] if port else [])]
         destination = ["--", host]
@@ -147,6 +152,11 @@ def reach(name: str) -> Iterator[Target]:
             with suppress(subprocess.TimeoutExpired):
                 command = ["ssh", *options, "-O", "exit", *destination]
                 subprocess.run(command, capture_output=True, timeout=CLOSE_S, check=False)
+
+
+def _place_of_socket() -> str | None:
+    """None: where temporary files go; but the path of a socket holds about 100 characters, and ssh adds some of its own."""
+    return "/tmp" if len(tempfile.gettempdir()) > LONGEST else None
 
 
 def without_place(text: str, name: str) -> str:
@@ -237,7 +247,9 @@ def _connect(name: str, command: list[str], destination: list[str]) -> None:
     if code:
         text = " ".join(lines)
         hint = "check address and network: ssh to it by hand"
-        if "Host key verification failed" in text:
+        if "IDENTIFICATION HAS CHANGED" in text:
+            hint = "find out why; if the target was set up anew, remove its old key with ssh-keygen -R"
+        elif "Host key verification failed" in text:
             hint = "connect once by hand with ssh to accept the target's host key"
         elif "Permission denied" in text:
             hint = "set up a key: ssh-copy-id to the target; nothing is asked for during a run"
@@ -285,9 +297,9 @@ def _send(stream: IO[bytes], request: dict[str, Any], source: Path | None) -> No
 def _document(stream: IO[bytes]) -> dict[str, Any] | None:
     """The agent's line; what a login script of the target prints before it is passed over. None: there is none."""
     for line in stream:
-        if line.startswith(b'{"schema": "cswap-deploy/agent/'):
+        if (start := line.find(b'{"schema": "cswap-deploy/agent/')) >= 0:
             with suppress(ValueError):
-                document: dict[str, Any] = json.loads(line)
+                document: dict[str, Any] = json.loads(line[start:])
                 return document
     return None
 
