@@ -153,13 +153,16 @@ def prepared_lines(ready: Prepared, work: Path) -> Iterator[str]:
 def measured_lines(document: dict[str, Any]) -> Iterator[str]:
     """Percentiles of one or two files, the ratio with its interval, whether that can be trusted, the conditions."""
     models = document["models"]
-    names = [Path(model["file"]).name for model in models]
-    names = [model["file"] for model in models] if len(set(names)) < len(names) else names
+    files = [Path(model["file"]).name for model in models]
+    same = len(set(files)) < len(files)
+    names = [f"{file} ({number})" if same else file for number, file in enumerate(files, 1)]
     rows = [
         (name, *(_ms(model[f"p{p}_ms"]) for p in (50, 90, 99)), _ms_interval(model), str(model["samples"]), _mb(model))
         for name, model in zip(names, models, strict=True)
     ]
     yield from table(("ms", "p50", "p90", "p99", "p50, 95 %", "samples", "peak MB"), rows, document["runtime"])
+    if same:
+        yield from (f"{name}: {model['file']}" for name, model in zip(names, models, strict=True))
     if document["speedup"] is not None:
         low, high = document["speedup_ci95"]
         yield f"{names[0]} is {document['speedup']:.3f} times as fast as {names[1]} (95 %: {low:.3f} to {high:.3f})"

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cswap_deploy.artifacts import File, LatencyReport
 from cswap_deploy.device.target import Target
+from cswap_deploy.errors import DataError, DeviceError
 from cswap_deploy.recipe import LatencySettings
 from cswap_deploy.samples import Samples
 from cswap_deploy.stage import stage
@@ -93,5 +92,7 @@ def take(
         wait_s=WAIT_S,
         trust=list(trust),
     )
-    rounds = tuple(tuple(np.array(block, np.int64) for block in blocks) for blocks in document["rounds"])
-    return Measurement(Samples(rounds), document)
+    try:
+        return Measurement(Samples.of(document["rounds"]), document)
+    except DataError as error:
+        raise DeviceError(f"{target.name}: {error.message}", "measure again") from error

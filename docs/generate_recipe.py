@@ -29,8 +29,8 @@ calibration: {images: path/to/images}
 That prunes timm's pretrained ResNet-18 to 70 % of its multiply-accumulates and refuses to ship more than one
 percentage point of accuracy lost.
 
-**Not available in this version**, and refused with file and line: `engine`, `latency`, `variants`, `ship: fp16` and
-`int8`, the targets `latency_ms` and `fps`, `estimator: screened`, `intervention: surgery`.
+**Not available in this version**, and refused with file and line: the targets `latency_ms` and `fps`,
+`estimator: screened`, `intervention: surgery`.
 
 A recipe that asks for more, and in part for what is not available yet:
 
@@ -61,6 +61,7 @@ prune:
 
 accuracy: {max_drop: 0.5, rule: bound, confidence: 0.95}
 variants: [int8]
+onnx: {dynamic_batch: true}       # leaves the batch open: more than one image at a time
 engine: {precision: fp16, batch: {min: 1, opt: 1, max: 4}}
 latency: {target: "ssh://jetson@orin.local:2222", duration_s: 10}
 ```
@@ -69,6 +70,8 @@ latency: {target: "ssh://jetson@orin.local:2222", duration_s: 10}
 
 **`--set key.path=value`** overrides one key for one run. The value is YAML, a path in it is relative to the folder you
 stand in, and a block is replaced whole: `--set 'prune.target={macs: 0.5}'`.
+
+**`--on TARGET`** is `--set latency.target=TARGET`: it adds the measurement to a recipe that has none.
 
 **Faults** are listed all at once, each with file, line, key, value and what was expected; the exit code is 2.
 
@@ -85,7 +88,9 @@ A recipe is trusted like code: a factory is imported and called.
 - `engine.dla_core` with `precision: fp32`
 - `ship: fp16` or `ship: int8` where `engine.precision` says otherwise
 - a `latency_ms` or `fps` target without a `latency` block
-- `latency.runtime: tensorrt` without an `engine` block, or with a `latency.batch` outside `engine.batch`
+- `latency.runtime: tensorrt` without an `engine` block, where an ONNX file ships, or with a `latency.batch` outside `engine.batch`
+- `latency.runtime: onnxruntime` where the engine ships
+- `latency.batch` or `engine.batch.max` above 1 without `onnx.dynamic_batch: true`
 """
 
 

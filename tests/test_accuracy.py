@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from math import isclose
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +28,8 @@ from cswap_deploy.artifacts import (
     Network,
     sha256_of,
 )
-from cswap_deploy.intervals import gate, paired_drop, wilson
+from cswap_deploy.intervals import paired_drop, wilson
+from cswap_deploy.recipe import AccuracySettings
 
 SPEC = InputSpec((3, 8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
 LABELS = ("ant", "bee", "cow")
@@ -62,11 +63,21 @@ class Canned:
         return self.logits[start : start + len(inputs)]
 
 
-def report(truth: Sequence[int], dense: Sequence[int], shipped: Sequence[int], limit: float | None = 1.0, rule="point"):
-    b = sum(a == y != s for y, a, s in zip(truth, dense, shipped, strict=True))
-    c = sum(s == y != a for y, a, s in zip(truth, dense, shipped, strict=True))
+def report(truth: Sequence[int], dense: Sequence[int], shipped: Sequence[int]) -> AccuracyReport:
     first, last = (Evaluation(tuple(p), (True,) * len(p)) for p in (dense, shipped))
-    return AccuracyReport(tuple(truth), first, last, last, gate(b, c, len(truth), limit, rule, 0.95))
+    return AccuracyReport(tuple(truth), first, last, {"fp32": last})
+
+
+def block_of(
+    made: AccuracyReport,
+    labels: tuple[str, ...] = LABELS,
+    reads: int = 1,
+    ships: str = "fp32",
+    **settings: object,
+) -> dict[str, Any]:
+    shipped = made.models[ships]
+    verdict = manifest.gate_of(made, shipped, AccuracySettings(**settings))
+    return manifest.accuracy_block(made, None, shipped, verdict, labels, reads)
 
 
 def test_first_and_first_five_of_each_predictor(project):
@@ -118,7 +129,7 @@ def test_block_of_a_report_made_by_hand():
     truth = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
     dense = [0, 0, 0, 0, 1, 1, 1, 0, 2, 0]
     shipped = [0, 0, 1, 1, 1, 1, 1, 1, 2, 2]
-    block = manifest.accuracy_block(report(truth, dense, shipped), LABELS, holdout_reads=3)
+    block = block_of(report(truth, dense, shipped), reads=3)
     assert block["images"] == 10 and block["holdout_reads"] == 3
     assert (block["source"]["correct"], block["shipped"]["correct"]) == (8, 8)
     assert block["source"]["top1"] == 0.8 and block["shipped"] == block["exported"] == block["pruned"]
@@ -136,13 +147,13 @@ def test_block_of_a_report_made_by_hand():
 def test_worst_classes_are_five_ties_in_the_order_of_the_outputs():
     truth = [6, 5, 4, 3, 2, 1, 0]
     shipped = [6, 0, 0, 0, 0, 0, 0]
-    block = manifest.accuracy_block(report(truth, truth, shipped), tuple("abcdefg"), 1)
+    block = block_of(report(truth, truth, shipped), tuple("abcdefg"))
     assert [row["label"] for row in block["worst_classes"]] == list("bcdef")
     assert {row["drop_pp"] for row in block["worst_classes"]} == {100.0}
 
 
 def test_classes_without_hold_out_images_are_not_listed():
-    block = manifest.accuracy_block(report([1, 1], [1, 1], [1, 0]), LABELS, 1)
+    block = block_of(report([1, 1], [1, 1], [1, 0]))
     assert block["worst_classes"] == [{"label": "bee", "drop_pp": 50.0, "images": 2}]
 
 
@@ -151,8 +162,8 @@ outcomes = st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=40
 
 @given(outcomes, st.sampled_from([None, 0.0, 2.5, 100.0]), st.sampled_from(["point", "bound"]))
 def test_figures_of_a_block_agree_with_each_other_and_with_the_schema(rows, limit, rule):
-    made = report(*zip(*rows, strict=True), limit, rule)
-    block = manifest.accuracy_block(made, LABELS, 1)
+    made = report(*zip(*rows, strict=True))
+    block = block_of(made, max_drop=limit, rule=rule)
     low, high = block["drop_ci95_pp"]
     assert list(faults(block, manifest.schema()["properties"]["accuracy"])) == []
     assert isclose(block["drop_pp"], 100 * (block["source"]["top1"] - block["shipped"]["top1"]), abs_tol=1e-9)
@@ -160,7 +171,8 @@ def test_figures_of_a_block_agree_with_each_other_and_with_the_schema(rows, limi
     assert block["only_dense_right"] - block["only_shipped_right"] == (
         block["source"]["correct"] - block["shipped"]["correct"]
     )
-    assert bool(manifest.reasons(made)) == (block["gate"]["verdict"] == "fail")
+    reasons = manifest.gate_reasons(made, made.models["fp32"], Gate(**block["gate"]))
+    assert [reason.exit_code for reason in reasons] == ([7] if block["gate"]["verdict"] == "fail" else [])
     json.dumps(block, allow_nan=False)
 
 
@@ -176,20 +188,43 @@ def test_figures_of_a_block_agree_with_each_other_and_with_the_schema(rows, limi
     ],
 )
 def test_gate_of_a_block(shipped, limit, rule, verdict, proven, provable):
-    block = manifest.accuracy_block(report([0] * 10, [0] * 10, shipped, limit, rule), LABELS, 1)["gate"]
+    block = block_of(report([0] * 10, [0] * 10, shipped), max_drop=limit, rule=rule)["gate"]
     assert (block["verdict"], block["proven"]) == (verdict, proven)
     assert (block["images_to_prove"] is not None) == provable
     assert block["max_drop_pp"] == limit and block["rule"] == rule
 
 
 def test_reason_names_limit_drop_and_images():
-    failing = report([0] * 10, [0] * 10, [0] * 8 + [1] * 2)
-    assert manifest.reasons(failing) == ["accuracy: the drop exceeds 1 points (observed +20.00 points on 10 images)"]
-    bound = replace(failing, gate=Gate(0.5, "bound", 0.9, "fail", False, None))
-    assert manifest.reasons(bound) == [
+    made = report([0] * 10, [0] * 10, [0] * 8 + [1] * 2)
+
+    def reasons(verdict: Gate) -> list[str]:
+        return [reason.text for reason in manifest.gate_reasons(made, made.models["fp32"], verdict)]
+
+    assert reasons(Gate(1.0, "point", 0.95, "fail", False, None)) == [
+        "accuracy: the drop exceeds 1 points (observed +20.00 points on 10 images)"
+    ]
+    assert reasons(Gate(0.5, "bound", 0.9, "fail", False, None)) == [
         "accuracy: the upper bound at 90% of the drop exceeds 0.5 points (observed +20.00 points on 10 images)"
     ]
-    assert manifest.reasons(replace(failing, gate=Gate(None, "point", 0.95, "off", False, None))) == []
+    assert reasons(Gate(None, "point", 0.95, "off", False, None)) == []
+
+
+def test_the_gate_judges_what_ships_and_each_model_has_its_outcome():
+    right, wrong = (Evaluation((label,) * 10, (True,) * 10) for label in (0, 1))
+    made = AccuracyReport((0,) * 10, right, right, {"fp32": right, "int8": wrong})
+    shipped = block_of(made, ships="int8")
+    assert shipped["gate"]["verdict"] == "fail" and shipped["shipped"]["top1"] == 0 and shipped["drop_pp"] == 100
+    assert shipped["exported"]["top1"] == 1 and shipped["variants"]["int8"]["top1"] == 0
+    kept = block_of(made, ships="fp32")
+    assert kept["gate"]["verdict"] == "pass" and kept["variants"]["int8"]["top1"] == 0
+
+
+def test_an_engine_that_ships_is_judged_by_its_own_outcome():
+    right, wrong = (Evaluation((label,) * 10, (True,) * 10) for label in (0, 1))
+    made = AccuracyReport((0,) * 10, right, right, {"fp32": right})
+    verdict = manifest.gate_of(made, wrong, AccuracySettings())
+    block = manifest.accuracy_block(made, wrong, wrong, verdict, LABELS, 1)
+    assert block["engine"]["top1"] == 0 and block["gate"]["verdict"] == "fail" and block["exported"]["top1"] == 1
 
 
 # --- the schema's own checker

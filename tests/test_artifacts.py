@@ -20,6 +20,7 @@ from cswap_deploy.artifacts import (
     Axis,
     BundleFiles,
     CostTerm,
+    Engine,
     Evaluation,
     File,
     Gate,
@@ -29,11 +30,14 @@ from cswap_deploy.artifacts import (
     Image,
     ImageSet,
     InputSpec,
+    LatencyReport,
     Network,
     OnnxModel,
     Parity,
+    Prepared,
     PruningPlan,
     PruningStep,
+    Reason,
     Refusal,
     Scores,
     Slice,
@@ -67,21 +71,43 @@ ONNX = OnnxModel(
     note="ünïcode",
 )
 
+ACCURACY = AccuracyReport((0, 3, 2), EVALUATION, EVALUATION, {"fp32": EVALUATION, "int8": EVALUATION})
+NETWORK = Network(ARCHITECTURE, None, FILE, SPEC, 10, 100, 2000, None)
+GROUPS = Groups(
+    (GROUP, dataclasses.replace(GROUP, kind="heads", attributes=(UnitAttribute("attn", "num_heads", 1),))),
+    (Refusal("norm", "normalises over its own units"),),
+    (CostTerm("conv", 10, 100, (Axis(4, (("stem", 1),)), Axis(3, ()))),),
+)
+
 EXAMPLES: list[Any] = [
     FILE,
-    Network(ARCHITECTURE, None, FILE, SPEC, 10, 100, 2000, None),
+    NETWORK,
     Network(dataclasses.replace(ARCHITECTURE, source="timm", location=""), FILE, FILE, SPEC, 10, 1, 2, "apache-2.0"),
     Split(("cat", "dog"), (Image("cat/1.png", "cd", 0),), (), (Image("dog/ö.png", "ef", 1),)),
-    Groups(
-        (GROUP, dataclasses.replace(GROUP, kind="heads", attributes=(UnitAttribute("attn", "num_heads", 1),))),
-        (Refusal("norm", "normalises over its own units"),),
-        (CostTerm("conv", 10, 100, (Axis(4, (("stem", 1),)), Axis(3, ()))),),
-    ),
+    GROUPS,
     SCORES,
     PLAN,
     dataclasses.replace(PLAN, scores=None),
     ONNX,
-    AccuracyReport((0, 3, 2), EVALUATION, EVALUATION, EVALUATION, Gate(None, "bound", 0.95, "off", False, None)),
+    ACCURACY,
+    Gate(None, "bound", 0.95, "off", False, None),
+    LatencyReport(FILE, "onnxruntime 1.32.0", (61.5, 60.25), 0.01, {"device": "x", "load": [0.1, None]}),
+    Engine(FILE, None, "10.3.0", "Orin", 27.8, ""),
+    Prepared(
+        "name: x\n",
+        NETWORK,
+        NETWORK,
+        GROUPS,
+        PLAN,
+        ONNX,
+        {"fp32": ONNX, "int8": ONNX},
+        {},
+        ACCURACY,
+        ("cat", "dog"),
+        None,
+        (Reason(6, "variant fp16: no"),),
+        {"python": "3.11"},
+    ),
     BundleFiles(FILE, (FILE, dataclasses.replace(FILE, path=ROOT / "README.md"))),
 ]
 

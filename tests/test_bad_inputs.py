@@ -45,7 +45,7 @@ class Case:
 
 
 SCHEMA = "`cswap-deploy schema` tells every key"
-ABSENT = "remove it; this version exports fp32 ONNX"
+ABSENT = "remove it"
 ARRANGE = "put the images of each class into a folder of its own"
 
 
@@ -106,10 +106,12 @@ RECIPES = [
     override("unknown --set key", "prune.stepz=3", "--set prune.stepz=3: prune.stepz: unknown key; did you mean 'steps'?"),
     override("--set without value", "prune.steps", "expected KEY.PATH=VALUE, such as prune.steps=4"),
     override("--set into a value", "name.first=x", "name is 'colours' there, not a block of keys"),
-    override("engine", "engine.precision=fp16", "engine, ship: what it asks for is not available in this version", ABSENT),
-    override("latency", "latency={target: local}", "latency: what it asks for is not available", ABSENT),
-    override("variants", "variants=[int8]", "variants: what it asks for is not available", ABSENT),
-    override("ship", "ship=int8", "ship: what it asks for is not available", ABSENT),
+    override("surgery", "prune.criterion={kind: causal, intervention: surgery}", "criterion.intervention: what it", ABSENT),
+    override("unknown variant", "variants=[int7]", "--set variants=[int7]: variants.0: "),
+    override("unknown ship", "ship=int7", "--set ship=int7: ship: "),
+    override("target of latency", "latency={target: 'ssh://-oProxyCommand=x'}", "expected local or ssh://"),
+    override("batch of a fixed file", "latency={batch: 4}", "latency.batch: more than one image needs a file with an open"),
+    override("runtime without engine", "latency={runtime: tensorrt}", "latency.runtime: tensorrt runs an engine"),
     override("screened", "prune.criterion={kind: causal, estimator: screened}", "criterion.estimator: what it", ABSENT),
 ]  # fmt: skip
 

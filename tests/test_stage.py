@@ -241,7 +241,7 @@ def test_missing_input_file_is_the_stages_to_refuse(root: Path, tmp_path: Path) 
 
 def test_changed_artefact_is_named_and_equal_ones_stop_the_rerun(root: Path) -> None:
     run(root, doubled(word="aa"))
-    assert run(root, doubled(word="ab")).reasons["double"] == "note changed"
+    assert run(root, doubled(word="ab")).reasons["double"] == "note.text changed"
     same = run(root, doubled(word="a", repeat=2))
     assert same.reasons["double"] == "up to date", "the same text by another way"
 
@@ -255,7 +255,7 @@ def test_place_of_images_and_of_the_work_folder_do_not_count(root: Path, tmp_pat
     again = run(moved, judging("there"))
     assert again.reasons == {"judge": "up to date"}
     assert again.value.text.path.is_relative_to(moved)
-    assert reason(moved, judging("here", sha256="cd")) == "images changed"
+    assert reason(moved, judging("here", sha256="cd")) == "images.images changed"
 
 
 def test_library_version_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

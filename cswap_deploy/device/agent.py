@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -293,7 +292,7 @@ def models_in_turn(request: Json, files: Store) -> Json:
     start = time.perf_counter_ns()
     rounds, running = sample([model.run for model in models], request["duration_s"], request.get("block_s", BLOCK_S))
     overhead = 1 - running / (time.perf_counter_ns() - start)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    own = int(re.findall(r"VmHWM:\s+(\d+) kB", text_of("/proc/self/status"))[0]) / 1024
     used = {"peak_mb": memory, "runtime_mb": bare, "agent_mb": own}
     return {"rounds": rounds, "models": [model.facts for model in models], "overhead": overhead, "memory": used}
 
