@@ -291,7 +291,11 @@ def test_a_bug_of_ours_ends_with_1_and_its_traceback(monkeypatch, tmp_path):
         (["build", QUICKSTART, "--force", "engine"], 2, "'engine' does not run for this recipe"),
         (["check", QUICKSTART, "--set", "calibration.images=absent"], 3, "absent"),
         (["check", QUICKSTART, "--set", "model.name=resnet19"], 4, "no model named 'resnet19'"),
-        (["check", QUICKSTART, "--set", "prune.criterion={kind: causal, intervention: surgery}"], 2, "not available in this version"),
+        (
+            ["check", QUICKSTART, "--set", "prune.criterion={kind: causal, intervention: surgery}"],
+            2,
+            "not available in this version",
+        ),
         (["check", QUICKSTART, "--on", "ssh://-x"], 2, "is no target"),
         (["measure", QUICKSTART], 2, "ends in .yaml"),
         (["deploy", "absent"], 2, "is not a folder"),

@@ -90,7 +90,7 @@ def test_page_is_what_the_manifest_renders(quickstart):
 def test_figures_on_the_page_are_the_manifest_s(manifest):
     """Each number of the manifest is made distinct; the page must then show each, as it is rounded there."""
     accuracy, pruned, onnx = manifest["accuracy"], manifest["pruned"], manifest["onnx"]
-    for number, model in enumerate(("source", "pruned", "exported")):
+    for number, model in enumerate(("source", "pruned", "shipped")):
         accuracy[model] |= {"top1": 0.811 + number / 100, "top5": 0.911 + number / 100}
         accuracy[model]["top1_ci95"] = [0.711 + number / 100, 0.851 + number / 100]
     accuracy |= {"images": 4321, "drop_pp": 1.23, "drop_ci95_pp": [-0.45, 3.21], "agreement": 0.9876}
@@ -112,6 +112,46 @@ def test_figures_on_the_page_are_the_manifest_s(manifest):
     ]  # fmt: skip
     assert [figure for figure in shown if figure not in text] == []
     assert "width:37.5%" in render_html(manifest)
+
+
+def timing(p50: float) -> dict[str, Any]:
+    bounds = {"p50_ci95_ms": [p50 - 0.01, p50 + 0.01], "samples": 4321, "rounds": 99, "peak_memory_mb": 77.3}
+    return {"p50_ms": p50, "p90_ms": p50 + 1, "p99_ms": p50 + 2, **bounds}
+
+
+def test_latency_and_its_conditions_are_on_the_page(manifest):
+    conditions = {"device": "<b>Board</b>", "power_mode": None, "load": [0.25, 1.5], "cores": 6}
+    manifest["latency"] = {
+        "target": "ssh", "runtime": "onnxruntime", "runtime_version": "1.99", "precision": "int8", "batch": 3,
+        "threads": 2, "duration_s": 5.0, "source": timing(7.125), "pruned": timing(4.75), "speedup": 1.512,
+        "speedup_ci95": [1.487, 1.534], "stable": False, "unstable_because": ["dense: it drifts"], "conditions": conditions,
+    }  # fmt: skip
+    page = render_html(manifest)
+    text = Page(page).text
+    shown = [
+        "7.125 ms", "4.75 ms", "8.125 ms", "9.125 ms", "1.51 x as fast", "1.49 to 1.53", "int8, batch 3", "4321", "77 MB",
+        "Not stable", "dense: it drifts", "ssh: <b>Board</b>", "onnxruntime 1.99, 2 threads", "power_mode unknown",
+        "load 0.25 before, 1.5 after", "cores 6",
+    ]  # fmt: skip
+    assert [figure for figure in shown if figure not in text] == []
+    assert "<b>Board" not in page and "Latency was not measured" not in text
+    readme = render_readme(manifest)
+    assert "1.51 times as fast" in readme and "not stable" in readme
+
+
+def test_variants_and_the_engine_are_on_the_page(manifest):
+    parity = {"images": 16, "max_abs": 0.5, "sqnr_db": 23.4}
+    variant = {"file": "model.int8.onnx", "opset": 18, "parity": parity, "nodes": 9, "note": "Conv only"}
+    manifest["onnx"]["variants"] = {"int8": variant}
+    manifest["accuracy"]["variants"] = {"int8": manifest["accuracy"]["shipped"] | {"top1": 0.4321}}
+    manifest["engine"] = {"built": False, "reason": "TensorRT is <missing>", "precision": "fp16"}
+    text = Page(render_html(manifest)).text
+    assert [word for word in ("model.int8.onnx Conv only", "43.21 %", "23.4 dB", "Not built", ": TensorRT is <missing>")
+            if word not in text] == []  # fmt: skip
+    built = {"built": True, "build_seconds": 27.8, "tensorrt": "10.3.0", "gpu": "Orin", "note": ""}
+    manifest["engine"] |= built
+    assert "Built in 28 s by TensorRT 10.3.0 for Orin, precision fp16" in Page(render_html(manifest)).text
+    assert "is not built" not in render_readme(manifest)
 
 
 @pytest.mark.parametrize("verdict", ["pass", "fail"])
