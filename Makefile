@@ -21,6 +21,8 @@ check: $(INSTALLED)  ## format, lint, types, architecture
 
 bench: $(INSTALLED)  ## the benchmarks; they write JSON beside themselves
 	$(BIN)/python benchmarks/criteria.py
+	test -f runs/quickstart/bundle/model.onnx || $(BIN)/cswap-deploy build recipes/quickstart.yaml
+	$(BIN)/python benchmarks/measuring.py runs/quickstart/bundle/model.onnx
 
 soak: $(INSTALLED)  ## the long tests
 	$(BIN)/python -m pytest -m slow

@@ -56,8 +56,7 @@ print(json.dumps({"p50_ms": sorted(ns)[(len(ns) - 1) // 2] / 1e6,
 """
 """What one writes by hand to time a model."""
 
-LOCAL = Target("local", ("sh", "-c", '"$0" "$@"; exit', sys.executable, "-c", BOOTSTRAP))
-"""Through a shell: ru_maxrss, which the agent reports, outlives exec, and would be that of this program."""
+LOCAL = Target("local", (sys.executable, "-c", BOOTSTRAP))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ OnOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result only")]
 
 INTERRUPTED = 130
+STOPPED = ("Interrupted", "interrupted", "run the same command again: it resumes", INTERRUPTED)
+_interrupted: list[bool] = []
+"""Not empty once a signal asked this process to stop."""
 ParserError: Any = typer.BadParameter.__mro__[1]
 """UsageError of click, whichever copy of click typer carries."""
 
@@ -258,7 +261,8 @@ def schema(
 
 def main() -> NoReturn:
     """Entry point of the console script; click's own usage errors end with exit code 2 as ours do."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two runs on one machine starve each other
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
@@ -303,12 +307,14 @@ def _session(command: str, as_json: bool) -> Iterator[_Answer]:
     except CswapError as error:
         _fail(command, as_json, type(error).__name__, error.message, error.hint, error.exit_code)
     except KeyboardInterrupt:
-        _fail(command, as_json, "Interrupted", "interrupted", "run the same command again: it resumes", INTERRUPTED)
+        _fail(command, as_json, *STOPPED)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         hint = "check space and permissions of the work folder; what was committed is kept"
         _fail(command, as_json, "OSError", f"{error.strerror or error}{where}", hint, UsageError.exit_code)
     except Exception as error:
+        if _interrupted:  # native code turns the interrupt into an error of its own
+            _fail(command, as_json, *STOPPED)
         traceback.print_exc(file=sys.stderr)
         _fail(command, as_json, type(error).__name__, f"internal error: {error}", "please report the lines above", 1)
     if as_json:
@@ -346,6 +352,7 @@ def _print(lines: Sequence[str], stream: TextIO | None = None) -> None:
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    _interrupted.append(True)
     raise KeyboardInterrupt
 
 

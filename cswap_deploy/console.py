@@ -110,6 +110,7 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
     )
     yield from _wrapped(f"{word}: {_sentence(manifest)}")
     if latency:
+        yield from _slower(latency)
         yield from _unstable(latency["unstable_because"])
         yield from _wrapped(f"latency of {manifest['shipped']} and its dense twin, on {_conditions(latency)}")
 
@@ -281,6 +282,14 @@ def _latency_rows(latency: dict[str, Any]) -> Iterator[tuple[str, str, str, str]
     yield "p99", f"{_ms(dense['p99_ms'])} ms", f"{_ms(shipped['p99_ms'])} ms", ""
     if shipped["peak_memory_mb"]:
         yield "peak memory", f"{_mb(dense)} MB", f"{_mb(shipped)} MB", ""
+
+
+def _slower(latency: dict[str, Any]) -> Iterator[str]:
+    """What helps most where cuts have bought no time: widths that fill the blocks in which runtimes work."""
+    if latency["speedup_ci95"][0] <= 1:
+        word = "SLOWER" if latency["speedup_ci95"][1] < 1 else "NOT FASTER"
+        advice = "runtimes work in blocks of channels, and cuts within a block buy no time"
+        yield from _wrapped(f"{word} than the dense model: {advice}; try --set prune.round_to=8, 16 or 32")
 
 
 def _unstable(reasons: Sequence[str]) -> Iterator[str]:

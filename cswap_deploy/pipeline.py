@@ -112,7 +112,7 @@ def _models(
         try:
             models[variant] = work.run(variants.make, simplified, network, fit, variant, recipe.onnx)
         except ExportError as error:
-            reasons.append(Reason(error.exit_code, f"variant {variant}: {error}"))
+            reasons.append(Reason(error.exit_code, str(error)))
     return models, reasons
 
 

@@ -25,7 +25,14 @@ from cswap_deploy.stage import Workdir
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-QUICK = ("prune.steps=1", "calibration.scoring=128", "calibration.holdout=100", "device=cpu")
+QUICK = (
+    "latency=null",
+    "prune.round_to=1",
+    "prune.steps=1",
+    "calibration.scoring=128",
+    "calibration.holdout=100",
+    "device=cpu",
+)
 """Settings that make a build of the quickstart recipe short."""
 
 COLOURS = {

@@ -30,7 +30,7 @@ from cswap_deploy.errors import (
     VerifyError,
 )
 
-COMMANDS = ("build", "prepare", "check", "show", "schema")
+COMMANDS = ("build", "prepare", "deploy", "measure", "check", "doctor", "show", "verify", "schema")
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 HEAVY = ("torch", "timm", "numpy", "pydantic", "onnx", "onnxruntime", "scipy", "PIL", "jinja2", "ruamel", "safetensors")
 
@@ -108,7 +108,7 @@ def test_module_and_script_are_the_same_program(program):
 # --- what programs read
 
 
-@pytest.mark.parametrize("command", ["build", "prepare", "check", "show"])
+@pytest.mark.parametrize("command", ["build", "prepare", "deploy", "measure", "check", "show", "verify"])
 def test_json_of_an_error_keeps_to_the_schema(command, tmp_path):
     result = call(command, tmp_path / "nothing", "--json")
     found = document(result)
