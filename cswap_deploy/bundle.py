@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -163,6 +164,7 @@ class Terms:
     ship: Precision
     ships_engine: bool
     shipped_file: str
+    remote: bool
     engine: EngineSettings | None
     latency: LatencySettings | None
 
@@ -176,7 +178,6 @@ class Deployed:
     """The device's half: what was built and measured on the target. Nothing, when nothing was asked for or it failed."""
 
     engine: Engine | None = None
-    dense_engine: Engine | None = None
     on_engine: Evaluation | None = None
     latency: LatencyReport | None = None
     reasons: tuple[Reason, ...] = ()
@@ -196,7 +197,7 @@ def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdo
     for name, file in copies.items():
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file.path, out / name)
-    (out / "recipe.yaml").write_text(RECORD + ready.recipe, encoding="utf-8")
+    (out / "recipe.yaml").write_text(RECORD + _placed(ready.recipe, terms, deployed), encoding="utf-8")
     (out / "labels.txt").write_text(_one_a_line(ready.labels), encoding="utf-8")
     spec = json.dumps(preprocess(ready.source.input), indent=1)
     (out / "preprocess.json").write_text(spec + "\n", encoding="utf-8")
@@ -241,18 +242,27 @@ def _manifest(
             ready.accuracy, deployed.on_engine, shipped, verdict, ready.labels, holdout_reads
         ),
         "onnx": facts.onnx_block(ready.exported, ready.models, FILES),
-        "latency": facts.latency_block(latency, terms.latency, terms.ship) if latency and terms.latency else None,
+        "latency": facts.latency_block(latency, terms.latency, terms.ship, terms.remote)
+        if latency and terms.latency
+        else None,
         "budget": None,
         "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine) if terms.engine else None,
         "environment": ready.environment,
     }
 
 
+def _placed(recipe: str, terms: Terms, deployed: Deployed) -> str:
+    """The resolved recipe with the board that was measured in place of the target's address."""
+    device = deployed.latency.conditions["device"] if deployed.latency else "another machine" if terms.remote else ""
+    place = f"{device}, over ssh" if terms.remote else device
+    return re.sub(r"(?m)^(  target: local).*$", lambda found: f"{found[1]}  # {place}" if place else found[1], recipe)
+
+
 def _shipped(terms: Terms, ready: Prepared, deployed: Deployed) -> tuple[str, Evaluation]:
     """The file that ships, and how it did on the hold-out; where it is missing, which is a reason to fail, its nearest."""
     nearest = terms.shipped_file if terms.shipped_file in ready.models else "fp32"
-    if terms.ships_engine and deployed.engine:
-        return ENGINE, deployed.on_engine or ready.accuracy.models[nearest]
+    if terms.ships_engine and deployed.engine and deployed.on_engine:
+        return ENGINE, deployed.on_engine
     return FILES[nearest], ready.accuracy.models[nearest]
 
 

@@ -48,6 +48,8 @@ OnOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result only")]
 
 INTERRUPTED = 130
+LONGEST_S = 86400
+"""Of a warm-up or of sampling: a day."""
 STOPPED = ("Interrupted", "interrupted", "run the same command again: it resumes", INTERRUPTED)
 _interrupted: list[bool] = []
 """Not empty once a signal asked this process to stop."""
@@ -94,6 +96,7 @@ def prepare(
         with _run(settings, folder, force, quiet or as_json) as opened:
             ready = pipeline.prepare(settings, opened)
         answer.document = {"work": str(folder), "onnx": str(ready.models["fp32"].graph.path), "macs": ready.pruned.macs}
+        answer.document["reasons"] = [reason.text for reason in ready.reasons]
         answer.lines = [*prepared_lines(ready, folder)]
 
 
@@ -101,6 +104,7 @@ def prepare(
 def deploy(
     work: Annotated[Path, typer.Argument(metavar="WORK", help="the work folder of `prepare`, or a copy of it")],
     on: OnOption = None,
+    force: ForceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -114,9 +118,11 @@ def deploy(
         if not work.is_dir():
             raise UsageError(f"{work} is not a folder", "give the work folder of a run, such as runs/<recipe name>")
         _require_target(on)
-        with Workdir(work).open() as opened:
+        prepared.require(work)
+        with Workdir(work, force or ()).open() as opened:
             recipe, ready = prepared.find(opened)
-            recipe = recipe.on(on) if on else recipe
+            recipe = _moved(recipe, on) if on else recipe
+            _require_known_stages(force or [], pipeline.device_stages(recipe))
             console = Console(pipeline.device_stages(recipe), silent=quiet or as_json)
             with closing(console), reporting(console):
                 bundle = pipeline.deploy(recipe, ready, opened)
@@ -134,8 +140,12 @@ def measure(
     on: OnOption = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="images per inference")] = 1,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the runtime")] = 1,
-    warmup: Annotated[float, typer.Option("--warmup", min=0, help="seconds before the first sample")] = 1.0,
-    duration: Annotated[float, typer.Option("--duration", min=0.01, help="seconds of sampling, each model")] = 5.0,
+    warmup: Annotated[
+        float, typer.Option("--warmup", min=0, max=LONGEST_S, help="seconds before the first sample")
+    ] = 1.0,
+    duration: Annotated[
+        float, typer.Option("--duration", min=0.01, max=LONGEST_S, help="seconds of sampling, each model")
+    ] = 5.0,
     layers: Annotated[bool, typer.Option("--layers", help="also show where MODEL's time goes")] = False,
     trust_engine: Annotated[
         list[str] | None, typer.Option("--trust-engine", metavar="SHA256", help="run an engine built elsewhere")
@@ -382,6 +392,17 @@ def _load(path: Path, work: Path | None, overrides: list[str] | None, on: str | 
     return recipe, work or Path("runs") / recipe.name
 
 
+def _moved(recipe: Recipe, target: str) -> Recipe:
+    """The recipe on this target. Errors: UsageError where a measurement with the defaults does not fit it."""
+    try:
+        return recipe.on(target)
+    except ValueError as error:  # pydantic's
+        faults = "; ".join(fault["msg"] for fault in getattr(error, "errors", list)()) or str(error)
+        raise UsageError(
+            f"--on {target}: {faults}", "add a latency block to the recipe and run prepare again"
+        ) from error
+
+
 @contextmanager
 def _run(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) -> Iterator[Any]:
     """An open work folder whose stages are reported on standard error."""
@@ -390,17 +411,17 @@ def _run(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) ->
     from cswap_deploy.progress import reporting
     from cswap_deploy.stage import Workdir
 
-    _require_known_stages(force or [], recipe)
+    _require_known_stages(force or [], pipeline.stages(recipe))
     pipeline.require_available(recipe)
     work = Workdir(folder, force or ())
     with closing(Console(pipeline.stages(recipe), silent=silent)) as console, reporting(console), work.open():
         yield work
 
 
-def _require_known_stages(force: list[str], recipe: Recipe) -> None:
-    from cswap_deploy.pipeline import STAGES, stages
+def _require_known_stages(force: list[str], stages: Sequence[str]) -> None:
+    from cswap_deploy.pipeline import STAGES
 
     for name in force:
-        if name not in stages(recipe):
+        if name not in stages:
             known = "does not run for this recipe" if name in STAGES else "is not a stage"
-            raise UsageError(f"--force: {name!r} {known}", f"this recipe runs {', '.join(stages(recipe))}")
+            raise UsageError(f"--force: {name!r} {known}", f"this recipe runs {', '.join(stages)}")

@@ -111,7 +111,7 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
     yield from _wrapped(f"{word}: {_sentence(manifest)}")
     if latency:
         yield from _slower(latency)
-        yield from _unstable(latency["unstable_because"])
+        yield from _unstable(latency["unstable_because"], " Measure again with --force latency.")
         yield from _wrapped(f"latency of {manifest['shipped']} and its dense twin, on {_conditions(latency)}")
 
 
@@ -166,7 +166,8 @@ def measured_lines(document: dict[str, Any]) -> Iterator[str]:
         yield from (f"{name}: {model['file']}" for name, model in zip(names, models, strict=True))
     if document["speedup"] is not None:
         low, high = document["speedup_ci95"]
-        yield f"{names[0]} is {document['speedup']:.3f} times as fast as {names[1]} (95 %: {low:.3f} to {high:.3f})"
+        ratio = f"{document['speedup']:.3f} times as fast as {names[1]} (95 %: {low:.3f} to {high:.3f})"
+        yield from _wrapped(f"{names[0]} is {ratio}")
     yield from _unstable(
         [f"{name}: {why}" for name, m in zip(names, models, strict=True) for why in m["unstable_because"]]
     )
@@ -177,7 +178,7 @@ def measured_lines(document: dict[str, Any]) -> Iterator[str]:
 
 def layer_lines(layers: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The layers that take longest."""
-    total = sum(layer["ms"] for layer in layers)
+    total = sum(layer["ms"] for layer in layers) or 1  # ONNX Runtime counts whole microseconds, which may all be 0
     slowest = sorted(layers, key=lambda layer: -float(layer["ms"]))[:SLOWEST]
     rows = [(layer["name"], layer["op"], _ms(layer["ms"]), f"{layer['ms'] / total:.1%}") for layer in slowest]
     yield from table(("layer", "op", "ms", "share"), rows, f"{len(slowest)} slowest of {len(layers)} layers")
@@ -292,11 +293,11 @@ def _slower(latency: dict[str, Any]) -> Iterator[str]:
         yield from _wrapped(f"{word} than the dense model: {advice}; try --set prune.round_to=8, 16 or 32")
 
 
-def _unstable(reasons: Sequence[str]) -> Iterator[str]:
+def _unstable(reasons: Sequence[str], then: str = "") -> Iterator[str]:
     """The first reason for which the figures cannot be trusted, and how many more there are."""
     if reasons:
         more = f" (and {_plural(len(reasons) - 1, 'more reason')}: --json)" if len(reasons) > 1 else ""
-        yield from _wrapped(f"UNSTABLE: {reasons[0]}{more}")
+        yield from _wrapped(f"UNSTABLE: {reasons[0]}{more}.{then}")
 
 
 def _conditions(document: dict[str, Any]) -> str:

@@ -66,7 +66,13 @@ class PruningError(ModelError):
 
 
 class DeviceError(CswapError):
+    """`public`: what a bundle, which others read, may say about it: no host, user or path of the target."""
+
     exit_code = 5
+
+    def __init__(self, message: str, hint: str = "", *, public: str = "the target failed") -> None:
+        super().__init__(message, hint)
+        self.public = public
 
 
 class ExportError(CswapError):

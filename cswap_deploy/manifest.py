@@ -133,14 +133,14 @@ def onnx_block(exported: OnnxModel, models: Mapping[str, OnnxModel], names: Mapp
     }
 
 
-def latency_block(report: LatencyReport, settings: LatencySettings, precision: str) -> dict[str, Any]:
+def latency_block(report: LatencyReport, settings: LatencySettings, precision: str, remote: bool) -> dict[str, Any]:
     """Milliseconds of one inference of a whole batch; `speedup`: how many times faster the shipped model is."""
     samples = Samples.load(report.samples.path)
     faster = samples.speedup(1, against=0)
     faults = [f"{name}: {text}" for model, name in enumerate(("dense", "shipped")) for text in samples.faults(model)]
     memory = report.peak_memory_mb or (None, None)
     return {
-        "target": "local" if settings.target == "local" else "ssh",
+        "target": "ssh" if remote else "local",
         "runtime": settings.runtime,
         "runtime_version": report.runtime.partition(" ")[2],
         "precision": precision,

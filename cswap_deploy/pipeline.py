@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from cswap_deploy import accuracy, bundle, data, engine, export, latency, model, prepared, progress, prune, variants
 from cswap_deploy.artifacts import Engine, Groups, ImageSet, Network, OnnxModel, Prepared, PruningPlan, Reason, Split
 from cswap_deploy.bundle import Bundle, Deployed, Terms
-from cswap_deploy.device.target import Probe, Target, reach, without_place
+from cswap_deploy.device.target import Away, Probe, Target, reach
+from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError, ExportError, RecipeError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.recipe import (
@@ -26,6 +29,8 @@ STAGES = (
     "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
+PROBE = "probe.json"
+"""In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
 FINISH = "To finish: cswap-deploy deploy WORK, on a machine that has it or with --on ssh://USER@HOST"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")
@@ -141,33 +146,42 @@ Step = Callable[[Recipe, Prepared, Workdir, Target, Probe, Deployed], Deployed]
 
 def _on_target(recipe: Recipe, ready: Prepared, work: Workdir) -> Deployed:
     """What could be built and measured; what could not is a reason to fail, not the end of the build."""
-    done = Deployed()
-    steps: list[Step] = [*((_build_engines, _judge_engine) if recipe.engine else ())]
-    steps += [_measure] if recipe.latency else []
     try:
         with reach(recipe.target) as target:
             probe = Probe.of(target)
-            for step in steps:
-                try:
-                    done = step(recipe, ready, work, target, probe, done)
-                except DeviceError as error:
-                    done = _failing(done, recipe, error, "engine" if step is _build_engines else "target")
+            if not work.dry:
+                write_atomically(work.root / PROBE, json.dumps({recipe.target: probe.document}))
+            return _through_steps(recipe, ready, work, target, probe)
     except DeviceError as error:
-        done = _failing(done, recipe, error, "target")
+        document = (load_json(work.root / PROBE, dict[str, Any]) or {}).get(recipe.target)
+        if document is None:
+            return _failing(Deployed(), error, "target")
+        progress.warn(f"{error}; what it was when it answered last is assumed, and nothing is measured anew")
+        return _through_steps(recipe, ready, work, Away(recipe.target, (), error), Probe(document))
+
+
+def _through_steps(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe) -> Deployed:
+    done = Deployed()
+    steps: list[Step] = [*((_build_engine, _judge_engine) if recipe.engine else ())]
+    steps += [_measure] if recipe.latency else []
+    for step in steps:
+        try:
+            done = step(recipe, ready, work, target, probe, done)
+        except DeviceError as error:
+            progress.warn(str(error))
+            done = _failing(done, error, "engine" if step is _build_engine else "target")
     return done
 
 
-def _failing(done: Deployed, recipe: Recipe, error: DeviceError, what: str) -> Deployed:
-    text = f"{what}: {without_place(str(error), recipe.target)}"
-    return replace(done, reasons=(*done.reasons, Reason(error.exit_code, f"{text}. {FINISH}")))
+def _failing(done: Deployed, error: DeviceError, what: str) -> Deployed:
+    return replace(done, reasons=(*done.reasons, Reason(error.exit_code, f"{what}: {error.public}. {FINISH}")))
 
 
-def _build_engines(
+def _build_engine(
     recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe, done: Deployed
 ) -> Deployed:
     probe.require_tensorrt(target.name)
-    dense, shipped = (_engine(recipe, models, ready, work, target, probe) for models in (ready.dense, ready.models))
-    return replace(done, engine=shipped, dense_engine=dense)
+    return replace(done, engine=_engine(recipe, ready.models, ready, work, target, probe))
 
 
 def _judge_engine(
@@ -185,8 +199,9 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     """What ships and its dense twin; where one of them could not be made, which is a reason already, nothing."""
     assert recipe.latency
     name = recipe.shipped_file
-    if recipe.latency.runtime == "tensorrt" and done.engine and done.dense_engine:
-        files = done.dense_engine.file, done.engine.file
+    if recipe.latency.runtime == "tensorrt" and done.engine:
+        dense = _engine(recipe, ready.dense, ready, work, target, probe)
+        files = dense.file, done.engine.file
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
         files = ready.dense[name].graph, ready.models[name].graph
     else:
@@ -203,9 +218,8 @@ def _engine(
     by_flags = recipe.engine.precision == "fp16" and not probe.typed
     name = "fp32" if by_flags else recipe.engine_file
     if name not in models:
-        raise DeviceError(
-            f"an engine of precision {recipe.engine.precision} needs the variant {name}", "see the reasons"
-        )
+        missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
+        raise DeviceError(missing, "see why above", public=missing)
     spec, facts, described = ready.source.input, probe.facts("tensorrt"), probe.has_tensorrt_module
     model, dynamic = models[name].graph, recipe.onnx.dynamic_batch
     return work.run(engine.build, model, spec, recipe.engine, dynamic, facts, described, target)
@@ -234,19 +248,19 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
 
 def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
     """(stage, "up to date" or why it would run) for each stage; `work` must be dry. Nothing runs."""
-    names = stages(recipe)
+    stopped, reason = "", ""
     try:
         build(recipe, work)
-        stopped = len(names)
-        reason = ""
     except WouldRun as first:
-        stopped, reason = names.index(first.name), first.reason
-    for position, name in enumerate(names):
-        if position < stopped:
+        stopped, reason = first.name, first.reason
+    passed = {reference.partition("/")[0] for reference in work.used}
+    for name in stages(recipe):
+        if name == stopped:
+            yield name, reason
+        elif name in passed:
             yield name, "up to date"
         else:
-            later = reason if reason == "not run yet" else f"runs if the result of {names[stopped]} changes"
-            yield name, reason if position == stopped else later
+            yield name, reason if reason == "not run yet" else f"runs if the result of {stopped} changes"
 
 
 def device_stages(recipe: Recipe) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -27,20 +28,23 @@ def keep(work: Workdir, recipe: Recipe, ready: Prepared) -> None:
     write_atomically(work.root / NAME, json.dumps(document))
 
 
+def require(folder: Path) -> None:
+    """Before the folder is opened, which makes a work folder of an empty one. Errors: UsageError."""
+    if not (folder / NAME).is_file():
+        raise UsageError(f"{folder} holds no prepared model", f"first run: cswap-deploy prepare RECIPE --work {folder}")
+
+
 def find(work: Workdir) -> tuple[Recipe, Prepared]:
     """What `keep` wrote; its results are checked and stay. Errors: UsageError, WorkdirError."""
+    require(work.root)
     path = work.root / NAME
-    if not path.is_file():
-        raise UsageError(
-            f"{work.root} holds no prepared model", f"first run: cswap-deploy prepare RECIPE --work {work.root}"
-        )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise WorkdirError(f"{path} has schema {document['schema']!r}, expected {SCHEMA!r}", "run prepare again")
         recipe = Recipe.model_validate_json(json.dumps(document["recipe"]))
         ready, results = decode(Prepared, document["ready"], work.root), [str(name) for name in document["results"]]
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise WorkdirError(
             f"{path} cannot be read: {error}", "copy the work folder again, or run prepare again"
         ) from error

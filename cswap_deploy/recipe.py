@@ -539,6 +539,10 @@ class Recipe(Settings):
     def target(self) -> str:
         return self.latency.target if self.latency else "local"
 
+    @property
+    def remote(self) -> bool:
+        return self.target != "local"
+
     def on(self, target: str) -> Recipe:
         """The same recipe, measured on `target`; without a latency block it gets one with the defaults."""
         data = self.model_dump(mode="json")

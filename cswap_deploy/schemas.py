@@ -41,7 +41,7 @@ def _of_command(name: str) -> Schema:
     check = record(name=TEXT, outcome={"enum": ["passed", "failed", "skipped"]}, detail=TEXT)
     bodies: dict[str, Schema] = {
         "build": {"bundle": TEXT, "verdict": {"enum": ["pass", "fail"]}, "manifest": facts.schema()},
-        "prepare": {"work": TEXT, "onnx": TEXT, "macs": INTEGER},
+        "prepare": {"work": TEXT, "onnx": TEXT, "macs": INTEGER, "reasons": {"type": "array", "items": TEXT}},
         "check": {
             "facts": {"type": "object", "additionalProperties": TEXT},
             "stages": {"type": "array", "items": record(name=TEXT, status=TEXT)},

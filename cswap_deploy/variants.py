@@ -143,7 +143,7 @@ def _ranges(path: Path, inputs: Iterable[Array]) -> dict[str, float]:
 
 def _require_within_half(ranges: Mapping[str, float]) -> None:
     """ONNX Runtime computes float16 graphs in float32 on a CPU: what overflows on a device has to be looked for."""
-    name, largest = max(ranges.items(), key=lambda item: item[1])
+    name, largest = max(ranges.items(), key=lambda item: (item[1], item[0]))
     if largest > LARGEST_HALF:
         raise ExportError(
             f"{name!r} reaches {largest:.3g} in float32, and float16 ends at {LARGEST_HALF:g}",

@@ -55,8 +55,13 @@ SECONDS: float = 300
 NOT_IMPORTED = 3
 AGAIN = "copy the bundle again, or build it again"
 
+MEMORY = 16 << 30
+"""Bytes of addresses that an ONNX file may take; a hostile one asks for all there is."""
+
 RUN = f"""
-import sys
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 try:
     import numpy as np, onnxruntime
     from pathlib import Path
@@ -288,7 +293,9 @@ def _run(name: str, arguments: Sequence[Path]) -> tuple[Array, str]:
     """
     import numpy as np
 
-    search = os.pathsep.join(str(Path(place).absolute()) for place in sys.path if place)
+    bundle = arguments[0].absolute().parent
+    places = [Path(place).absolute() for place in sys.path if place]
+    search = os.pathsep.join(str(place) for place in places if not place.is_relative_to(bundle))
     with TemporaryDirectory() as scratch:
         target = Path(scratch) / "logits.npy"
         command = [sys.executable, "-c", RUN, *(str(path.absolute()) for path in arguments), str(target)]

@@ -3,10 +3,9 @@
 A request, one line of JSON, comes on standard input; one line of JSON goes to standard output. Needs Python 3.8, numpy
 and a runtime: onnxruntime, or TensorRT by its Python module, else by trtexec.
 
-  probe    what this machine is and what it can run      build    ONNX file → TensorRT engine
-  missing  which of these files are not stored here      measure  durations of several models, run in turn
-  store    receive a file: it follows the request's line infer    logits of a batch of images
-  fetch    send a file: it follows the document's line   layers   where a model's time goes
+  probe: what this machine is and can run · missing: which files are not stored here · store, fetch: receive or send one,
+  which follows the line · build: ONNX file → TensorRT engine · measure: durations of several models, run in turn ·
+  infer: logits of images · layers: where a model's time goes
 
 ~/.cache/cswap-deploy/ (or below XDG_CACHE_HOME) holds files/<sha256>, timing/ (TensorRT's timing caches), lock (held while
 a model is built or run) and engines/<sha256>: an engine is native code, so only one that was built here, or that the
@@ -37,7 +36,7 @@ from typing import Any, Dict
 SCHEMA = "cswap-deploy/agent/1"
 Json = Dict[str, Any]
 LIMIT, SPARE = 4 << 30, 256 << 20  # bytes of files kept here; bytes of disk that stay free
-ABANDONED_S = 3600  # unfinished files older than this are removed
+ABANDONED_S, FRESH_S = 3600, 600  # unfinished files older than this are removed; files used lately stay
 BLOCK_S, SETTLE_S = (
     0.05,
     0.005,
@@ -124,16 +123,20 @@ class Store:
         return {"sha256": found, "bytes": self.path(found).stat().st_size}
 
     def make_room(self, size: int) -> None:
-        """Remove abandoned files, then the least recently used ones, until `size` bytes more fit."""
+        """Remove abandoned files, then the least recently used ones, until `size` bytes more fit; if they cannot, none."""
         for changed, _, path in self.listed("tmp"):
             if time.time() - changed > ABANDONED_S:
                 path.unlink(missing_ok=True)
-        for _, _, path in self.listed("files"):
-            if self.size() + size > LIMIT or self.free() < size + SPARE:
-                path.unlink(missing_ok=True)
-        if self.free() < size + SPARE:
-            have = f"{self.root} has {self.free() >> 20} MiB free and {SPARE >> 20} stay free"
+        used = sum(entry[1] for entry in self.listed("files"))
+        old = [entry for entry in self.listed("files") if time.time() - entry[0] > FRESH_S]
+        can_go = sum(entry[1] for entry in old)
+        if used - can_go + size > LIMIT or self.free() + can_go < size + SPARE:
+            have = f"{self.free() >> 20} MiB are free, {SPARE >> 20} stay free, {LIMIT >> 20} are kept at most"
             raise Fault("disk", f"{size >> 20} MiB do not fit on the target: {have}", "make room there")
+        for _, bytes_of_it, path in old:
+            if used + size > LIMIT or self.free() < size + SPARE:
+                path.unlink(missing_ok=True)
+                used -= bytes_of_it
 
     def engine(self, request: Json, file: Json) -> Path:
         """An engine that was built here or that the request trusts. Errors: Fault."""
@@ -151,9 +154,6 @@ class Store:
                 found.append((path.stat().st_mtime, path.stat().st_size, path))
         return sorted(found)
 
-    def size(self) -> int:
-        return sum(size for _, size, _ in self.listed("files"))
-
     def free(self) -> int:
         return shutil.disk_usage(str(self.root)).free
 
@@ -170,12 +170,6 @@ class Store:
                     raise Fault("busy", "another build or measurement runs on the target", "wait until it has ended")
                 time.sleep(0.1)
             yield
-
-    def enter(self, engine: str, facts: Json) -> None:
-        """Into the ledger of the engines that were built here."""
-        fresh = self.scratch()
-        fresh.write_text(json.dumps(facts))
-        fresh.replace(self.root / "engines" / engine)
 
 
 def missing(request: Json, files: Store) -> Json:
@@ -213,9 +207,12 @@ def probe(request: Json, files: Store) -> Json:
     runtime = {"version": getattr(ort, "__version__", None), "reason": reason}
     runtime["providers"] = ort.get_available_providers() if ort else []
     numpy = getattr(imported("numpy")[0], "__version__", None)
-    here = {"folder": str(files.root), "bytes": files.size(), "limit_bytes": LIMIT}
-    found = {"numpy": numpy, "onnxruntime": runtime, "tensorrt": tensorrt_facts(), "store": here}
-    return {**machine(), **found, "disk_free_mb": files.free() >> 20}
+    here = {"folder": str(files.root), "bytes": sum(entry[1] for entry in files.listed("files")), "limit_bytes": LIMIT}
+    identity = files.root / "id"  # of this store and its ledger: a twin of this board has another
+    if not identity.is_file():
+        identity.write_text(os.urandom(8).hex())
+    found = {"id": identity.read_text(), "numpy": numpy, "onnxruntime": runtime, "disk_free_mb": files.free() >> 20}
+    return {**machine(), **found, "tensorrt": tensorrt_facts(), "store": here}
 
 
 def machine() -> Json:
@@ -248,16 +245,12 @@ def board() -> Json | None:
     release = re.search(r"# R(\d+) .*REVISION: ([\d.]+)", text_of("/etc/nv_tegra_release"))
     clocks = [path for path in Path("/sys/class/devfreq").glob("*") if re.search("ga10b|gv11b|gpu", path.name)]
     limits = [text_of(clock / bound) for clock in clocks[:1] for bound in ("min_freq", "max_freq")]
-    locked = limits[0] == limits[1] if limits else None
-    l4t = ".".join(release.groups()) if release else None
-    return {"model": name, "l4t": l4t, "power_mode": power_mode(), "gpu_clocks_locked": locked}
-
-
-def power_mode() -> str | None:
+    locked, mode = limits[0] == limits[1] if limits else None, None
     with suppress(OSError, subprocess.SubprocessError, IndexError):
         asked = subprocess.run(["nvpmodel", "-q"], stdin=-3, stdout=-1, stderr=-3, timeout=10)  # -1: PIPE, -3: DEVNULL
-        return str(re.findall(r"NV Power Mode: (\S+)", asked.stdout.decode())[0])
-    return None
+        mode = re.findall(r"NV Power Mode: (\S+)", asked.stdout.decode())[0]
+    l4t = ".".join(release.groups()) if release else None
+    return {"model": name, "l4t": l4t, "power_mode": mode, "gpu_clocks_locked": locked}
 
 
 def text_of(path: str | Path) -> str:
@@ -278,9 +271,12 @@ def measure(request: Json, files: Store) -> Json:
     """Raw durations in ns: `rounds[r][m]` are those of model m in round r; what they mean is for the host to say."""
     with files.alone(request):
         before = machine()
-        with_trtexec = request["runtime"] == "tensorrt" and not imported("tensorrt")[0]
-        document = (trtexec_in_turn if with_trtexec else models_in_turn)(request, files)
-        return {**document, "before": before, "after": machine()}
+        by_trtexec = request["runtime"] == "tensorrt" and not imported("tensorrt")[0]
+        return {
+            **(trtexec_in_turn if by_trtexec else models_in_turn)(request, files),
+            "before": before,
+            "after": machine(),
+        }
 
 
 def models_in_turn(request: Json, files: Store) -> Json:
@@ -300,9 +296,9 @@ def models_in_turn(request: Json, files: Store) -> Json:
 def sample(runs: Sequence[Callable[[], None]], duration_s: float, block_s: float) -> tuple[list[list[list[int]]], int]:
     """Rounds until each model has run for `duration_s`, order reversed every other round; and the ns spent running."""
     rounds: list[list[list[int]]] = []
-    spent, running = [0] * len(runs), 0
+    spent, running, asked = [0] * len(runs), 0, duration_s * 1e9
     gc.disable()
-    while min(spent) < duration_s * 1e9 or len(rounds) < ROUNDS:
+    while (min(spent) < asked and sum(spent) < 2 * len(runs) * asked) or len(rounds) < ROUNDS:
         blocks: list[list[int]] = [[]] * len(runs)
         for index in range(len(runs))[:: -1 if len(rounds) % 2 else 1]:
             again, blocks[index] = block(runs[index], SETTLE_S, 1), block(runs[index], block_s, 2)
@@ -409,7 +405,9 @@ class OnnxModel:
                 key = event["name"][: -len("_kernel_time")], event["args"]["op_name"]
                 times.setdefault(key, []).append(event["dur"] / 1000)
         written.unlink()
-        return {"layers": [{"name": name, "op": op, "ms": sum(ms) / len(ms)} for (name, op), ms in times.items()]}
+        return {
+            "layers": [{"name": name, "op": op, "ms": sum(ms[1:]) / (len(ms) - 1)} for (name, op), ms in times.items()]
+        }
 
 
 def infer(request: Json, files: Store) -> Json:
@@ -420,7 +418,7 @@ def infer(request: Json, files: Store) -> Json:
         images = np.load(str(files.find(request["images"])), mmap_mode="r", allow_pickle=False)
         model = MODELS[request["runtime"]](request, request["model"], files)
         batch, results = request.get("batch", 1), []
-        mean, std = (np.array(request[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
+        mean, std = (np.float32(request[key][: images.shape[1]]).reshape(-1, 1, 1) for key in ("mean", "std"))
         for start in range(0, len(images), batch):
             some = np.array(images[start : start + batch], np.float32)
             if images.dtype == np.uint8:
@@ -444,8 +442,8 @@ def layers(request: Json, files: Store) -> Json:
 def tensorrt_facts() -> Json:
     """`precision`: `flags` set FP16 and INT8 on the builder (to 10.x), `typed` graphs carry them (from 11)."""
     trt, reason = imported("tensorrt")
-    cards = "\n".join(map(text_of, Path("/proc/driver/nvidia/gpus").glob("*/information")))
-    card = re.search(r"Model:\s+(.+)", cards)
+    cards = map(text_of, Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    card = re.search(r"Model:\s+(.+)", "\n".join(cards))
     facts: Json = {"module": False, "trtexec": trtexec(), "gpu": card.group(1) if card else None, "reason": reason}
     facts.update(dict.fromkeys(("version", "precision", "compute_capability", "dla_cores")))
     try:
@@ -566,16 +564,18 @@ def build(request: Json, files: Store) -> Json:
         facts = tensorrt_facts()
         if facts["version"] is None:
             raise Fault("runtime", f"TensorRT is not on the target: {facts['reason']}", APT)
-        files.make_room(1 << 30)
+        model = files.find(request["model"])
+        files.make_room(4 * model.stat().st_size + (64 << 20))
         mode = (board() or {}).get("power_mode")
         place = re.sub(r"[^\w.-]+", "_", f"{facts['version']} {facts['gpu']} {facts['compute_capability']} {mode}")
         target, start = files.scratch(".engine"), time.monotonic()
         builder = build_with_module if facts["module"] else build_with_trtexec
-        note = builder(files.find(request["model"]), target, files.root / "timing" / f"{place}.cache", request)
+        note = builder(model, target, files.root / "timing" / f"{place}.cache", request)
         built = {key: facts[key] for key in ("gpu", "compute_capability")}
         built.update({"tensorrt": facts["version"], "note": note, "seconds": time.monotonic() - start})
         kept = files.keep(target)
-        files.enter(kept["sha256"], built)
+        (fresh := files.scratch()).write_text(json.dumps(built))
+        fresh.replace(files.root / "engines" / kept["sha256"])  # the ledger of the engines that were built here
         return {"engine": kept, **built}
 
 
@@ -629,7 +629,8 @@ def configure(trt: Any, builder: Any, network: Any, config: Any, request: Json) 
 
 def keep_in_fp32(trt: Any, network: Any, config: Any, patterns: Any) -> None:
     """Layers that half precision ruins: `auto` are normalisations, softmax and reductions, else patterns of names."""
-    kinds = [getattr(trt.LayerType, name) for name in ("NORMALIZATION", "SOFTMAX", "REDUCE")]
+    names = ("NORMALIZATION", "SOFTMAX", "REDUCE")
+    kinds = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     for layer in map(network.get_layer, range(network.num_layers)):
         wanted = layer.type in kinds if patterns == "auto" else any(fnmatchcase(layer.name, p) for p in patterns)

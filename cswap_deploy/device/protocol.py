@@ -117,6 +117,7 @@ def _probe() -> dict[str, Schema]:
     )
     return {
         **_machine(),
+        "id": TEXT,
         "disk_free_mb": COUNT,
         "numpy": nullable(TEXT),
         "onnxruntime": record(version=nullable(TEXT), providers=TEXTS, reason=TEXT),

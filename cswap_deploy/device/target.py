@@ -41,6 +41,17 @@ OPTIONS = {
     "ForwardX11": "no",
 }
 """Asks nothing, forwards nothing; host keys and everything else are as the user's own configuration has them."""
+AWAY = "the target cannot be reached"
+PUBLIC = {
+    "model": "the runtime on the target does not run the model",
+    "engine": "TensorRT on the target does not build or run the engine",
+    "busy": "another build or measurement ran on the target",
+    "disk": "the target's disk has no room, or its folder no rights",
+    "file": "a file was not on the target",
+    "transfer": "a file arrived incomplete or changed",
+    "internal": "the agent on the target failed",
+}
+"""What a bundle says of the agent's faults; their full text is for the one who runs the command."""
 CONNECT_S, PROBE_S, CLOSE_S = 30.0, 60.0, 5.0
 SLOWEST = 250_000
 """Bytes per second below which a transfer is given up."""
@@ -105,14 +116,13 @@ class Target:
             log.seek(0)
             text = log.read().decode(errors="replace")
         if expired.is_set():
-            raise DeviceError(
-                f"{self.name}: {request['verb']} did not end within {seconds:.0f} s",
-                "is the target overloaded or asleep?",
-            )
+            late = f"{request['verb']} did not end within {seconds:.0f} s"
+            raise DeviceError(f"{self.name}: {late}", "is the target overloaded or asleep?", public=late)
         if document is None:
             raise self._silent(request["verb"], code, text)
         if error := document.get("error"):
-            raise DeviceError(f"{self.name}: {error['message']}{_log_of(error, text)}", error["hint"])
+            public = error["message"] if error["kind"] == "runtime" else PUBLIC.get(error["kind"], PUBLIC["internal"])
+            raise DeviceError(f"{self.name}: {error['message']}{_log_of(error, text)}", error["hint"], public=public)
         return document
 
     def _silent(self, verb: str, code: int, log: str) -> DeviceError:
@@ -125,6 +135,7 @@ class Target:
             return DeviceError(
                 f"{self.name}: the connection ended during {verb}{last}",
                 "run the same command again: what has arrived is kept",
+                public="the connection to the target ended",
             )
         return DeviceError(f"{self.name}: the agent ended with {code} during {verb}{last}", "please report this")
 
@@ -159,22 +170,25 @@ def _place_of_socket() -> str | None:
     return "/tmp" if len(tempfile.gettempdir()) > LONGEST else None
 
 
-def without_place(text: str, name: str) -> str:
-    """A message about a target for a bundle, which others read: user and host are left out."""
-    if name == "local":
-        return text
-    user, host, _ = _parts(name)
-    for place in (name, f"{user}@{host}", host):
-        text = text.replace(place, "the target")
-    return text
-
-
 def _parts(name: str) -> tuple[str | None, str, str | None]:
     """User, host and port of an ssh target. Errors: UsageError."""
     parts = fullmatch(TARGET, name) and match(r"ssh://(?:([^@]*)@)?(?:\[(.*)\]|([^:]*))(?::(\d+))?$", name)
     if not parts:
         raise UsageError(f"target {name!r} is none", "give local or ssh://[user@]host[:port]")
     return parts[1], parts[2] or parts[3], parts[4]
+
+
+@dataclass(frozen=True)
+class Away(Target):
+    """A target that does not answer: whatever is asked of it, it says why. What is stored need not be asked for."""
+
+    error: DeviceError = field(metadata=UNKEYED)
+
+    def ask(self, verb: str, seconds: float, **request: Any) -> dict[str, Any]:
+        raise self.error
+
+    def put(self, *files: File, names: tuple[str, ...] = ()) -> list[dict[str, str]]:
+        raise self.error
 
 
 @dataclass(frozen=True)
@@ -188,7 +202,10 @@ class Probe:
         return Probe(target.ask("probe", PROBE_S))
 
     def facts(self, runtime: str) -> dict[str, str]:
-        """What a measurement depends on, for its key: never clocks, temperature or host name. Errors: DeviceError."""
+        """What a measurement depends on, for its key: never clocks, temperature or host name.
+
+        An engine is loaded only where it was built, so what is made of engines also depends on the device's own store.
+        """
         document = self.document
         board, tensorrt = document["board"] or {}, document["tensorrt"]
         version = document["onnxruntime"]["version"] if runtime == "onnxruntime" else tensorrt["version"]
@@ -199,6 +216,7 @@ class Probe:
             "gpu": tensorrt["gpu"],
             "compute_capability": tensorrt["compute_capability"],
             "agent": _agent_sha256()[:16],
+            "store": document["id"] if runtime == "tensorrt" else None,
         }
         return {key: value for key, value in known.items() if value}
 
@@ -219,7 +237,8 @@ class Probe:
             hint = "run this for a target with an NVIDIA GPU and TensorRT, such as a Jetson"
             if "NVIDIA" in board:
                 hint = "on the target: sudo apt install python3-libnvinfer libnvinfer-bin"
-            raise DeviceError(f"{target}: TensorRT cannot be used on the target: {found['reason']}", hint)
+            public = f"TensorRT cannot be used on the target: {found['reason']}"
+            raise DeviceError(f"{target}: {public}", hint, public=public)
 
     @property
     def device(self) -> str:
@@ -241,7 +260,9 @@ def _connect(name: str, command: list[str], destination: list[str]) -> None:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=CONNECT_S, check=False, start_new_session=True,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise DeviceError(f"{name}: no connection within {CONNECT_S:.0f} s", "is the target on?") from None
+            raise DeviceError(
+                f"{name}: no connection within {CONNECT_S:.0f} s", "is the target on?", public=AWAY
+            ) from None
         log.seek(0)
         lines = log.read().decode(errors="replace").strip().splitlines() or ["no message"]
     if code:
@@ -253,7 +274,7 @@ def _connect(name: str, command: list[str], destination: list[str]) -> None:
             hint = "connect once by hand with ssh to accept the target's host key"
         elif "Permission denied" in text:
             hint = "set up a key: ssh-copy-id to the target; nothing is asked for during a run"
-        raise DeviceError(f"{name} cannot be reached: {lines[-1]}", hint)
+        raise DeviceError(f"{name} cannot be reached: {lines[-1]}", hint, public=AWAY)
 
 
 @contextmanager
