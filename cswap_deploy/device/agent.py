@@ -41,8 +41,7 @@ BLOCK_S, SETTLE_S = (
     0.05,
     0.005,
 )  # how long a model's turn is; what it starts with, on caches full of another, is not kept
-ROUNDS = 6  # fewer prove nothing
-TRTEXEC_ROUNDS, PROFILED_RUNS = 6, 50
+ROUNDS, TRTEXEC_ROUNDS, PROFILED_RUNS = 6, 6, 50  # fewer rounds prove nothing
 MEMORY = {"memory_mb": "MemTotal", "memory_free_mb": "MemAvailable"}
 APT = "on a Jetson: sudo apt install python3-libnvinfer libnvinfer-bin"
 
@@ -203,6 +202,7 @@ def digest_of(path: Path) -> str:
 
 
 def probe(request: Json, files: Store) -> Json:
+    """What this machine is and what it can run."""
     ort, reason = imported("onnxruntime")
     runtime = {"version": getattr(ort, "__version__", None), "reason": reason}
     runtime["providers"] = ort.get_available_providers() if ort else []
