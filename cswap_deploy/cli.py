@@ -50,7 +50,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result onl
 INTERRUPTED = 130
 LONGEST_S = 86400
 """Of a warm-up or of sampling: a day."""
-STOPPED = ("Interrupted", "interrupted", "run the same command again: it resumes", INTERRUPTED)
+STOPPED = ("Interrupted", "interrupted", "run the same command again; a build goes on where it stopped", INTERRUPTED)
 _interrupted: list[bool] = []
 """Not empty once a signal asked this process to stop."""
 ParserError: Any = typer.BadParameter.__mro__[1]

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cswap_deploy.errors import DeviceError
+
 if TYPE_CHECKING:
     from cswap_deploy.artifacts import Groups, Prepared
     from cswap_deploy.bundle import Bundle
@@ -109,6 +111,8 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
         else manifest["verdict"].upper()
     )
     yield from _wrapped(f"{word}: {_sentence(manifest)}")
+    if manifest["reasons"] and accuracy["gate"]["verdict"] == "pass":
+        yield from _wrapped(f"accuracy passed: {_accuracy_sentence(accuracy)}")
     if latency:
         yield from _slower(latency)
         yield from _unstable(latency["unstable_because"], " Measure again with --force latency.")
@@ -123,6 +127,8 @@ def next_commands(bundle: Bundle) -> Iterator[str]:
     program = _from_here(Path(sys.argv[0])) if os.sep in sys.argv[0] else Path("cswap-deploy")
     if program.name != "cswap-deploy":
         program = Path("cswap-deploy")
+    if bundle.manifest["exit_code"] == DeviceError.exit_code:
+        yield f"finish   {shlex.join([str(program), 'deploy', str(folder.parent)])} --on TARGET"
     yield f"next     {shlex.join([str(program), 'show', str(folder)])}"
     if bundle.manifest["model"]["source"] == "timm":
         code = f"import cswap_deploy; print(cswap_deploy.load_pruned({str(folder)!r}))"
@@ -278,7 +284,13 @@ def _ratio(pruned: dict[str, Any], model: dict[str, Any], key: str) -> str:
 def _latency_rows(latency: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     dense, shipped = latency["source"], latency["pruned"]
     low, high = latency["speedup_ci95"]
-    yield "p50", f"{_ms(dense['p50_ms'])} ms", f"{_ms(shipped['p50_ms'])} ms", f"{latency['speedup']:.2f} x as fast"
+    both = "" if latency["precision"] == "fp32" else f", both {latency['precision']}"
+    yield (
+        f"p50{both}",
+        f"{_ms(dense['p50_ms'])} ms",
+        f"{_ms(shipped['p50_ms'])} ms",
+        f"{latency['speedup']:.2f} x as fast",
+    )
     yield "  95 % interval", _ms_interval(dense), _ms_interval(shipped), f"{low:.2f} to {high:.2f}"
     yield "p99", f"{_ms(dense['p99_ms'])} ms", f"{_ms(shipped['p99_ms'])} ms", ""
     if shipped["peak_memory_mb"]:
@@ -329,7 +341,10 @@ def _mb(timing: dict[str, Any]) -> str:
 def _sentence(manifest: dict[str, Any]) -> str:
     if manifest["reasons"]:
         return "; ".join(manifest["reasons"])
-    accuracy = manifest["accuracy"]
+    return _accuracy_sentence(manifest["accuracy"])
+
+
+def _accuracy_sentence(accuracy: dict[str, Any]) -> str:
     gate = accuracy["gate"]
     if gate["verdict"] == "off":
         return f"the recipe sets no accuracy gate; {accuracy['images']} hold-out images"

@@ -31,7 +31,7 @@ STAGES = (
 """All stage names that --force takes, in order."""
 PROBE = "probe.json"
 """In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
-FINISH = "To finish: cswap-deploy deploy WORK, on a machine that has it or with --on ssh://USER@HOST"
+FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")
 
@@ -155,6 +155,7 @@ def _on_target(recipe: Recipe, ready: Prepared, work: Workdir) -> Deployed:
     except DeviceError as error:
         document = (load_json(work.root / PROBE, dict[str, Any]) or {}).get(recipe.target)
         if document is None:
+            progress.warn(str(error))
             return _failing(Deployed(), error, "target")
         progress.warn(f"{error}; what it was when it answered last is assumed, and nothing is measured anew")
         return _through_steps(recipe, ready, work, Away(recipe.target, (), error), Probe(document))

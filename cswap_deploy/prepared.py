@@ -31,7 +31,10 @@ def keep(work: Workdir, recipe: Recipe, ready: Prepared) -> None:
 def require(folder: Path) -> None:
     """Before the folder is opened, which makes a work folder of an empty one. Errors: UsageError."""
     if not (folder / NAME).is_file():
-        raise UsageError(f"{folder} holds no prepared model", f"first run: cswap-deploy prepare RECIPE --work {folder}")
+        hint = "give the work folder of a build, or first run: cswap-deploy prepare RECIPE"
+        if (folder / "manifest.json").is_file():
+            hint = f"this is a bundle; its work folder is {folder.parent}"
+        raise UsageError(f"{folder} holds no prepared model", hint)
 
 
 def find(work: Workdir) -> tuple[Recipe, Prepared]:

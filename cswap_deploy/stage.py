@@ -186,9 +186,13 @@ class Workdir:
         return self._damage(entry)
 
     def _difference(self, name: str, parts: dict[str, str]) -> str:
-        """What changed against the stored result of this stage that is most like the wanted one, then most recent."""
+        """What changed against the stored result of this stage that is most like the wanted one, then most recent.
+
+        Results of this very run are others' (the dense twin has the stages of the pruned network), not earlier ones.
+        """
         age = {reference: -run for run, used in enumerate(self._earlier) for reference in used}
-        entries = sorted((self.root / "stages" / name).glob("*"), key=lambda entry: age.get(f"{name}/{entry.name}", 1))
+        others = [e for e in (self.root / "stages" / name).glob("*") if f"{name}/{e.name}" not in self._used]
+        entries = sorted(others, key=lambda entry: age.get(f"{name}/{entry.name}", 1))
         stored = [record.ingredients for entry in entries if (record := load_json(entry / "stage.json", _Record))]
         if not stored:
             return "not run yet"

@@ -450,9 +450,32 @@ def test_deploy_refuses_what_prepare_did_not_leave(own, damage, message):
     assert not before.exists() or tree(before) == kept
 
 
+def test_deploy_of_a_bundle_names_its_work_folder(measured):
+    result = call("deploy", measured.work / "bundle")
+    assert result.exit_code == 2 and f"its work folder is {measured.work}" in result.stderr
+
+
+def test_the_dense_twin_is_no_change_of_the_pruned_network(own):
+    """Both have the stages exported and simplified; neither is compared with the other."""
+    shutil.rmtree(own.work)
+    recording = progress.Recording()
+    with progress.reporting(recording):
+        build(own.recipe, MEASURED, own.work)
+    started = [event for event in recording.events if event[0] == "started"]
+    assert len([event for event in started if event[1] == "exported"]) == 2
+    assert {event[2] for event in started} == {"not run yet"}
+
+
+def test_what_is_left_to_do_can_be_pasted(own, with_ssh):
+    result = call("build", own.recipe, "--work", own.work, "--on", NOBODY, *sets(*MEASURED))
+    assert result.exit_code == 5
+    assert f"deploy {own.work} --on TARGET" in result.stdout and "accuracy passed: the drop is within" in result.stdout
+    assert NOBODY in result.stderr
+
+
 def test_deploy_of_an_empty_folder_leaves_it_empty(tmp_path):
     result = call("deploy", tmp_path)
-    assert result.exit_code == 2 and f"first run: cswap-deploy prepare RECIPE --work {tmp_path}" in result.stderr
+    assert result.exit_code == 2 and "first run: cswap-deploy prepare RECIPE" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
