@@ -11,6 +11,7 @@ from typing import Any
 from cswap_deploy import data, model, pipeline, prune
 from cswap_deploy.artifacts import Groups, Split
 from cswap_deploy.device.target import Probe, reach
+from cswap_deploy.errors import DeviceError
 from cswap_deploy.factory import code_files
 from cswap_deploy.recipe import Recipe
 from cswap_deploy.stage import Workdir
@@ -21,6 +22,8 @@ class CheckReport:
     facts: Mapping[str, str]
     stages: tuple[tuple[str, str], ...]
     """(stage, "up to date" or why it would run)."""
+    fault: DeviceError | None = None
+    """Why the target cannot do what the recipe asks of it; the host's half could still run."""
 
 
 def check(recipe: Recipe, folder: Path) -> CheckReport:
@@ -36,12 +39,17 @@ def check(recipe: Recipe, folder: Path) -> CheckReport:
         facts["images"] = _describe(split, calibration.images)
     else:
         facts["images"] = f"{calibration.images} (classes are compared once the factory has run)"
+    fault = None
     if recipe.latency or recipe.engine:
-        with reach(recipe.target) as target:
-            probe = Probe.of(target)
-        facts["target"] = f"{recipe.target} ({probe.device}, {_runtime(recipe, probe)})"
+        try:
+            with reach(recipe.target) as target:
+                probe = Probe.of(target)
+            facts["target"] = f"{recipe.target} ({probe.device}, {_runtime(recipe, probe)})"
+        except DeviceError as error:
+            fault = error
+            facts["target"] = f"{recipe.target} (problem: {error.public})"
     with work.open():
-        return CheckReport(facts, tuple(pipeline.status(recipe, work)))
+        return CheckReport(facts, tuple(pipeline.status(recipe, work)), fault)
 
 
 def provable_groups(recipe: Recipe) -> Groups:

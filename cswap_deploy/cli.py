@@ -215,6 +215,9 @@ def check(
             "groups": checks.groups_document(found) if found else None,
         }
         answer.lines = [*check_lines(report), *(group_lines(found) if found else ())]
+        if report.fault:
+            _print([] if as_json else answer.lines)
+            raise report.fault
 
 
 @app.command()

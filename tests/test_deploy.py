@@ -558,6 +558,9 @@ def test_check_of_a_target_out_of_reach_ends_with_5(own, with_ssh):
     before = tree(own.work)
     result = call("check", own.recipe, "--work", own.work, "--on", NOBODY)
     assert result.exit_code == 5 and f"{NOBODY} cannot be reached" in result.stderr
+    assert "problem: the target cannot be reached" in result.stdout and "images" in result.stdout, (
+        "the rest is told too"
+    )
     assert tree(own.work) == before
 
 
