@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from cswap_deploy.device.target import APT_TENSORRT, SCHEMA
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.manifest import INTEGER, NUMBER, TEXT, Schema, faults, nullable, record
 
@@ -191,7 +192,6 @@ def _own_cores() -> Iterator[Finding]:
 
 # --- a target
 
-APT_TENSORRT = "sudo apt install python3-libnvinfer libnvinfer-bin"
 JETPACKS = {
     "35.1": "5.0.2", "35.2": "5.1", "35.3": "5.1", "35.4": "5.1", "35.5": "5.1", "35.6": "5.1",
     "36.3": "6.0", "36.4.0": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "36.4.7": "6.2.1", "36.5": "6.2.2",
@@ -212,9 +212,9 @@ def _some(**properties: Schema) -> Schema:
 
 FLAG: Schema = {"type": "boolean"}
 PROBE: Schema = {
-    **record(schema={"const": "cswap-deploy/agent/1"}, python=TEXT, machine=TEXT),
+    **record(schema={"const": SCHEMA}, python=TEXT, machine=TEXT),
     "properties": {
-        "schema": {"const": "cswap-deploy/agent/1"},
+        "schema": {"const": SCHEMA},
         "verb": {"const": "probe"},
         "python": TEXT,
         "machine": TEXT,

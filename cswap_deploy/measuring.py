@@ -40,14 +40,17 @@ def measure(paths: Sequence[Path], settings: LatencySettings, trust: Sequence[st
         taken = latency.take(target, files, settings, names=names, trust=trust)
         found = None
         if layers:
-            model, asked = (
-                target.put(files[0], names=names[:1])[0],
-                {"batch": settings.batch, "threads": settings.threads},
-            )
             found = target.ask(
-                "layers", latency.LOAD_S, runtime=settings.runtime, model=model, trust=list(trust), **asked
+                "layers",
+                latency.LOAD_S,
+                runtime=settings.runtime,
+                model=target.put(files[0], names=names[:1])[0],
+                batch=settings.batch,
+                threads=settings.threads,
+                trust=list(trust),
             )
     samples, memory = taken.samples, taken.peak_memory_mb or (None,) * len(files)
+    faults = [list(samples.faults(number)) for number in range(len(files))]
     faster = samples.speedup(0, against=1) if len(files) == 2 else None
     return {
         "target": settings.target,
@@ -58,8 +61,8 @@ def measure(paths: Sequence[Path], settings: LatencySettings, trust: Sequence[st
                 "file": str(path),
                 "sha256": file.sha256,
                 **timing_block(samples, number, memory[number]),
-                "stable": not samples.faults(number),
-                "unstable_because": list(samples.faults(number)),
+                "stable": not faults[number],
+                "unstable_because": faults[number],
             }
             for number, (path, file) in enumerate(zip(paths, files, strict=True))
         ],

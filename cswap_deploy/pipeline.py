@@ -38,7 +38,7 @@ PRUNING = ("groups", "scores", "plan")
 
 def build(recipe: Recipe, work: Workdir) -> Bundle:
     """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises."""
-    if recipe.target != "local" and not work.dry:
+    if recipe.remote and not work.dry:
         _warn_if_away(recipe.target)
     return deploy(recipe, prepare(recipe, work), work)
 

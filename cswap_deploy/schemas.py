@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cswap_deploy import manifest as facts
 from cswap_deploy import recipe
-from cswap_deploy.device import protocol
+from cswap_deploy.device import protocol, target
 from cswap_deploy.errors import UsageError
 from cswap_deploy.manifest import INTEGER, NUMBER, TEXT, Schema, nullable, record
 
@@ -32,7 +32,7 @@ def of_agent() -> Schema:
         verb: {"request": protocol.request_schema(verb), "response": protocol.response_schema(verb)}
         for verb in protocol.VERBS
     }
-    return {"$schema": DRAFT, "title": protocol.SCHEMA, "verbs": verbs}
+    return {"$schema": DRAFT, "title": target.SCHEMA, "verbs": verbs}
 
 
 def _of_command(name: str) -> Schema:

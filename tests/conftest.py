@@ -278,3 +278,12 @@ def cheap_export(monkeypatch: pytest.MonkeyPatch, exports: dict[str, bytes]) -> 
 def copy(quickstart: Built, tmp_path: Path) -> Path:
     """A copy of the quickstart's bundle to tamper with."""
     return shutil.copytree(quickstart.bundle.folder, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the agents of a file of tests keep their things, in place of ~/.cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,7 @@ SHORT = ("--warmup", "0.05", "--duration", "0.2")
 NOBODY = "ssh://somebody@127.0.0.1:1"
 """A port that nobody listens on refuses at once."""
 FRAMEWORKS = ("torch", "timm", "onnx", "scipy", "PIL")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the agents of this file keep their things, in place of ~/.cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

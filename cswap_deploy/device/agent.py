@@ -126,8 +126,8 @@ class Store:
         for changed, _, path in self.listed("tmp"):
             if time.time() - changed > ABANDONED_S:
                 path.unlink(missing_ok=True)
-        used = sum(entry[1] for entry in self.listed("files"))
-        old = [entry for entry in self.listed("files") if time.time() - entry[0] > FRESH_S]
+        files = self.listed("files")
+        used, old = sum(entry[1] for entry in files), [entry for entry in files if time.time() - entry[0] > FRESH_S]
         can_go = sum(entry[1] for entry in old)
         if used - can_go + size > LIMIT or self.free() + can_go < size + SPARE:
             have = f"{self.free() >> 20} MiB are free, {SPARE >> 20} stay free, {LIMIT >> 20} are kept at most"
@@ -139,7 +139,7 @@ class Store:
 
     def engine(self, request: Json, file: Json) -> Path:
         """An engine that was built here or that the request trusts. Errors: Fault."""
-        path, found = self.find(file), digest_of(self.find(file))
+        found = digest_of(path := self.find(file))
         if not (self.root / "engines" / found).is_file() and found not in request.get("trust", ()):
             hint = f"build it there, or, if you trust its origin, pass --trust-engine {found}"
             raise Fault("engine", "this engine was not built on the target; an engine is native code", hint)

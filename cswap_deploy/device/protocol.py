@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from cswap_deploy.device.target import SCHEMA
 from cswap_deploy.manifest import NUMBER, POSITIVE, TEXT, Schema, nullable, record
 
-SCHEMA = "cswap-deploy/agent/1"
 VERBS = ("probe", "missing", "store", "fetch", "build", "measure", "infer", "layers")
 FAULTS = ("request", "file", "disk", "busy", "transfer", "runtime", "model", "engine", "internal")
 """Kinds of error; `internal` is a bug of ours."""

@@ -41,6 +41,8 @@ OPTIONS = {
     "ForwardX11": "no",
 }
 """Asks nothing, forwards nothing; host keys and everything else are as the user's own configuration has them."""
+APT_TENSORRT = "sudo apt install python3-libnvinfer libnvinfer-bin"
+"""What puts TensorRT on a Jetson, its Python module and trtexec."""
 AWAY = "the target cannot be reached"
 PUBLIC = {
     "model": "the runtime on the target does not run the model",
@@ -236,7 +238,7 @@ class Probe:
             board = (self.document["board"] or {}).get("model", "")
             hint = "run this for a target with an NVIDIA GPU and TensorRT, such as a Jetson"
             if "NVIDIA" in board:
-                hint = "on the target: sudo apt install python3-libnvinfer libnvinfer-bin"
+                hint = f"on the target: {APT_TENSORRT}"
             public = f"TensorRT cannot be used on the target: {found['reason']}"
             raise DeviceError(f"{target}: {public}", hint, public=public)
 
@@ -318,7 +320,7 @@ def _send(stream: IO[bytes], request: dict[str, Any], source: Path | None) -> No
 def _document(stream: IO[bytes]) -> dict[str, Any] | None:
     """The agent's line; what a login script of the target prints before it is passed over. None: there is none."""
     for line in stream:
-        if (start := line.find(b'{"schema": "cswap-deploy/agent/')) >= 0:
+        if (start := line.find(b'{"schema": "%s"' % SCHEMA.encode())) >= 0:
             with suppress(ValueError):
                 document: dict[str, Any] = json.loads(line[start:])
                 return document
