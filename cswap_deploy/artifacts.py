@@ -228,7 +228,7 @@ class GroupScores:
 
     The other fields are empty for criteria that are not causal. `effect`: mean change of log p(true class) when the unit
     leaves (negative: the unit helps, positive: it harms); `error`: its standard error; `xi`: the relative effect
-    mean((p* - p) / p) of C-SWAP (arXiv 2510.18636).
+    mean((p* - p) / p) of C-SWAP (arXiv 2510.18636); `verified`: whether the unit was ablated on every image.
     """
 
     group: str
@@ -239,6 +239,7 @@ class GroupScores:
     error: tuple[float, ...] = ()
     xi: tuple[float, ...] = ()
     verdict: tuple[Verdict, ...] = ()
+    verified: tuple[bool, ...] = ()
 
     def of(self, units: Collection[int]) -> GroupScores:
         """The scores of these units alone."""
@@ -255,14 +256,41 @@ class GroupScores:
             pick(self.error),
             pick(self.xi),
             pick(self.verdict),
+            pick(self.verified),
         )
 
 
 @dataclass(frozen=True)
 class Scores:
+    """What units were found to be worth, and how; the last three fields are those of the causal criterion."""
+
     criterion: str
     images: int
     groups: tuple[GroupScores, ...]
+    estimator: str | None = None
+    intervention: str | None = None
+    alpha: float | None = None
+    """False discovery rate of the verdicts, over all units of all groups."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a group's narrowing costs: `order` lists its units, first to leave first; `damage` is what the whole network loses at
+    each of `widths` after compensation, beyond what it has lost already (nats of softened divergence per image)."""
+
+    group: str
+    order: tuple[int, ...]
+    widths: tuple[int, ...]
+    damage: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Measured on the dense network on `images` images at a softmax `temperature`."""
+
+    temperature: float
+    images: int
+    groups: tuple[Curve, ...]
 
 
 @dataclass(frozen=True)
@@ -275,6 +303,8 @@ class PruningStep:
     removed: dict[str, tuple[int, ...]]
     """Units that left in this step, by dense index; removal is judged given what already left."""
     drop_pp: float
+    scores: tuple[GroupScores, ...] = ()
+    """Of the units that left in this step, when they left."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +314,10 @@ class PruningPlan:
     steps: tuple[PruningStep, ...]
     scores: Scores | None
     """Scores of the last step, over the units that were still there."""
+    dense_scores: Scores | None = None
+    """Scores of all units on the dense network: what the first step went by."""
+    dense_order: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Units of each group in the order in which they would leave the dense network; empty where scores alone decide."""
 
 
 # --- export and proof ------------------------------------------------------------------------------------------------

@@ -223,7 +223,9 @@ def _manifest(
     reasons.sort(key=lambda reason: reason.exit_code)
     units = {group.name: group.units for group in ready.groups.groups}
     prune = terms.prune
-    how = (prune.criterion.kind, prune.compensate.kind) if prune.target is not None else ("none", "none")
+    how = ("none", "none", "none")
+    if prune.target is not None:
+        how = (prune.criterion.kind, prune.compensate.kind, prune.allocation.kind)
     no_engine = next((reason.text for reason in deployed.reasons), "")
     engine, latency = deployed.engine, deployed.latency
     return {

@@ -223,16 +223,29 @@ def check(
 @app.command()
 def show(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="a bundle folder")],
+    unit: Annotated[
+        str | None,
+        typer.Option("--unit", metavar="GROUP:INDEX", help="why this unit left or stayed, in place of the rest"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What is in a bundle: the table before and after, the verdict, the files."""
+    """What is in a bundle: the table before and after, the verdict, the files; with --unit, why a unit left or stayed."""
     with _session("show", as_json) as answer:
+        from cswap_deploy import units
         from cswap_deploy.bundle import Bundle
-        from cswap_deploy.console import bundle_lines, file_lines
+        from cswap_deploy.console import bundle_lines, file_lines, left_lines, unit_lines
 
         opened = Bundle.read(bundle)
-        answer.document = {"manifest": opened.manifest}
-        answer.lines = [*bundle_lines(opened), "", *file_lines(opened)]
+        if unit is None:
+            answer.document = {"manifest": opened.manifest}
+            answer.lines = [*bundle_lines(opened), *left_lines(opened), "", *file_lines(opened)]
+        else:
+            plan, allocation = (
+                units.read(opened.file("plan.json").path),
+                opened.manifest["pruned"].get("allocation", ""),
+            )
+            facts = units.describe(plan, allocation, unit)
+            answer.document, answer.lines = {"unit": facts}, [*unit_lines(facts)]
 
 
 @app.command()

@@ -1,6 +1,6 @@
-"""Statistics of a top-1 comparison on the same images: pure functions, no library needed.
+"""Statistics of a comparison on the same images: pure functions, no library needed.
 
-Throughout: `n` images, `b` of them only the dense model gets right, `c` only the shipped one; the drop is
+Of top-1: `n` images, `b` of them only the dense model gets right, `c` only the shipped one; the drop is
 `(b - c) / n`, dense minus shipped, positive when accuracy was lost. Drops and bounds are fractions in -1..1.
 """
 
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from math import sqrt
+from math import cos, pi, sin, sqrt, tan
 from statistics import NormalDist
 from typing import Literal
 
 from cswap_deploy.artifacts import Gate
+
+NORMAL_FROM = 2000
+"""Degrees of freedom from which Student's distribution is taken to be the same."""
 
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -79,6 +82,33 @@ def discordant(labels: Sequence[int], dense: Sequence[int], shipped: Sequence[in
     """(b, c) of predicted classes: images that only the dense model gets right, that only the shipped one gets right."""
     outcomes = [(a == y, b == y) for y, a, b in zip(labels, dense, shipped, strict=True)]
     return outcomes.count((True, False)), outcomes.count((False, True))
+
+
+def mean_interval(mean: float, error: float, n: int, confidence: float) -> tuple[float, float]:
+    """Student's interval of a mean over n >= 2 images whose standard error this is."""
+    half = error * _student(confidence, min(n - 1, NORMAL_FROM))
+    return mean - half, mean + half
+
+
+def _student(confidence: float, freedom: int) -> float:
+    """The t within which `confidence` of Student's distribution lies: bisection of its series, for want of scipy."""
+    low, high = 0.0, pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_within(middle, freedom) < confidence else (low, middle)
+    return sqrt(freedom) * tan(low)
+
+
+def _student_within(angle: float, freedom: int) -> float:
+    """Probability that |t| < sqrt(freedom) tan(angle) (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    odd = freedom % 2
+    term = total = cos(angle) if odd else 1.0
+    for power in range(2 + odd, freedom - 1, 2):
+        term *= (power - 1) / power * cos(angle) ** 2
+        total += term
+    if not odd:
+        return sin(angle) * total
+    return 2 / pi * (angle + (sin(angle) * total if freedom > 1 else 0))
 
 
 # --- Tango's score ---------------------------------------------------------------------------------------------------

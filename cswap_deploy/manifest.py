@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from cswap_deploy.artifacts import (
     AccuracyReport,
     Engine,
     Evaluation,
     Gate,
+    GroupScores,
     InputSpec,
     LatencyReport,
     Network,
     OnnxModel,
     PruningPlan,
     Reason,
+    Verdict,
 )
 from cswap_deploy.intervals import discordant, gate, paired_drop, wilson
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings
@@ -27,6 +29,9 @@ SCHEMA = "cswap-deploy/manifest/1"
 GATE_FAILED = 7
 """Exit code of a build whose accuracy gate failed."""
 WORST_CLASSES = 5
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+SCORED = ("criterion", "estimator", "intervention", "images", "alpha")
+"""How scores were found."""
 
 Schema = dict[str, Any]
 NUMBER: Schema = {"type": "number"}
@@ -54,20 +59,40 @@ def input_block(spec: InputSpec) -> dict[str, Any]:
 
 
 def pruned_block(
-    pruned: Network, plan: PruningPlan, units: dict[str, int], criterion: str, compensation: str
+    pruned: Network, plan: PruningPlan, units: dict[str, int], criterion: str, compensation: str, allocation: str
 ) -> dict[str, Any]:
     """`units`: dense number of units of each group."""
-    kept = {name: len(plan.keep.get(name, range(size))) for name, size in units.items()}
+    keep = {name: plan.keep.get(name, tuple(range(size))) for name, size in units.items()}
+    dense = plan.dense_scores
+    scores = {item.group: item for item in dense.groups} if dense else {}
     return {
         "params": pruned.params,
         "macs": pruned.macs,
         "units": sum(units.values()),
-        "units_removed": sum(units.values()) - sum(kept.values()),
+        "units_removed": sum(units.values()) - sum(map(len, keep.values())),
         "criterion": criterion,
         "compensation": compensation,
+        "allocation": allocation,
         "steps": len(plan.steps),
-        "groups": [{"name": name, "units": size, "kept": kept[name]} for name, size in units.items()],
+        "scores": {name: getattr(dense, name) for name in SCORED} if dense else None,
+        "groups": [
+            {"name": name, "units": size, "kept": len(keep[name]), **_judged(scores.get(name), keep[name])}
+            for name, size in units.items()
+        ],
     }
+
+
+def _judged(scores: GroupScores | None, kept: Collection[int]) -> dict[str, Any]:
+    """What a group's scores on the dense network say of all of its units (`dense`) and of those that `left`."""
+    if scores is None or not scores.verdict:
+        return {"dense": None, "left": None}
+    return {"dense": _verdicts(scores), "left": _verdicts(scores.of(set(scores.units) - set(kept)))}
+
+
+def _verdicts(scores: GroupScores) -> dict[str, Any]:
+    """How many units have each verdict, and the range of their effects (null where there is no unit)."""
+    counts: dict[str, Any] = {verdict: scores.verdict.count(verdict) for verdict in VERDICTS}
+    return {**counts, "effect": [min(scores.effect), max(scores.effect)] if scores.effect else None}
 
 
 def gate_of(report: AccuracyReport, shipped: Evaluation, settings: AccuracySettings) -> Gate:
@@ -228,6 +253,26 @@ def nullable(schema: Schema) -> Schema:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
+def listing(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def with_optional(schema: Schema, **properties: Schema) -> Schema:
+    """The record, which may also have these keys."""
+    return {**schema, "properties": {**schema["properties"], **properties}}
+
+
+def scored_schema() -> Schema:
+    """How scores were found: `estimator`, `intervention` and `alpha` are null unless the criterion is causal."""
+    return record(
+        criterion=TEXT,
+        estimator=nullable(TEXT),
+        intervention=nullable(TEXT),
+        images={"type": "integer", "minimum": 0},
+        alpha=nullable(FRACTION),
+    )
+
+
 def schema() -> Schema:
     """manifest.json: fractions in 0..1, milliseconds, percentage points where a key ends in `_pp`."""
     network_input = record(
@@ -255,7 +300,24 @@ def schema() -> Schema:
             macs=POSITIVE,
             input=network_input,
         ),
-        pruned=record(
+        pruned=_pruned(),
+        accuracy=_accuracy(),
+        onnx=_onnx(),
+        latency=nullable(_latency()),
+        budget=nullable({"type": "object"}),
+        engine=nullable(_engine()),
+        files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
+        environment={"type": "object", "additionalProperties": TEXT},
+    )
+
+
+def _pruned() -> Schema:
+    """`dense` and `left` of a group are null unless the criterion is causal; effects in nats."""
+    counts: dict[str, Schema] = {key: {"type": "integer", "minimum": 0} for key in VERDICTS}
+    judged = nullable(record(**counts, effect=nullable(pair(NUMBER))))
+    group = with_optional(record(name=TEXT, units=INTEGER, kept=INTEGER), dense=judged, left=judged)
+    return with_optional(
+        record(
             params=INTEGER,
             macs=INTEGER,
             units=INTEGER,
@@ -264,13 +326,9 @@ def schema() -> Schema:
             compensation=TEXT,
             steps=INTEGER,
         ),
-        accuracy=_accuracy(),
-        onnx=_onnx(),
-        latency=nullable(_latency()),
-        budget=nullable({"type": "object"}),
-        engine=nullable(_engine()),
-        files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
-        environment={"type": "object", "additionalProperties": TEXT},
+        allocation=TEXT,
+        scores=nullable(scored_schema()),
+        groups=listing(group),
     )
 
 
@@ -309,7 +367,7 @@ def _latency() -> Schema:
         source=timing,
         pruned=timing,
         speedup=NUMBER,
-        speedup_ci95=_pair(NUMBER),
+        speedup_ci95=pair(NUMBER),
         stable={"type": "boolean"},
         unstable_because={"type": "array", "items": TEXT},
         peak_memory_mb=nullable(NUMBER),
@@ -318,11 +376,11 @@ def _latency() -> Schema:
 
 
 def timing_schema() -> Schema:
-    return record(p50_ms=NUMBER, p90_ms=NUMBER, p99_ms=NUMBER, p50_ci95_ms=_pair(NUMBER), samples=POSITIVE)
+    return record(p50_ms=NUMBER, p90_ms=NUMBER, p99_ms=NUMBER, p50_ci95_ms=pair(NUMBER), samples=POSITIVE)
 
 
 def _accuracy() -> Schema:
-    outcome = record(top1=FRACTION, top1_ci95=_pair(FRACTION), top5=FRACTION, correct=INTEGER)
+    outcome = record(top1=FRACTION, top1_ci95=pair(FRACTION), top5=FRACTION, correct=INTEGER)
     gate = record(
         max_drop_pp=nullable(NUMBER),
         rule={"enum": ["point", "bound"]},
@@ -340,7 +398,7 @@ def _accuracy() -> Schema:
         engine=nullable(outcome),
         shipped=outcome,
         drop_pp=NUMBER,
-        drop_ci95_pp=_pair(NUMBER),
+        drop_ci95_pp=pair(NUMBER),
         agreement=FRACTION,
         worst_classes={"type": "array", "items": record(label=TEXT, drop_pp=NUMBER, images=INTEGER)},
         gate=gate,
@@ -393,5 +451,5 @@ def _is_of_type(value: Any, name: str) -> bool:
             return isinstance(value, numbers) and not isinstance(value, bool) and -(2**63) < value < 2**63
 
 
-def _pair(items: Schema) -> Schema:
+def pair(items: Schema) -> Schema:
     return {"type": "array", "items": items, "minItems": 2, "maxItems": 2}

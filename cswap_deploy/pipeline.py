@@ -15,7 +15,7 @@ from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError, ExportError, RecipeError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.recipe import (
-    CausalCriterion,
+    CurvesAllocation,
     FpsTarget,
     LatencyTarget,
     Recipe,
@@ -103,7 +103,16 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
     groups = work.run(prune.find_groups, source, settings.skip)
     scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
-    plan = work.run(prune.choose, source, groups, scores, fit, selection, settings, round_to(recipe), device, seed)
+    curves = None
+    if isinstance(settings.allocation, CurvesAllocation):
+        allocation, multiple = settings.allocation, round_to(recipe)
+        criterion, compensate = settings.criterion, settings.compensate
+        curves = work.run(
+            prune.measure_curves, source, groups, scores, fit, criterion, compensate, allocation, multiple, device
+        )
+    plan = work.run(
+        prune.choose, source, groups, scores, curves, fit, selection, settings, round_to(recipe), device, seed
+    )
     return groups, plan
 
 
@@ -241,6 +250,7 @@ def _warn_if_away(name: str) -> None:
 def stages(recipe: Recipe) -> tuple[str, ...]:
     """Names of the stages that this recipe runs, in order."""
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
+    wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
     wanted |= {"variants"} if recipe.wanted_variants else set()
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
@@ -279,11 +289,8 @@ def round_to(recipe: Recipe) -> int:
 
 def require_available(recipe: Recipe) -> None:
     """Refuse what the recipe language knows and this version does not do yet, rather than leave it out in silence."""
-    criterion = recipe.prune.criterion
     missing = {
         "prune.target": isinstance(recipe.prune.target, LatencyTarget | FpsTarget),
-        "prune.criterion.estimator": isinstance(criterion, CausalCriterion) and criterion.estimator == "screened",
-        "prune.criterion.intervention": isinstance(criterion, CausalCriterion) and criterion.intervention == "surgery",
     }
     refused = [key for key, asked in missing.items() if asked]
     if refused:

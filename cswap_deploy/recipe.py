@@ -213,10 +213,11 @@ class CausalCriterion(Settings):
 
     kind: Literal["causal"] = Field(default="causal", description="effect of removing a unit on the true class")
     estimator: Literal["attribution", "screened", "exact"] = Field(
-        default="attribution", description="attribution: one backward pass; exact: ablate every unit; screened: both"
+        default="screened",
+        description="attribution: one backward pass; exact: ablate every unit; screened: the first, then the second where in doubt",
     )
     intervention: Literal["zero", "mean", "surgery"] = Field(
-        default="zero", description="what a removed unit leaves: zero, its mean, or consumers that absorb it"
+        default="surgery", description="what a removed unit leaves: zero, its mean, or consumers that absorb it"
     )
     images: Images = Field(default=256)
     alpha: float = Field(default=0.05, gt=0, lt=1, description="false discovery rate of the verdicts, as a fraction")
@@ -274,6 +275,22 @@ class LeastSquaresCompensation(Settings):
     )
 
 
+class CurvesAllocation(Settings):
+    """The widths of the groups follow from the damage that is measured at several widths of each."""
+
+    kind: Literal["curves"] = Field(
+        default="curves", description="widths by the measured damage of each group after compensation"
+    )
+    temperature: float = Field(default=4.0, gt=0, description="softmax temperature at which the damage is measured")
+    images: Images = Field(default=256)
+
+
+class GlobalAllocation(Settings):
+    """One ranking of all units by score per saved cost decides."""
+
+    kind: Literal["global"] = Field(default="global", description="one ranking of all units by score per saved cost")
+
+
 _TARGETS: dict[str, type[Settings]] = {
     "macs": MacsTarget,
     "params": ParamsTarget,
@@ -291,6 +308,8 @@ _KINDS: dict[str, type[Settings]] = {
     "mean": MeanCompensation,
     "batchnorm": BatchNormCompensation,
     "least_squares": LeastSquaresCompensation,
+    "curves": CurvesAllocation,
+    "global": GlobalAllocation,
 }
 
 
@@ -361,6 +380,12 @@ CompensationSettings: TypeAlias = Annotated[
     BeforeValidator(_from_kind),
 ]
 
+AllocationSettings: TypeAlias = Annotated[
+    Annotated[CurvesAllocation, Tag("@CurvesAllocation")] | Annotated[GlobalAllocation, Tag("@GlobalAllocation")],
+    Discriminator(_kind_tag),
+    BeforeValidator(_from_kind),
+]
+
 
 class PruneSettings(Settings):
     """What to remove, how to rank it, and how the rest makes up for it."""
@@ -382,6 +407,11 @@ class PruneSettings(Settings):
         default_factory=LeastSquaresCompensation,
         description="what is done for the units that stay; the name alone stands for `{kind: name}`",
         json_schema_extra=_kinds_schema("none", "mean", "batchnorm", "least_squares", default="least_squares"),
+    )
+    allocation: AllocationSettings = Field(
+        default_factory=CurvesAllocation,
+        description="how the widths of the groups are found; the name alone stands for `{kind: name}`",
+        json_schema_extra=_kinds_schema("curves", "global", default="curves"),
     )
     steps: int = Field(default=8, ge=1, le=100, description="number of steps in which units leave")
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
@@ -650,7 +680,7 @@ def _schema() -> dict[str, Any]:
     body = Recipe.model_json_schema()
     for name, block in body["$defs"].items():
         goals = [key for key in ("kind", *_TARGETS) if key in block.get("properties", ())]
-        if name.endswith(("Target", "Criterion", "Compensation")):
+        if name.endswith(("Target", "Criterion", "Compensation", "Allocation")):
             block["required"] = goals
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cswap-deploy recipe"}
     return {**title, **_plain(body)}

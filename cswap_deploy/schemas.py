@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cswap_deploy import manifest as facts
-from cswap_deploy import recipe
+from cswap_deploy import recipe, units
 from cswap_deploy.device import protocol, target
 from cswap_deploy.errors import UsageError
 from cswap_deploy.manifest import INTEGER, NUMBER, TEXT, Schema, nullable, record
@@ -63,10 +63,12 @@ def _of_command(name: str) -> Schema:
     }
     if name not in bodies:
         raise UsageError(f"--command: {name!r} has no --json output", f"choose one of {', '.join(bodies)}")
+    others: dict[str, list[dict[str, Schema]]] = {"show": [{"unit": units.schema()}]}
     error = record(type=TEXT, message=TEXT, hint=TEXT, exit_code=INTEGER)
     marker: Schema = {"const": f"cswap-deploy/{name}/1"}
+    forms = [bodies[name], *others.get(name, []), {"error": error}]
     return {
         "$schema": DRAFT,
         "title": f"cswap-deploy {name} --json",
-        "oneOf": [record(schema=marker, **bodies[name]), record(schema=marker, error=error)],
+        "oneOf": [record(schema=marker, **form) for form in forms],
     }

@@ -29,8 +29,7 @@ calibration: {images: path/to/images}
 That prunes timm's pretrained ResNet-18 to 70 % of its multiply-accumulates and refuses to ship more than one
 percentage point of accuracy lost.
 
-**Not available in this version**, and refused with file and line: the targets `latency_ms` and `fps`,
-`estimator: screened`, `intervention: surgery`.
+**Not available in this version**, and refused with file and line: the targets `latency_ms` and `fps`.
 
 A recipe that asks for more, and in part for what is not available yet:
 

@@ -20,6 +20,8 @@ from cswap_deploy.artifacts import (
     Axis,
     BundleFiles,
     CostTerm,
+    Curve,
+    Curves,
     Engine,
     Evaluation,
     File,
@@ -57,9 +59,13 @@ ARCHITECTURE = Architecture(
 )
 GROUP = Group("stem", "channels", 4, (Slice("conv", "weight", 1, 0, 1), Slice("", "bias", 0, 4, 2)))
 SCORES = Scores(
-    "causal", 12, (GroupScores("stem", (0, 2), (0.5, -1e-300), (0.0, 1.0), (0.1, 0.2), (1, 2), ("critical",)),)
+    "causal",
+    12,
+    (GroupScores("stem", (0, 2), (0.5, -1e-300), (0.0, 1.0), (0.1, 0.2), (1, 2), ("critical",), (True, False)),),
 )
-PLAN = PruningPlan({"stem": (0, 2), "empty": ()}, (PruningStep(0.5, 0.25, {"stem": (1,)}, -0.5),), SCORES)
+STEP = PruningStep(0.5, 0.25, {"stem": (1,)}, -0.5, SCORES.groups)
+PLAN = PruningPlan({"stem": (0, 2), "empty": ()}, (STEP,), SCORES, SCORES)
+CURVES = Curves(4.0, 12, (Curve("stem", (2, 0, 1), (2, 1), (-1e-9, 0.5)), Curve("empty", (0,), (), ())))
 EVALUATION = Evaluation((0, 3, 1), (True, False, True))
 ONNX = OnnxModel(
     graph=FILE,
@@ -86,8 +92,9 @@ EXAMPLES: list[Any] = [
     Split(("cat", "dog"), (Image("cat/1.png", "cd", 0),), (), (Image("dog/ö.png", "ef", 1),)),
     GROUPS,
     SCORES,
+    CURVES,
     PLAN,
-    dataclasses.replace(PLAN, scores=None),
+    dataclasses.replace(PLAN, scores=None, dense_scores=None),
     ONNX,
     ACCURACY,
     Gate(None, "bound", 0.95, "off", False, None),
@@ -136,7 +143,7 @@ def test_integers_where_floats_belong_come_back_equal_in_key() -> None:
     """What a stage returns and what it is read back as must give the stages after it the same key."""
     step = PruningStep(1, 0.5, {}, 0)
     back = decode(PruningStep, encode(step, ROOT), ROOT)
-    assert canonical(encode(back, ROOT)) == '{"drop_pp":0.0,"macs":0.5,"params":1.0,"removed":{}}'
+    assert canonical(encode(back, ROOT)) == '{"drop_pp":0.0,"macs":0.5,"params":1.0,"removed":{},"scores":[]}'
 
 
 def test_paths_are_relative_on_disk_and_follow_the_folder() -> None:

@@ -55,7 +55,19 @@ CONTRACT = {
 }
 """The manifest's keys that users were promised, by block."""
 
-ALL = ("source", "split", "groups", "scores", "plan", "pruned", "exported", "simplified", "accuracy", "bundle")
+ALL = (
+    "source",
+    "split",
+    "groups",
+    "scores",
+    "curves",
+    "plan",
+    "pruned",
+    "exported",
+    "simplified",
+    "accuracy",
+    "bundle",
+)
 CHEAP = ("prune.criterion=magnitude", "prune.compensate=none")
 
 
@@ -134,7 +146,7 @@ def test_a_second_run_does_nothing_and_loads_no_framework(quickstart):
     )
     before = tree(quickstart.bundle.folder)
     done = run("-c", code, quickstart.recipe, quickstart.work, *quickstart.overrides)
-    assert (done.returncode, done.stdout.strip()) == (0, "10 []"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, "11 []"), done.stderr
     assert tree(quickstart.bundle.folder) == before
 
 
@@ -149,7 +161,7 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(project, cheap_expo
     found = events(project.recipe, [], work)
     assert ran(found) == {"bundle"}, "the first settings' results are still there; the bundle counts hold-out readings"
     found = events(project.recipe, ["prune.compensate=mean"], work)
-    assert {"source", "split", "groups", "scores"}.isdisjoint(ran(found))
+    assert {"source", "split", "groups", "scores"}.isdisjoint(ran(found)) and "curves" in ran(found)
 
 
 def test_a_changed_image_is_found_and_the_rest_stays(project, cheap_export):
@@ -365,7 +377,7 @@ def test_a_bound_that_too_few_images_cannot_hold_fails_the_gate(project, cheap_e
 
 
 def test_without_a_gate_everything_passes(project, cheap_export):
-    built = project.build("prune.target.macs=0.15", *CHEAP, "accuracy.max_drop=null")
+    built = project.build("prune.target.macs=0.02", *CHEAP, "accuracy.max_drop=null")
     assert built.manifest["accuracy"]["drop_pp"] > 10
     assert (built.manifest["verdict"], built.manifest["accuracy"]["gate"]["verdict"]) == ("pass", "off")
 
@@ -385,13 +397,13 @@ def test_onnx_settings_reach_the_file(project, cheap_export):
 @pytest.mark.parametrize(
     ("setting", "key"),
     [
-        ("prune.criterion={kind: causal, estimator: screened}", "prune.criterion.estimator"),
-        ("prune.criterion={kind: causal, intervention: surgery}", "prune.criterion.intervention"),
+        ("prune.target={latency_ms: 3}", "prune.target"),
+        ("prune.target={fps: 60, percentile: 99}", "prune.target"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused_before_anything_runs(project, setting, key):
     with pytest.raises(RecipeError, match="not available in this version") as caught:
-        project.build(setting)
+        project.build("latency={runtime: onnxruntime}", setting)
     assert caught.value.key == key
     assert not list((project.folder / "work" / "stages").glob("*"))
 

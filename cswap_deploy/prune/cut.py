@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCHEMA = "cswap-deploy/plan/1"
+DIGITS = 6
+"""Significant digits of the scores in plan.json."""
 Keep = Mapping[str, Sequence[int]]
 
 
@@ -70,7 +72,10 @@ def add_bias(module: nn.Module, name: str) -> Tensor:
 def write_plan(
     path: Path, dense: nn.Module, pruned: nn.Module, network: Network, groups: Sequence[Group], plan: PruningPlan
 ) -> None:
-    """All that is needed to rebuild `pruned` from its architecture's name: read by `rebuild`."""
+    """All that is needed to rebuild `pruned` from its architecture's name (read by `rebuild`), and why units left.
+
+    Numbers of the scores are rounded to `DIGITS` significant digits.
+    """
     before, after = _shapes(dense), _shapes(pruned)
     biases = sorted(set(after) - set(before))
     document = {
@@ -80,10 +85,36 @@ def write_plan(
         "keep": plan.keep,
         "rewrites": [{"kind": "add_bias", "module": name.removesuffix(".bias")} for name in biases],
         "shapes": {"before": before, "after": after},
-        "steps": [asdict(step) for step in plan.steps],
-        "scores": asdict(plan.scores) if plan.scores else None,
+        "steps": [asdict(step) | {"scores": _rounded([asdict(item) for item in step.scores])} for step in plan.steps],
+        "scores": _rounded(asdict(plan.scores)) if plan.scores else None,
+        "dense_scores": _rounded(asdict(plan.dense_scores)) if plan.dense_scores else None,
+        "dense_order": plan.dense_order,
     }
-    path.write_text(json.dumps(document, indent=1))
+    path.write_text(_text(document) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """The same data; its floats have `DIGITS` significant digits."""
+    match value:
+        case dict():
+            return {key: _rounded(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_rounded(item) for item in value]
+        case float():
+            return float(f"{value:.{DIGITS}g}")
+        case _:
+            return value
+
+
+def _text(value: Any, margin: str = "") -> str:
+    """JSON with what holds no further list or object on one line: a network may have a hundred thousand units."""
+    inner = margin + " "
+    if isinstance(value, dict) and any(isinstance(item, dict | list | tuple) for item in value.values()):
+        lines = [f"{inner}{json.dumps(key)}: {_text(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{margin}}}"
+    if isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value):
+        return "[\n" + ",\n".join(inner + _text(item, inner) for item in value) + f"\n{margin}]"
+    return json.dumps(value)
 
 
 def restore(network: Network) -> nn.Module:

@@ -1,4 +1,4 @@
-"""One layer seen from outside: what it reads, what it gives, and the shortcut that its output is added to."""
+"""One layer seen from outside: what it reads, what it gives, and the sum and the rectifier that its output goes into."""
 
 from __future__ import annotations
 
@@ -13,32 +13,72 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SUMS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
+RECTIFIERS = frozenset({"relu", "relu_"})
+QUESTIONS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point"})
+"""What asks about a tensor without reading its values."""
+UNIT = "unit"
+BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 SMALLEST_SCALE = 1e-3
 """A channel that the way to the sum scales by less than this cannot correct anything there."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Place:
-    """`shortcut` is the other operand of the sum that the layer's output goes into, `scale` the factor per channel of the
-    BatchNorm or LayerScale on the way there; both None where the output goes elsewhere first."""
+    """What a layer reads and gives on a batch; `shortcut` is the other operand of the sum that its output goes into."""
 
     inputs: Tensor
     output: Tensor
     shortcut: Tensor | None
-    scale: Tensor | None
 
-    def drift(self, other: Place, axis: int) -> Tensor | None:
-        """What must be added to the layer's output so that its sum with `other`'s shortcut is what it was with this one's."""
+
+@dataclass(frozen=True)
+class Outlet:
+    """What becomes of a layer's output, the same for all images.
+
+    `summed`: after at most a scaling it is added to something; `rectified`: the only thing that reads it then (or the sum) is a
+    ReLU; `norm`: the BatchNorm that alone reads it first, "" where there is none; `scale` and `shift`: what BatchNorm and
+    LayerScale on the way do to each channel, None where there is nothing. `axis` is the channels'.
+    """
+
+    summed: bool
+    rectified: bool
+    norm: str
+    scale: Tensor | None
+    shift: Tensor | None
+    axis: int
+
+    def beside(self, place: Place) -> Tensor:
+        """What the sum adds to the layer's output, in terms of that output; zeros where there is no sum."""
+        if place.shortcut is None:
+            return place.output.new_zeros(()).expand_as(place.output)
+        return place.shortcut * self._per_channel(self._factor(place.output), place.shortcut)
+
+    def constant(self, output: Tensor) -> Tensor:
+        """What BatchNorm and LayerScale on the way add to each channel, in terms of the layer's output."""
+        factor = self._factor(output)
+        return factor * 0 if self.shift is None else self.shift * factor
+
+    def sign(self, outputs: int) -> Tensor:
+        """Per channel the direction in which the output must grow to be passed on; 0 where the scale all but closes it."""
         import torch
 
-        if self.shortcut is None or other.shortcut is None:
-            return None
-        difference = self.shortcut - other.shortcut
         if self.scale is None:
-            return difference
+            return torch.ones(outputs)
+        return self.scale.sign() * (self.scale.abs() > SMALLEST_SCALE)
+
+    def _factor(self, output: Tensor) -> Tensor:
+        """Per channel the inverse of the scale; 0 where that all but closes it."""
+        import torch
+
+        if self.scale is None:
+            return output.new_ones(output.shape[self.axis])
         usable = self.scale.abs() > SMALLEST_SCALE
-        factor = torch.where(usable, 1 / torch.where(usable, self.scale, 1.0), 0.0)
-        return difference * factor.reshape([-1 if i == axis % difference.ndim else 1 for i in range(difference.ndim)])
+        return torch.where(usable, 1 / torch.where(usable, self.scale, 1.0), 0.0)
+
+    def _per_channel(self, values: Tensor, like: Tensor) -> Tensor:
+        shape = [1] * like.ndim
+        shape[self.axis] = -1
+        return values.reshape(shape)
 
 
 def observe(module: nn.Module, name: str, images: Tensor, *, as_far_as_sum: bool) -> Place:
@@ -46,18 +86,21 @@ def observe(module: nn.Module, name: str, images: Tensor, *, as_far_as_sum: bool
 
     Without such a sum the forward runs to its end and `shortcut` is None.
     """
-    watch = _watch(module, name, as_far_as_sum)
-    with ExitStack() as undo:
-        for child_name, child in module.named_modules():
-            if child_name == name or not list(child.children()):
-                undo.callback(child.register_forward_hook(watch.hook(child_name)).remove)
-        try:
-            with watch.mode:
-                module(images)
-        except _Reached:
-            pass
+    watch = _Watch(module, name, "sum" if as_far_as_sum else "output")
+    watch.run(images)
     assert watch.inputs is not None and watch.output is not None
-    return Place(watch.inputs, watch.output, watch.shortcut, watch.scale)
+    return Place(watch.inputs, watch.output, watch.shortcut)
+
+
+def outlet(module: nn.Module, name: str, images: Tensor) -> Outlet:
+    """Follow the output of layer `name` through a whole forward."""
+    watch = _Watch(module, name, "end")
+    watch.run(images)
+    alone = watch.rectified and not watch.read_again
+    norms = [child for child, layer in module.named_modules() if getattr(layer, "running_mean", None) is watch.norm]
+    direct = watch.norm is not None and not watch.norm_read_again
+    norm = norms[0] if norms and direct else ""
+    return Outlet(watch.shortcut is not None, alone, norm, watch.scale, watch.shift, watch.axis)
 
 
 class _Reached(Exception):
@@ -65,84 +108,160 @@ class _Reached(Exception):
 
 
 class _Watch:
-    """Follows one layer's output through what only scales it until it is added to something."""
+    """Follows one layer's output through what only scales it until it is added to something, and to the rectifier behind."""
 
-    def __init__(self, module: nn.Module, name: str, as_far_as_sum: bool) -> None:
-        self.name = name
+    def __init__(self, module: nn.Module, name: str, until: str) -> None:
+        """`until`: the layer's "output", the "sum" that takes it, or the forward's "end"."""
+        self.module, self.name, self.until = module, name, until
         self.axis = channel_axis(module.get_submodule(name))
-        self.as_far_as_sum = as_far_as_sum
         self.inputs: Tensor | None = None
         self.output: Tensor | None = None
         self.shortcut: Tensor | None = None
         self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
         self.carrier: Any = None
-        self.mode: Any = None
+        """The tensor that stands for the layer's output now."""
+        self.former: list[Any] = []
+        self.norm: Any = None
+        """The running mean of the BatchNorm that reads the very output."""
+        self.rectified = self.read_again = self.norm_read_again = self.inside = False
 
-    def hook(self, child: str) -> Any:
-        def after(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if child == self.name:
-                self.inputs, self.output, self.carrier = inputs[0].clone(), output.clone(), output
-                if not self.as_far_as_sum:
-                    raise _Reached
-            elif self.carrier is not None and inputs and inputs[0] is self.carrier:
-                scales, factor = _scaling(layer)
-                self.carrier = output if scales else None
-                if scales and factor is not None:
-                    self.scale = factor if self.scale is None else self.scale * factor
+    def run(self, images: Tensor) -> None:
+        with ExitStack() as undo:
+            for child_name, child in self.module.named_modules():
+                if child_name == self.name:
+                    undo.callback(child.register_forward_hook(self._capture).remove)
+                elif _scaling(child) is not None:
+                    undo.callback(child.register_forward_pre_hook(self._enter).remove)
+                    undo.callback(child.register_forward_hook(self._leave).remove)
+            try:
+                with _mode(self):
+                    self.module(images)
+            except _Reached:
+                pass
 
-        return after
+    # --- modules
 
-    def see(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Called before every torch function: is it the sum that is waited for?"""
+    def _capture(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self.until == "output":
+            self.inputs, self.output = inputs[0].clone(), output.clone()
+            raise _Reached
+        if self.until == "sum":
+            self.inputs, self.output = inputs[0].clone(), output.clone()
+        self.carrier = output
+
+    def _enter(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.inside = self.carrier is not None and bool(inputs) and inputs[0] is self.carrier
+
+    def _leave(self, layer: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        if self.inside and self.carrier is not None:
+            factor = _scaling(layer)
+            self._go_on(output, None if factor is UNIT else factor, None)
+        self.inside = False
+
+    # --- functions
+
+    def before(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Is it the sum that is waited for?"""
+        if self.until == "sum" and self._other_operand(function, args, kwargs) is not None:
+            self.shortcut = self._other_operand(function, args, kwargs).clone()
+            raise _Reached
+
+    def after(
+        self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, written: bool
+    ) -> None:
+        """What a function made of the tensor that is followed; `written`: it wrote into it."""
+        if self.inside or getattr(function, "__name__", "") in QUESTIONS:
+            return
+        values = [
+            item
+            for given in (*args, *kwargs.values())
+            for item in (given if isinstance(given, list | tuple) else [given])
+        ]
+        if any(value is old for value in values for old in self.former):
+            self.read_again = self.norm_read_again = True
+        if self.carrier is None or not any(value is self.carrier for value in values):
+            self.carrier = None if written else self.carrier
+            return
+        name = getattr(function, "__name__", "")
+        if name == "batch_norm" and args[0] is self.carrier and (norm := _in_eval(args, kwargs)):
+            self._read_by_norm(norm, result)
+        elif (other := self._other_operand(function, args, kwargs)) is not None and self.shortcut is None:
+            self.shortcut = other
+            self._go_on(result, None, None)
+        elif name in RECTIFIERS:
+            self.rectified = True
+            self.former += [] if written else [self.carrier]
+            self.carrier = None
+        else:
+            self.read_again = True
+            self.carrier = None if written else self.carrier
+
+    def _read_by_norm(self, norm: Mapping[str, Any], result: Any) -> None:
+        mean, weight, bias = norm["running_mean"], norm.get("weight"), norm.get("bias")
+        factor = (norm["running_var"] + norm["eps"]).rsqrt() * (1.0 if weight is None else weight)
+        if self.norm is None and self.scale is None and self.shortcut is None:
+            self.norm = mean
+        self._go_on(result, factor, -mean * factor + (0.0 if bias is None else bias))
+
+    def _go_on(self, result: Any, factor: Tensor | None, shift: Tensor | None) -> None:
+        """From now on `result` is followed: what was followed times `factor` plus `shift`, per channel."""
+        if self.shortcut is None and factor is not None:
+            self.scale = factor if self.scale is None else self.scale * factor
+            self.shift = self.shift if self.shift is None else self.shift * factor
+        if self.shortcut is None and shift is not None:
+            self.shift = shift if self.shift is None else self.shift + shift
+        if result is not self.carrier:
+            self.former.append(self.carrier)
+        self.carrier = result
+
+    def _other_operand(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         import torch
 
         if self.carrier is None or len(args) != 2 or kwargs or getattr(function, "__name__", "") not in SUMS:
-            return
+            return None
         for own, other in (args, args[::-1]):
             if own is self.carrier and isinstance(other, torch.Tensor) and other.shape == own.shape:
-                self.shortcut = other.clone()
-                raise _Reached
+                return other
+        return None
 
     def version(self) -> int:
-        """Counts the writes into the layer's output: after one it is the layer's output no longer."""
+        """Counts the writes into the tensor that is followed."""
         return -1 if self.carrier is None else int(self.carrier._version)
 
 
-def _watch(module: nn.Module, name: str, as_far_as_sum: bool) -> _Watch:
+def _mode(watch: _Watch) -> Any:
     from torch.overrides import TorchFunctionMode
-
-    watch = _Watch(module, name, as_far_as_sum)
 
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            watch.see(func, args, kwargs or {})
+            kwargs = kwargs or {}
+            watch.before(func, args, kwargs)
             version = watch.version()
-            result = func(*args, **(kwargs or {}))
-            if watch.version() != version:
-                watch.carrier = None
+            result = func(*args, **kwargs)
+            watch.after(func, args, kwargs, result, watch.version() != version)
             return result
 
-    watch.mode = Mode()
-    return watch
+    return Mode()
 
 
-def _scaling(layer: Any) -> tuple[bool, Tensor | None]:
-    """Whether a layer in eval mode at most scales each channel (a constant shift is no matter), and by what."""
+def _in_eval(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of torch.nn.functional.batch_norm by name where it applies stored statistics."""
+    norm = {**dict(zip(BATCH_NORM, args, strict=False)), **kwargs}
+    return norm if norm.get("running_mean") is not None and not norm.get("training", False) else None
+
+
+def _scaling(layer: Any) -> Any:
+    """What a layer in eval mode multiplies each channel by if it does nothing else, UNIT for nothing; None for other layers."""
     from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
     from torch.nn.modules.dropout import _DropoutNd
 
     match layer:
         case nn.Identity() | _DropoutNd():
-            return True, None
-        case _BatchNorm() if isinstance(getattr(layer, "act", None), nn.Identity | None):
-            if layer.running_var is None:
-                return False, None
-            deviation = (layer.running_var + layer.eps).sqrt()
-            return True, (layer.weight if layer.weight is not None else 1.0) / deviation
+            return UNIT
         case _ if type(layer).__name__ == "DropPath":
-            return True, None
+            return UNIT
         case _ if type(layer).__name__ in ("LayerScale", "LayerScale2d"):
-            return True, layer.gamma
+            return layer.gamma
         case _:
-            return False, None
+            return None

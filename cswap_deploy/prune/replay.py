@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,15 @@ Kept = dict[str, "Tensor"]
 
 
 @contextmanager
-def replayed(module: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block these submodules return what was kept; where only a shape was kept, zeros that nobody reads."""
+def replayed(module: nn.Module, outputs: Mapping[str, Tensor], *, thin: bool = False) -> Iterator[None]:
+    """Inside the block these submodules return what was kept; where only a shape was kept, zeros that nobody reads.
+
+    `thin`: those zeros have no memory of their own, so that writing into them is a RuntimeError.
+    """
 
     def answer(value: Tensor) -> Any:
+        if thin and value.numel() > 1 and not any(value.stride()):
+            return lambda *_args, **_kwargs: value
         return lambda *_args, **_kwargs: value.clone()
 
     with ExitStack() as undo:
@@ -39,8 +44,17 @@ def replayed(module: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]
 
 
 @contextmanager
-def finished_before(module: nn.Module, layers: Sequence[str], among: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of the outermost submodules (`among` these) that end before any of `layers` begins."""
+def finished_before(
+    module: nn.Module,
+    layers: Sequence[str],
+    among: Sequence[str],
+    read: Collection[str] | None = None,
+    before: Mapping[str, Tensor] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of the outermost submodules (`among` these) that end before any of `layers` begins.
+
+    Of those that are not in `read` only the shape is kept; those `before` are replayed ones, which stay as they are.
+    """
     import torch
 
     done: dict[str, Tensor] = {}
@@ -56,7 +70,10 @@ def finished_before(module: nn.Module, layers: Sequence[str], among: Sequence[st
                 return
             for inner in [other for other in done if other.startswith(f"{name}.")]:
                 del done[inner]
-            done[name] = output.clone()
+            if before is not None and name in before:
+                done[name] = before[name]
+            else:
+                done[name] = output.clone() if read is None or name in read else _unread(output)
 
         return hook
 
@@ -84,20 +101,26 @@ def prefix_reused(module: nn.Module, images: Tensor, layers: Sequence[str]) -> I
 
 def called_once(module: nn.Module, images: Tensor) -> list[str]:
     """Names of the submodules that one forward calls exactly once: only their outputs can be replayed."""
-    calls: dict[str, int] = {}
+    calls = _calls(module, [name for name, _ in module.named_modules() if name], images)
+    return [name for name in dict.fromkeys(calls) if calls.count(name) == 1]
 
-    def enter(name: str) -> Any:
-        def hook(_layer: nn.Module, _inputs: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
 
-        return hook
+def in_order(module: nn.Module, names: Iterable[str], images: Tensor) -> list[str]:
+    """These layers in the order in which a forward first calls them."""
+    return list(dict.fromkeys(_calls(module, names, images)))
 
-    with ExitStack() as undo:
-        for name, layer in module.named_modules():
-            if name:
-                undo.callback(layer.register_forward_pre_hook(enter(name)).remove)
+
+def _calls(module: nn.Module, names: Iterable[str], images: Tensor) -> list[str]:
+    """One name per call, in the order in which the calls begin."""
+    import torch
+
+    called: list[str] = []
+    with ExitStack() as undo, torch.no_grad():
+        for name in dict.fromkeys(names):
+            hook = module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.append(name))
+            undo.callback(hook.remove)
         module(images)
-    return [name for name, count in calls.items() if count == 1]
+    return called
 
 
 def still_read(module: nn.Module, images: Tensor, outputs: Mapping[str, Tensor]) -> set[str] | None:
@@ -144,6 +167,8 @@ class Walk:
     reads: dict[str, set[str] | None]
     """Per visited layer what `still_read` says there: true of every network of the same structure."""
     kept: dict[int, Kept] = field(default_factory=dict)
+    thin: bool = True
+    """Outputs that are not read stand there without memory of their own."""
 
     def __post_init__(self) -> None:
         self.once = called_once(self.module, next(iter(self.batches.first(1)))[0])
@@ -152,21 +177,38 @@ class Walk:
         """What layer `name` reads and gives, batch by batch. Layers must come in the order in which a forward calls them."""
         size = 0
         for number, (images, _) in enumerate(self.batches):
+            read = self.read_from(name, images[:1])
             before = self.kept.pop(number, {})
-            with replayed(self.module, before), finished_before(self.module, [name], self.once) as done:
-                place = observe(self.module, name, images, as_far_as_sum=as_far_as_sum)
-            if name not in self.reads:
-                self.reads[name] = self._read_from(name, images[:1])
-            read = self.reads[name]
-            if read is None:
-                yield place
-                continue
-            size += sum(value.nbytes for key, value in done.items() if key in read)
-            if size <= CACHE_BYTES:
-                self.kept[number] = {key: value if key in read else _unread(value) for key, value in done.items()}
+            place, done = self._observe(name, images, before, read, as_far_as_sum)
+            if read is not None:
+                size += sum(value.nbytes for key, value in done.items() if key in read)
+                if size <= CACHE_BYTES:
+                    self.kept[number] = done
             yield place
 
-    def _read_from(self, name: str, images: Tensor) -> set[str] | None:
-        with finished_before(self.module, [name], self.once) as done:
-            self.module(images)
-        return still_read(self.module, images, done)
+    def rest(self, number: int) -> AbstractContextManager[None]:
+        """Inside the block a forward of batch `number` runs only what comes from the layer on that was visited last."""
+        return replayed(self.module, self.kept.get(number, {}))
+
+    def read_from(self, name: str, images: Tensor) -> set[str] | None:
+        """Which outputs the network still reads when layer `name` begins; None: replaying them is not the same."""
+        if name not in self.reads:
+            with finished_before(self.module, [name], self.once) as done:
+                self.module(images)
+            self.reads[name] = still_read(self.module, images, done)
+        return self.reads[name]
+
+    def _observe(
+        self, name: str, images: Tensor, before: Kept, read: set[str] | None, as_far_as_sum: bool
+    ) -> tuple[Place, Kept]:
+        with (
+            replayed(self.module, before, thin=self.thin),
+            finished_before(self.module, [name], self.once, read, before) as done,
+        ):
+            try:
+                return observe(self.module, name, images, as_far_as_sum=as_far_as_sum), done
+            except RuntimeError:
+                if not self.thin:
+                    raise
+        self.thin = False  # something writes into an output that is not read
+        return self._observe(name, images, before, read, as_far_as_sum)

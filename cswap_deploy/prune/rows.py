@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
-WORK = 1e10
-"""Multiplications that one Gram matrix may cost; beyond it positions are sampled."""
-ROWS_PER_COLUMN = 8
-"""But never fewer positions than this times the unknowns per output."""
+ROWS = 1 << 15
+"""Output positions that a fit looks at, over all images; beyond it they are sampled."""
+ROWS_PER_COLUMN = 16
+"""But never fewer than this times the unknowns per output."""
+MEMORY = 1 << 29
+"""Unless they take more bytes than this."""
 CHUNK = 4_000_000
 """Elements of one block: bounds the memory of unfolding to 16 MB."""
 
@@ -46,29 +49,39 @@ class Rows:
             if not torch.allclose(found, targets, rtol=1e-3, atol=1e-3 * float(targets.abs().max().clamp_min(1e-6))):
                 return None
         positions = output.numel() // outputs // len(output) * images
-        wanted = max(ROWS_PER_COLUMN * columns, WORK / columns**2)
+        wanted = min(max(ROWS_PER_COLUMN * columns, ROWS), MEMORY // (4 * (columns + 2 * outputs)))
         return Rows(layer, columns, outputs, min(1.0, wanted / positions))
 
     def draw(self, inputs: Tensor, target: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of (images, columns, positions) receptive fields and (images, outputs, positions) targets.
 
-        `inputs` is what the layer reads, `target` has the shape of what it gives; the positions are the same for all
-        images of a call.
+        `inputs` is what the layer reads, `target` has the shape of what it gives; the positions are the same for all images of
+        a call.
         """
+        return self.fields(inputs, self.pick(target, seed), self._flat(target).shape[2], seed)
+
+    def pick(self, values: Tensor, seed: int) -> Tensor:
+        """(images, outputs, drawn positions) of something that has the shape of the layer's output."""
+        flat = self._flat(values)
+        chosen = self._chosen(flat.shape[2], seed, values.device)
+        return flat if chosen is None else flat[:, :, chosen]
+
+    def fields(self, inputs: Tensor, picked: Tensor, positions: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `draw`, with targets that were picked with the same seed; `positions`: of one output, before any is drawn."""
+        chosen = self._chosen(positions, seed, inputs.device)
+        step = max(1, CHUNK // (picked.shape[2] * self.columns))
+        for start in range(0, len(inputs), step):
+            yield self._fields(inputs[start : start + step], chosen), picked[start : start + step]
+
+    def _chosen(self, positions: int, seed: int, device: torch.device) -> Tensor | None:
+        """None: all of them."""
         import torch
 
-        targets = self._flat(target, self.outputs)
-        positions = targets.shape[2]
         count = max(1, round(self.share * positions))
-        chosen: Tensor | None = None
-        if count < positions:
-            order = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))
-            chosen = order[:count].sort().values.to(inputs.device)
-        step = max(1, CHUNK // (count * self.columns))
-        for start in range(0, len(inputs), step):
-            wanted = targets[start : start + step]
-            fields = self._fields(inputs[start : start + step], chosen)
-            yield fields, wanted if chosen is None else wanted[:, :, chosen]
+        if count >= positions:
+            return None
+        order = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))
+        return order[:count].sort().values.to(device)
 
     def _fields(self, inputs: Tensor, chosen: Tensor | None) -> Tensor:
         import torch.nn.functional as F
@@ -76,7 +89,7 @@ class Rows:
 
         layer: Any = self.layer
         if isinstance(layer, nn.Linear):
-            flat = self._flat(inputs, self.columns)
+            flat = self._flat(inputs)
             return flat if chosen is None else flat[:, :, chosen]
         if chosen is None:
             return F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
@@ -85,12 +98,12 @@ class Rows:
         picked = fields[:, :, chosen // width, chosen % width]
         return picked.movedim(2, -1).reshape(len(inputs), self.columns, -1)
 
-    def _flat(self, values: Tensor, channels: int) -> Tensor:
+    def _flat(self, values: Tensor) -> Tensor:
         """(images, channels, positions) of a convolution's or a linear layer's values."""
         from torch import nn
 
         if isinstance(self.layer, nn.Linear):
-            return values.reshape(len(values), -1, channels).transpose(1, 2)
+            return values.reshape(len(values), -1, values.shape[-1]).transpose(1, 2)
         return values.flatten(2)
 
 

@@ -20,7 +20,7 @@ def choose_units(
     Units leave in lots that keep a channel group's width a multiple of `round_to`; heads leave one by one; the last lot
     of a group stays. Errors: PruningError when even that is above the target.
     """
-    bench = _Bench(groups, kind, round_to, {item.group: _ranked(item, keep[item.group]) for item in scores})
+    bench = _Bench(groups, kind, round_to, {item.group: ranking(item, keep[item.group]) for item in scores})
     while bench.cost > fraction * bench.dense * (1 + 1e-12):
         best = bench.cheapest()
         if best is None:
@@ -35,20 +35,25 @@ def choose_units(
 
 def narrowest(groups: Groups, kind: CostKind, round_to: int) -> float:
     """The fraction of the dense cost that is left when every group is as narrow as `round_to` lets it be."""
-    keep = {group.name: tuple(range(_floor(group, round_to))) for group in groups.groups}
+    keep = {group.name: tuple(range(floor_of(group, round_to))) for group in groups.groups}
     return groups.cost(keep)[kind == "macs"] / groups.cost({})[kind == "macs"]
 
 
-Ranked = list[tuple[int, float]]
+Ranking = list[tuple[int, float]]
 
 
-def _ranked(item: GroupScores, kept: tuple[int, ...]) -> Ranked:
+def ranking(item: GroupScores, kept: tuple[int, ...]) -> Ranking:
     """(unit, value) of the kept units, the most valuable first; ties by index so that the same scores give the same plan."""
     value = dict(zip(item.units, item.keep_value, strict=True))
     return sorted(((unit, value[unit]) for unit in kept), key=lambda pair: (-pair[1], pair[0]))
 
 
-def _floor(group: Group, round_to: int) -> int:
+def step_of(group: Group, round_to: int) -> int:
+    """Units of which the group's width is a multiple; heads leave one by one."""
+    return 1 if group.kind == "heads" else round_to
+
+
+def floor_of(group: Group, round_to: int) -> int:
     """Units that stay at the least."""
     return 1 if group.kind == "heads" else min(group.units, round_to)
 
@@ -60,7 +65,7 @@ class _Bench:
     groups: Groups
     kind: CostKind
     round_to: int
-    ranked: dict[str, Ranked]
+    ranked: dict[str, Ranking]
     savings: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,9 +95,9 @@ class _Bench:
     def _lot(self, name: str) -> int:
         """Units in the group's next lot; 0 when it is at its narrowest."""
         group, width = self.groups.by_name[name], len(self.ranked[name])
-        if width <= _floor(group, self.round_to):
+        if width <= floor_of(group, self.round_to):
             return 0
-        step = 1 if group.kind == "heads" else self.round_to
+        step = step_of(group, self.round_to)
         return width % step or step
 
     def _loss(self, name: str) -> float:

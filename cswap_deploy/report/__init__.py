@@ -8,10 +8,14 @@ from typing import Any
 
 import jinja2
 
+from cswap_deploy.manifest import VERDICTS
+
 
 def render_html(manifest: dict[str, Any]) -> str:
     """A page that opens offline; every name in it is escaped."""
-    return _environment().get_template("report.html").render(m=manifest)
+    from cswap_deploy.prune.verdicts import NEUTRAL_MARGIN
+
+    return _environment().get_template("report.html").render(m=manifest, verdicts=VERDICTS, margin=NEUTRAL_MARGIN)
 
 
 def render_readme(manifest: dict[str, Any]) -> str:
@@ -36,6 +40,7 @@ def _environment() -> jinja2.Environment:
         "code": _code,
         "ms": _ms,
         "fact": _fact,
+        "effects": _effects,
     }
     return environment
 
@@ -53,6 +58,12 @@ def _fact(value: Any) -> str:
     if isinstance(value, list):
         return "unknown" if None in value else " before, ".join(map(_fact, value)) + " after"
     return "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _effects(bounds: list[float] | None) -> str:
+    """From the lowest to the highest, nats as thousandths; empty where there is no unit."""
+    values = [1000 * value for value in bounds or ()]
+    return " to ".join(f"{value:+.0f}" if abs(value) >= 100 else f"{value:+.2g}" for value in values)
 
 
 def _points(value: float) -> str:

@@ -49,6 +49,15 @@ def scorer(settings: CriterionSettings, seed: int) -> Scorer:
             assert_never(settings)
 
 
+def between_steps(settings: CriterionSettings) -> CriterionSettings:
+    """The same criterion at the price of a forward and a backward: what is measured exactly, is measured on the dense network."""
+    match settings:
+        case CausalCriterion():
+            return settings.model_copy(update={"estimator": "attribution"})
+        case _:
+            return settings
+
+
 def images_used(settings: CriterionSettings, available: int) -> int:
     """How many of the fit images the criterion looks at."""
     match settings:

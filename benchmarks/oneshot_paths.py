@@ -1,0 +1,158 @@
+"""Progressive paths of the one-shot benchmark: the pipeline's search, stopped at every cut, with a peer's scores or a part left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import peers
+from oneshot_nets import Case
+from torch import nn
+
+from cswap_deploy import recipe
+from cswap_deploy.artifacts import Curve, Group, GroupScores, PruningStep
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
+from cswap_deploy.prune.refit import Structure, examine
+from cswap_deploy.prune.search import Bench, Search, State
+from cswap_deploy.prune.select import CostKind, Kept
+
+SCORED = 256
+"""Fit images that a peer scores on."""
+DEFAULTS = recipe.PruneSettings()
+
+
+@dataclass(frozen=True)
+class How:
+    """What decides which units leave and what makes up for them."""
+
+    criterion: recipe.CriterionSettings = DEFAULTS.criterion
+    peer: str = ""
+    """Scores in place of the criterion."""
+    allocation: recipe.AllocationSettings = DEFAULTS.allocation
+    compensate: recipe.CompensationSettings = DEFAULTS.compensate
+    fit: int = 1 << 30
+    """Images to fit on at most."""
+    without: str = ""
+    """An ingredient of the refit that is left out: `all layers` (the groups' consumers only) or `rectifier`."""
+
+
+ORDERED = recipe.MagnitudeCriterion()
+"""In the place of a peer's: the lowest scores leave first, whoever gave them."""
+ABLATIONS: dict[str, How] = {
+    "global ranking": How(allocation=recipe.GlobalAllocation()),
+    "plain attribution": How(recipe.CausalCriterion(estimator="attribution", intervention="zero")),
+    "mean": How(compensate=recipe.MeanCompensation()),
+    "batchnorm": How(compensate=recipe.BatchNormCompensation()),
+    "no compensation": How(compensate=recipe.NoCompensation()),
+    "consumers only": How(without="all layers"),
+    "no rectifier": How(without="rectifier"),
+    "one step": How(),
+    "temperature 1": How(allocation=recipe.CurvesAllocation(temperature=1.0)),
+    "128 curve images": How(allocation=recipe.CurvesAllocation(images=128)),
+    "512 curve images": How(allocation=recipe.CurvesAllocation(images=512)),
+    "256 fit images": How(fit=256),
+    "384 fit images": How(fit=384),
+}
+
+
+@dataclass(frozen=True)
+class PeerOnFew:
+    """torch-pruning's importances on the first images."""
+
+    inner: peers.PeerScorer
+
+    def score(self, module: nn.Module, groups: Sequence[Group], batches: Batches) -> tuple[GroupScores, ...]:
+        found: tuple[GroupScores, ...] = self.inner.score(module, groups, batches.first(SCORED))
+        return found
+
+
+@dataclass(frozen=True)
+class Passing(Search):
+    """The pipeline's search, stopped at every cut; a peer may score between its steps."""
+
+    peer: Scorer | None = None
+
+    @property
+    def criterion(self) -> Scorer:
+        return self.peer or scorer(between_steps(self.bench.criterion), self.seed)
+
+    def through(
+        self, kind: CostKind, stride: float, cuts: Sequence[float], start: State, level: float
+    ) -> Iterator[tuple[float, State]]:
+        """(cut, state) of each cut in turn, from `start` on, which is the path's at `level`. Errors: PruningError."""
+        axis = int(kind == "macs")
+        share = self.bench.groups.cost({})[axis] / self.bench.priced.cost({})[axis]  # as in `towards`
+        judge, state, passed = self._judge(), start, round((1 - level) / stride)
+        for cut in sorted(cuts, reverse=True):
+            while (below := 1 - (passed + 1) * stride) >= cut - 1e-9:
+                state, passed = self._step(state, kind, below * share, judge), passed + 1
+            yield cut, state if on_path(cut, stride) else self._step(state, kind, cut * share, judge)
+
+
+def on_path(cut: float, stride: float) -> bool:
+    """Whether a path in these steps has a state at the cut itself."""
+    steps = (1 - cut) / stride
+    return steps > 0.5 and abs(steps - round(steps)) < 1e-6
+
+
+def passing(case: Case, how: How) -> Passing:
+    """The search, but for what it has to know of the dense network to begin there."""
+    fit = case.fit.first(how.fit)
+    structure = _structure(case, how, fit)
+    bench = Bench(
+        case.net.dense,
+        case.groups,
+        fit,
+        ORDERED if how.peer else how.criterion,
+        how.compensate,
+        how.allocation,
+        1,
+        structure,
+    )
+    peer = PeerOnFew(peers.PeerScorer(how.peer, case.seed)) if how.peer else None
+    return Passing(bench, case.selection, (), (), case.seed, peer)
+
+
+def begun(search: Passing, how: How) -> Passing:
+    """With scores and curves of the dense network."""
+    bench = search.bench
+    first = search.peer or scorer(_first(how), search.seed)
+    scores = first.score(bench.dense, bench.groups.groups, bench.fit)
+    curves: tuple[Curve, ...] = ()
+    if isinstance(how.allocation, recipe.CurvesAllocation):
+        module, systems = bench.compensated(bench.everything)
+        curves = bench.curves(module, systems, bench.everything, scores, bench.damage(how.allocation))
+    return replace(search, scores=scores, curves=curves)
+
+
+def resumed(search: Passing, kept: Kept) -> State:
+    """The path's state at a finished cut: the compensated network follows from the units."""
+    bench = search.bench
+    keep = {name: kept[name] for name in bench.everything}
+    return State(keep, *bench.compensated(keep), (), (PruningStep(0.0, 0.0, {}, 0.0, ()),))
+
+
+def _first(how: How) -> recipe.CriterionSettings:
+    """Of the dense network. With curves and surgery, elimination orders the units and no score does: the cheap one will do."""
+    surgery = isinstance(how.criterion, recipe.CausalCriterion) and how.criterion.intervention == "surgery"
+    curves = isinstance(how.allocation, recipe.CurvesAllocation)
+    refitted = isinstance(how.compensate, recipe.LeastSquaresCompensation)
+    return between_steps(how.criterion) if surgery and curves and refitted else how.criterion
+
+
+def _structure(case: Case, how: How, fit: Batches) -> Structure:
+    """Of the dense network; what `how` is without is taken out of it."""
+    if len(fit) == len(case.fit) and not how.without:
+        return case.structure
+    structure = Structure(reads=case.structure.reads)
+    examine(case.net.dense, structure, fit, ())
+    match how.without:
+        case "all layers":
+            consumers = {member.module for group in case.groups.groups for member in group.consumers}
+            structure.order = tuple(name for name in structure.order if name in consumers)
+        case "rectifier":
+            for name, site in structure.sites.items():
+                if site:
+                    structure.sites[name] = replace(site, outlet=replace(site.outlet, rectified=False))
+    return structure

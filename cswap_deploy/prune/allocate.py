@@ -1,0 +1,202 @@
+"""Measured damage of every group at several widths + cost + target → how wide each group is: a multiple-choice knapsack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cswap_deploy.artifacts import CostTerm, Curve, Groups
+from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.select import CostKind, floor_of, step_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+ROUNDS = 4
+"""Times, at most, that the cost, a product over the axes of each layer, is taken as a sum over the groups at the widths found so far."""
+BINS = 4096
+"""Steps of the cost that the knapsack tells apart."""
+CHOICES = 64
+"""Widths of a group that the knapsack may choose from, about."""
+LEAST_DAMAGE = 1e-6
+"""Nats that a removed unit costs at least, so that nothing leaves for nothing."""
+
+Widths = dict[str, int]
+
+
+def choose_widths(
+    groups: Groups, curves: Sequence[Curve], now: Widths, kind: CostKind, fraction: float, round_to: int
+) -> Widths:
+    """The widths with the least damage in sum whose cost is at most `fraction` of the dense network's.
+
+    `now`: widths that the curves were measured at; none grows. Errors: PruningError when the narrowest widths cost more.
+    """
+    options = {curve.group: _options(groups, curve, now[curve.group], round_to) for curve in curves}
+    bill = _Bill.of(groups, kind)
+    dense = bill.total({group.name: group.units for group in groups.groups})
+    target = fraction * dense * (1 + 1e-9)
+    narrowest = {**now, **{name: found.widths[0] for name, found in options.items()}}
+    if bill.total(narrowest) > target:
+        raise PruningError(
+            f"{fraction:.3f} of the {kind} cannot be reached in this step: with every group at its narrowest "
+            f"{bill.total(narrowest) / dense:.3f} is left",
+            f"raise prune.target, lower prune.round_to ({round_to}), or shorten prune.skip",
+        )
+    found = [_settled(bill, options, around, target) for around in (now, narrowest)]
+    return min(found, key=lambda widths: _damage(options, widths))
+
+
+# --- what a group may be
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Widths that a group may have, narrowest first, the present one last, and the damage of each."""
+
+    widths: tuple[int, ...]
+    damage: tuple[float, ...]
+
+
+def _options(groups: Groups, curve: Curve, now: int, round_to: int) -> _Options:
+    """Between the measured widths the damage is interpolated (monotone cubic, Fritsch and Carlson 1980)."""
+    import numpy as np
+    from scipy.interpolate import PchipInterpolator
+
+    group = groups.by_name[curve.group]
+    known = {now: 0.0, **dict(zip(curve.widths, curve.damage, strict=True))}
+    measured = sorted(known)
+    stride = step_of(group, round_to) * max(1, group.units // CHOICES // step_of(group, round_to))
+    allowed = [width for width in range(floor_of(group, round_to), now, stride) if width >= measured[0]]
+    widths = sorted({*allowed, *measured})
+    if len(measured) == 1:
+        return _Options((now,), (0.0,))
+    values = np.maximum.accumulate([known[width] for width in measured][::-1])[::-1]
+    found = PchipInterpolator(measured, values)(widths)
+    least = [LEAST_DAMAGE * (now - width) for width in widths]
+    return _Options(tuple(widths), tuple(float(max(value, low)) for value, low in zip(found, least, strict=True)))
+
+
+def _damage(options: Mapping[str, _Options], widths: Widths) -> float:
+    return sum(found.damage[found.widths.index(widths[name])] for name, found in options.items())
+
+
+# --- what it costs
+
+
+@dataclass(frozen=True)
+class _Bill:
+    """What each layer costs when nothing has left, and which groups its axes belong to."""
+
+    units: Widths
+    whole: tuple[float, ...]
+    terms: tuple[CostTerm, ...]
+    of_group: Mapping[str, tuple[int, ...]]
+
+    @staticmethod
+    def of(groups: Groups, kind: CostKind) -> _Bill:
+        terms = groups.terms
+        whole = tuple(float(term.macs if kind == "macs" else term.params) for term in terms)
+        owners = [{owner for axis in term.axes for owner, _ in axis.owners} for term in terms]
+        units = {group.name: group.units for group in groups.groups}
+        return _Bill(
+            units, whole, terms, {name: tuple(i for i, own in enumerate(owners) if name in own) for name in units}
+        )
+
+    def total(self, widths: Widths) -> float:
+        return self._sum(range(len(self.terms)), widths)
+
+    def changes(self, at: Widths, name: str, widths: Sequence[int]) -> list[float]:
+        """By how much the network with the widths `at` gets dearer when group `name` alone gets each of `widths`."""
+        begun = self._sum(self.of_group[name], at)
+        return [self._sum(self.of_group[name], {**at, name: width}) - begun for width in widths]
+
+    def _sum(self, numbers: Sequence[int], widths: Widths) -> float:
+        removed = {name: self.units[name] - width for name, width in widths.items()}
+        return sum(self.whole[number] * self.terms[number].fraction(removed) for number in numbers)
+
+
+# --- choosing
+
+
+def _settled(bill: _Bill, options: Mapping[str, _Options], around: Widths, target: float) -> Widths:
+    """Chosen with the costs as they are at `around`, then with those at the widths found, as long as that is better."""
+    best = _filled(bill, options, _chosen(bill, options, around, target), target)
+    for _ in range(ROUNDS - 1):
+        found = _filled(bill, options, _chosen(bill, options, best, target), target)
+        if _damage(options, found) >= _damage(options, best):
+            break
+        best = found
+    return best
+
+
+def _chosen(bill: _Bill, options: Mapping[str, _Options], around: Widths, target: float) -> Widths:
+    """Least damage with the cost taken as a sum; of the budgets for that sum the largest whose true cost meets the target.
+
+    Two groups that narrow one layer save less together than in sum.
+    """
+    changes = {name: bill.changes(around, name, found.widths) for name, found in options.items()}
+    table = _Knapsack.of(options, changes)
+    low, high = 0, BINS
+    while low < high:
+        middle = (low + high + 1) // 2
+        if bill.total({**around, **table.widths(options, middle)}) <= target:
+            low = middle
+        else:
+            high = middle - 1
+    return {**around, **table.widths(options, low)}
+
+
+def _filled(bill: _Bill, options: Mapping[str, _Options], widths: Widths, target: float) -> Widths:
+    """Groups get wider again where the target leaves room for it, the one first that loses least damage by it."""
+    widths = dict(widths)
+    while True:
+        room = target - bill.total(widths)
+        gains = []
+        for name, found in options.items():
+            place = found.widths.index(widths[name])
+            wider = found.widths[place + 1 :]
+            for at, change in enumerate(bill.changes(widths, name, wider), place + 1):
+                if change <= room:
+                    gains.append((found.damage[place] - found.damage[at], name, found.widths[at]))
+        if not gains:
+            return widths
+        _, name, width = max(gains)
+        widths[name] = width
+
+
+@dataclass(frozen=True)
+class _Knapsack:
+    """Per budget of 0 to BINS steps above the least cost, what each group takes when the damage is least."""
+
+    taken: npt.NDArray[np.int64]
+    """(groups, BINS + 1): the place among the group's options."""
+    steps: tuple[npt.NDArray[np.int64], ...]
+    """Per group the steps that each of its options costs above its cheapest."""
+
+    @staticmethod
+    def of(options: Mapping[str, _Options], changes: Mapping[str, Sequence[float]]) -> _Knapsack:
+        """By dynamic programming over the groups."""
+        import numpy as np
+
+        above = [np.array(found) - min(found) for found in changes.values()]
+        step = max(sum(float(found.max()) for found in above) / BINS, 1e-300)
+        steps = tuple(np.ceil(found / step - 1e-9).astype(np.int64) for found in above)
+        least = np.zeros(BINS + 1)
+        taken = []
+        for found, own in zip(options.values(), steps, strict=True):
+            tried = np.full((len(own), BINS + 1), np.inf)
+            for place, (cost, damage) in enumerate(zip(own, found.damage, strict=True)):
+                tried[place, cost:] = least[: BINS + 1 - cost] + damage
+            taken.append(tried.argmin(0))
+            least = tried.min(0)
+        return _Knapsack(np.array(taken).reshape(len(steps), BINS + 1), steps)
+
+    def widths(self, options: Mapping[str, _Options], budget: int) -> Widths:
+        found: Widths = {}
+        for number, (name, choice) in reversed(list(enumerate(options.items()))):
+            place = int(self.taken[number, budget])
+            found[name] = choice.widths[place]
+            budget -= int(self.steps[number][place])
+        return found

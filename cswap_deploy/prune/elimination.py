@@ -1,0 +1,89 @@
+"""In which order the units of a group leave when their consumers are re-fitted after each: greedy elimination with down-dates.
+
+A unit costs what the re-fitted consumers' outputs lose without it given what has left already: w' [H^-1]_jj^-1 w, with H the
+consumer's normal equations and w its weights of the unit (optimal brain surgeon, Hassibi and Stork 1992, in blocks). Two copies
+of a unit are seen for what they are: the first costs nothing, the second then all that both did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROUNDS = 96
+"""Down-dates per group, about: wider groups lose several units between two."""
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """`gram` (n, n): regularised normal equations of the columns that are alive, the bias last; `weight` (n, outputs);
+    `owned` (units, columns of a unit): where in them each candidate unit's columns are; `rows` the equations were summed over.
+    """
+
+    gram: Tensor
+    weight: Tensor
+    owned: Tensor
+    rows: float
+
+
+def leaving_costs(consumers: Sequence[Consumer]) -> tuple[list[int], list[float]]:
+    """(units, first to leave first; squared error per row that each adds). Units index `owned`; one of them is last to stay."""
+    import torch
+
+    states = [_State.of(consumer) for consumer in consumers]
+    units = len(consumers[0].owned)
+    alive = torch.ones(units, dtype=torch.bool)
+    order: list[int] = []
+    costs: list[float] = []
+    while len(order) < units:
+        left = alive.nonzero()[:, 0]
+        cost = torch.stack([state.costs(left) for state in states]).sum(0).cpu()
+        lot = max(1, min(len(left), units // ROUNDS))
+        chosen = cost.argsort(stable=True)[:lot]
+        for state in states if lot < len(left) else ():
+            state.drop(left[chosen])
+        alive[left[chosen]] = False
+        order += left[chosen].tolist()
+        costs += cost[chosen].tolist()
+    return order, costs
+
+
+@dataclass
+class _State:
+    """The inverse of what is left, and the weights that are best for it; rows and columns of what has left are stale."""
+
+    inverse: Tensor
+    weight: Tensor
+    owned: Tensor
+    rows: float
+
+    @staticmethod
+    def of(consumer: Consumer) -> _State:
+        import torch
+
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(consumer.gram))
+        return _State(inverse, consumer.weight.double().clone(), consumer.owned, consumer.rows)
+
+    def costs(self, units: Tensor) -> Tensor:
+        """(len(units),)"""
+        import torch
+
+        index = self.owned[units]
+        blocks = self.inverse[index[:, :, None], index[:, None, :]]
+        own = self.weight[index]
+        found: Tensor = (own * torch.linalg.solve(blocks, own)).sum((1, 2)) / self.rows
+        return found
+
+    def drop(self, units: Tensor) -> None:
+        import torch
+
+        gone = self.owned[units].flatten()
+        towards = torch.linalg.solve(self.inverse[gone][:, gone], torch.cat([self.inverse[gone], self.weight[gone]], 1))
+        size = len(self.inverse)
+        sides = self.inverse[:, gone]
+        self.weight -= sides @ towards[:, size:]
+        self.inverse -= sides @ towards[:, :size]

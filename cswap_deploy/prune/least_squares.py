@@ -1,0 +1,98 @@
+"""Ridge regression of a layer onto wanted outputs: normal equations summed in one pass, solved in float64.
+
+W = argmin |U W - Y|^2 + ridge |W - W_start|^2 with U the layer's receptive fields and a column of ones for the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RIDGE = 1e-4
+"""Ridge relative to each input's own power; it pulls towards the weights that the layer had."""
+SCARCE = 8
+"""With fewer rows than this per unknown the ridge is stronger in proportion."""
+
+
+@dataclass
+class NormalEquations:
+    """`gram` = U'U (columns + 1, columns + 1) and `cross` = U'Y (columns + 1, outputs); the last column of U is ones.
+
+    float32 products of a block, float64 sums of blocks.
+    """
+
+    gram: Tensor
+    cross: Tensor
+
+    @staticmethod
+    def empty(columns: int, outputs: int, device: str) -> NormalEquations:
+        import torch
+
+        gram = torch.zeros(columns + 1, columns + 1, dtype=torch.float64, device=device)
+        return NormalEquations(gram, torch.zeros(columns + 1, outputs, dtype=torch.float64, device=device))
+
+    def add(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Blocks of (images, columns, positions) fields and (images, outputs, positions) targets."""
+        for fields, targets in blocks:
+            flat = fields.movedim(1, 0).flatten(1)
+            sums = flat.sum(1).double()
+            self.gram[:-1, :-1] += (flat @ flat.T).double()
+            self.gram[:-1, -1] += sums
+            self.gram[-1, :-1] += sums
+            self.gram[-1, -1] += flat.shape[1]
+            self.add_cross(fields, targets)
+
+    def add_cross(self, fields: Tensor, targets: Tensor) -> None:
+        flat, wanted = fields.movedim(1, 0).flatten(1), targets.movedim(1, 0).flatten(1)
+        self.cross[:-1] += (flat @ wanted.T).double()
+        self.cross[-1] += wanted.sum(1).double()
+
+    @property
+    def rows(self) -> float:
+        return float(self.gram[-1, -1])
+
+    def ridge(self) -> Tensor:
+        """(columns + 1,) what is added to the diagonal."""
+        power = self.gram.diagonal()
+        live = power[power > 0]
+        scarcity = max(1.0, SCARCE * (len(self.gram) - 1) / max(1.0, self.rows))
+        return RIDGE * scarcity * (power + 1e-3 * (live.mean() if len(live) else 1.0))
+
+    def solve(self, columns: Sequence[int], start: Tensor) -> Tensor:
+        """Weights (columns + 1, outputs) that use these columns and the bias alone; `start` (columns + 1, outputs)."""
+        return self.nested(columns, start).leading(len(columns))
+
+    def nested(self, columns: Sequence[int], start: Tensor) -> Nested:
+        """One factorisation for all leading parts of `columns`: the solutions without the last ones come almost free."""
+        import torch
+
+        index = torch.tensor([len(self.gram) - 1, *columns], device=self.gram.device)
+        ridge = self.ridge()[index]
+        factor = torch.linalg.cholesky(self.gram[index][:, index] + torch.diag(ridge))
+        right = self.cross[index] + ridge[:, None] * start.double()[index]
+        half = torch.linalg.solve_triangular(factor, right, upper=False)
+        return Nested(index, factor, half, len(self.gram))
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Cholesky factor L of the regularised normal equations in the order of `index`, and L^-1 of their right-hand side."""
+
+    index: Tensor
+    factor: Tensor
+    half: Tensor
+    size: int
+
+    def leading(self, count: int) -> Tensor:
+        """Weights (columns + 1, outputs) in float32 that use the bias and the first `count` columns; the others are 0."""
+        import torch
+
+        count += 1
+        found = torch.linalg.solve_triangular(self.factor[:count, :count].T, self.half[:count], upper=True)
+        weights = torch.zeros(self.size, self.half.shape[1], dtype=torch.float32, device=self.half.device)
+        weights[self.index[:count]] = found.float()
+        return weights

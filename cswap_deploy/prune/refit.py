@@ -1,0 +1,250 @@
+"""Least squares: every layer behind the first cut is re-fitted in execution order, on the already compensated prefix.
+
+W = argmin |U W - Y|^2 + ridge |W - W_dense|^2 over the inputs that are left: U what the layer reads in the compensated
+network; Y what it gives in the dense one, plus what the shortcut that it is added to has lost by then. Where a ReLU alone reads
+the result, a value below zero is as good as any other (nonlinear reconstruction, Zhang et al. 2015, arXiv 1505.06798): Y is
+moved there to what the fit gives, and the fit repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy import progress
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.cut import add_bias
+from cswap_deploy.prune.least_squares import NormalEquations
+from cswap_deploy.prune.observe import Outlet, Place, observe, outlet
+from cswap_deploy.prune.replay import CACHE_BYTES, Walk, finished_before, in_order
+from cswap_deploy.prune.rows import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WANTED_BYTES = 1 << 30
+"""Memory for what the dense network gives; beyond it that is computed for each fit."""
+FEWEST_IMAGES = 64
+"""Fitted on at least, however large the network's activations are."""
+
+Systems = dict[str, "System"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that can be fitted: as a linear system, and where its output goes."""
+
+    rows: Rows
+    outlet: Outlet
+
+
+@dataclass
+class Structure:
+    """What holds for the layers of a network whatever leaves: found at the first fit, used by the later ones."""
+
+    sites: dict[str, Site | None] = field(default_factory=dict)
+    reads: dict[str, set[str] | None] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    """Convolutions and linear layers in the order in which a forward calls them."""
+    images: int = 0
+    """Fitted on: as many as the memory for replayed outputs holds."""
+    wanted: dict[str, list[Tensor]] = field(default_factory=dict)
+    """What the dense network gives, per layer and batch, at the positions that are drawn."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for parts in self.wanted.values() for part in parts)
+
+
+@dataclass(frozen=True)
+class System:
+    """One layer's normal equations in the compensated network, and the weights that the ridge pulls towards."""
+
+    equations: NormalEquations
+    start: Tensor
+    """(columns + 1, outputs), the bias last."""
+    gone: frozenset[int]
+    """Input channels that nothing may read."""
+    kernel: int
+    """Columns per input channel."""
+    norm: str
+    """The BatchNorm that takes up the bias; "" where the layer itself has to."""
+    mean: Tensor | None
+    """The running mean that this BatchNorm has in the dense network."""
+
+    def write(self, module: nn.Module, name: str, weights: Tensor) -> None:
+        """`weights` (columns + 1, outputs), the bias last, into layer `name`; the BatchNorm behind it takes up the bias."""
+        layer: Any = module.get_submodule(name)
+        layer.weight.copy_(weights[:-1].T.reshape(layer.weight.shape))
+        if self.mean is None:
+            add_bias(module, name).copy_(weights[-1])
+        else:
+            norm: Any = module.get_submodule(self.norm)
+            norm.running_mean.copy_(self.mean - weights[-1])
+
+    def columns(self, channels: Collection[int]) -> list[int]:
+        return [channel * self.kernel + k for channel in channels for k in range(self.kernel)]
+
+    @property
+    def channels(self) -> list[int]:
+        """Input channels that are left."""
+        return [c for c in range((len(self.start) - 1) // self.kernel) if c not in self.gone]
+
+
+def refit(
+    dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], batches: Batches, structure: Structure
+) -> Systems:
+    """Fit the layers of `module`, a masked copy of `dense`, in place; give the systems of the layers in `gone`.
+
+    `gone`: per consumer of a group the input channels that have left, perhaps none. Layers before the first cut stay as they are.
+    """
+    examine(dense, structure, batches, gone)
+    batches = batches.first(structure.images)
+    there, here = Walk(dense, batches, structure.reads), Walk(module, batches, structure.reads)
+    systems: Systems = {}
+    changed = False
+    for number, name in enumerate(structure.order, 1):
+        lost = gone.get(name)
+        if lost is None and not changed:
+            continue
+        changed = changed or bool(lost)
+        site = structure.sites[name]
+        if site is None:
+            continue
+        wanted = _wanted(site, name, there, structure)
+        system, blocks = _gather(site, dense, name, wanted, here, frozenset(lost or ()))
+        if lost is not None:
+            systems[name] = system
+        if changed:
+            system.write(module, name, _solution(system, site, blocks))
+        progress.advance("layers fitted", number, len(structure.order))
+    return systems
+
+
+# --- structure
+
+
+def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers: Collection[str]) -> None:
+    """Once per network: its layers in order and as linear systems, and how many images fit into the memory for replayed outputs."""
+    import torch
+    from torch import nn
+
+    if structure.order:
+        return
+    image, pair = next(iter(batches.first(1)))[0], next(iter(batches.first(2)))[0]
+    names = [name for name, layer in dense.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    largest = 1
+    with torch.no_grad():
+        structure.order = tuple(in_order(dense, names, image))
+        walk = Walk(dense, batches.first(1), structure.reads)
+        for name in structure.order:
+            read = walk.read_from(name, image) or ()
+            with finished_before(dense, [name], walk.once, read) as done:
+                place = observe(dense, name, pair, as_far_as_sum=False)
+            largest = max(largest, sum(value.nbytes for key, value in done.items() if key in read) // len(pair))
+            site = _site(dense, name, place, pair, walk.once, len(batches))
+            structure.sites[name] = site
+            if site is None and name in consumers:
+                progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
+    structure.images = min(len(batches), max(FEWEST_IMAGES, CACHE_BYTES // largest))
+    if structure.images < len(batches):
+        progress.note(
+            f"layers are fitted on {structure.images} of {len(batches)} images: the activations fill the memory"
+        )
+
+
+def _site(dense: nn.Module, name: str, place: Place, images: Tensor, once: Collection[str], count: int) -> Site | None:
+    """None for a layer that is called again or whose parameters are another's too: what fits one use would spoil the other."""
+    layer = dense.get_submodule(name)
+    own = [id(parameter) for parameter in layer.parameters(recurse=False)]
+    others = (other for other in dense.modules() if other is not layer)
+    if name not in once or any(
+        id(parameter) in own for other in others for parameter in other.parameters(recurse=False)
+    ):
+        return None
+    rows = Rows.of(layer, place.inputs, place.output, count)
+    if rows is None:
+        return None
+    way = outlet(dense, name, images)
+    return Site(rows, way if way.norm in once else replace(way, norm=""))
+
+
+# --- one layer
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some output positions: (images, columns, positions) fields, (images, outputs, positions) targets and rectifier offsets.
+
+    A rectifier passes on what lies above minus the offset, or below it for channels whose scale is negative.
+    """
+
+    fields: Tensor
+    targets: Tensor
+    offsets: Tensor
+
+
+def _wanted(site: Site, name: str, there: Walk, structure: Structure) -> list[Tensor]:
+    """Per batch (images, outputs, positions): what the sum, or where there is none the output, was in the dense network.
+
+    In terms of the layer's output, at the positions that are drawn of each batch. Kept from fit to fit while memory allows.
+    """
+    if name in structure.wanted:
+        return structure.wanted[name]
+    rows, way = site.rows, site.outlet
+    places = there.visit(name, as_far_as_sum=way.summed)
+    found = [rows.pick(place.output + way.beside(place), seed).contiguous() for seed, place in enumerate(places)]
+    if sum(part.nbytes for part in found) + structure.bytes <= WANTED_BYTES:
+        structure.wanted[name] = found
+    return found
+
+
+def _gather(
+    site: Site, dense: nn.Module, name: str, wanted: Sequence[Tensor], here: Walk, gone: frozenset[int]
+) -> tuple[System, list[Block]]:
+    """The layer's system; the blocks that it was summed over where a rectifier follows, for which they are needed again."""
+    import torch
+
+    rows, way = site.rows, site.outlet
+    old: Any = rows.layer
+    equations = NormalEquations.empty(rows.columns, rows.outputs, str(old.weight.device))
+    kept: list[Block] = []
+    for seed, found in enumerate(here.visit(name, as_far_as_sum=way.summed)):
+        beside = rows.pick(way.beside(found), seed)
+        offsets = beside + way.constant(found.output)[:, None]
+        start, positions = 0, found.output.numel() // rows.outputs // len(found.output)
+        for fields, targets in rows.fields(found.inputs, wanted[seed] - beside, positions, seed):
+            equations.add([(fields, targets)])
+            if way.rectified:
+                kept.append(Block(fields, targets, offsets[start : start + len(fields)]))
+            start += len(fields)
+    bias = old.bias if old.bias is not None else old.weight.new_zeros(rows.outputs)
+    start_weights = torch.cat([old.weight.flatten(1), bias[:, None]], 1).T
+    norm = way.norm if old.bias is None else ""
+    mean: Any = dense.get_submodule(norm).running_mean if norm else None
+    return System(equations, start_weights, gone, rows.columns // old.weight.shape[1], norm, mean), kept
+
+
+def _solution(system: System, site: Site, blocks: Sequence[Block]) -> Tensor:
+    """(columns + 1, outputs)"""
+    columns = system.columns(system.channels)
+    weights = system.equations.solve(columns, system.start)
+    if blocks:
+        cross = _rectified_cross(weights, site.outlet.sign(weights.shape[1]), blocks)
+        weights = NormalEquations(system.equations.gram, cross).solve(columns, system.start)
+    return weights
+
+
+def _rectified_cross(weights: Tensor, sign: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """U'Y with Y moved, wherever the rectifier gives 0, to the nearest value to the fit for which it does so."""
+    import torch
+
+    found = NormalEquations.empty(len(weights) - 1, weights.shape[1], str(weights.device))
+    direction = sign.to(weights.device)[:, None]
+    for block in blocks:
+        fit = weights[:-1].T @ block.fields + weights[-1][:, None]
+        passed = (direction * (block.targets + block.offsets) > 0) | (direction == 0)
+        closed = torch.where(direction * (fit + block.offsets) > 0, -block.offsets, fit)
+        found.add_cross(block.fields, torch.where(passed, block.targets, closed))
+    return found.cross

@@ -1,0 +1,94 @@
+"""What of a layer's input channel the other channels cannot explain: all that leaves with a unit when its consumer is re-fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.artifacts import Slice
+from cswap_deploy.prune.ablation import channel_axis
+from cswap_deploy.prune.cut import positions
+from cswap_deploy.prune.least_squares import RIDGE, SCARCE, NormalEquations
+from cswap_deploy.prune.rows import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLUMNS = 1200
+"""Widest receptive field that is explained value by value; beyond it channel by channel, positions pooled."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """r = matrix @ u + offset for the receptive field u: block j holds what is left of unit j's values given all others.
+
+    With P the inverse of the ridge-regularised Gram matrix of the receptive fields (a ones column among them), the rows of
+    unit j are P_jj^-1 P_j: (the block inverse formula): re-fitting the consumer without the unit changes its output by
+    -W_j r_j. `kernel`: values of a receptive field per channel; 1 also stands for channel-wise.
+    """
+
+    layer: Any
+    matrix: Tensor
+    offset: Tensor
+    kernel: int
+
+    @staticmethod
+    def fit(rows: Rows, member: Slice, units: int, calls: Iterable[tuple[Tensor, Tensor]]) -> Residual:
+        """From (inputs, output) of the layer of `rows` on the fit images, batch by batch."""
+        layer: Any = rows.layer
+        kernel = rows.columns // layer.weight.shape[1]
+        if rows.columns > COLUMNS:
+            kernel, gram = 1, _channel_gram(layer, (inputs for inputs, _ in calls))
+        else:
+            system = NormalEquations.empty(rows.columns, rows.outputs, str(layer.weight.device))
+            for seed, (inputs, output) in enumerate(calls):
+                system.add(rows.draw(inputs, output, seed))
+            gram = system.gram
+        weight = layer.weight.detach().movedim(1, 0).flatten(1)
+        live = weight.any(1).repeat_interleave(kernel)
+        matrix = _unexplained(gram, live, member, units, kernel).to(weight.dtype)
+        return Residual(layer, matrix[:, :-1].contiguous(), matrix[:, -1].contiguous(), kernel)
+
+    def of(self, inputs: Tensor) -> Tensor:
+        """Like `inputs`; kernel-wise (rows, columns, positions)."""
+        import torch.nn.functional as F
+
+        layer = self.layer
+        if self.kernel > 1:
+            fields = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            return self.matrix @ fields + self.offset[:, None]
+        axis = channel_axis(layer)
+        return (inputs.movedim(axis, -1) @ self.matrix.T + self.offset).movedim(-1, axis)
+
+
+def _channel_gram(layer: Any, inputs: Iterable[Tensor]) -> Tensor:
+    """Gram matrix of the channels with a ones column, over all images and positions."""
+    import torch
+
+    channels = layer.weight.shape[1]
+    gram = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=layer.weight.device)
+    for values in inputs:
+        flat = values.movedim(channel_axis(layer), -1).flatten(0, -2).double()
+        flat = torch.cat([flat, flat.new_ones(len(flat), 1)], 1)
+        gram += flat.T @ flat
+    return gram
+
+
+def _unexplained(gram: Tensor, live: Tensor, member: Slice, units: int, kernel: int) -> Tensor:
+    """(columns, columns + 1): zeros for columns that nothing reads, which explain nothing either; they have left already."""
+    import torch
+
+    index = torch.cat([live, live.new_ones(1)]).nonzero()[:, 0]
+    own = gram[index][:, index]
+    scarcity = max(1.0, SCARCE * (len(gram) - 1) / float(gram[-1, -1]))
+    own += torch.diag(RIDGE * scarcity * (own.diagonal() + 1e-3 * own.diagonal().mean()))
+    precision = torch.zeros_like(gram)
+    precision[index[:, None], index] = torch.cholesky_inverse(torch.linalg.cholesky(own))
+    found = torch.zeros_like(gram[:-1])
+    for unit in range(units):
+        columns = [c * kernel + k for c in positions(member, [unit]) for k in range(kernel)]
+        alive = [c for c in columns if bool(live[c])]
+        if alive:
+            found[alive] = torch.linalg.solve(precision[alive][:, alive], precision[alive])
+    return found

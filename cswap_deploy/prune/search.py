@@ -1,0 +1,236 @@
+"""The progressive search: step by step units leave where that costs least, and the layers behind absorb what they can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy import progress
+from cswap_deploy.artifacts import Axis, CostTerm, Curve, Groups, GroupScores, PruningStep
+from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.allocate import choose_widths
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.compensate import with_systems
+from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
+from cswap_deploy.prune.curves import leaving_order, measure
+from cswap_deploy.prune.damage import Damage
+from cswap_deploy.prune.refit import Structure, Systems, examine
+from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest, ranking
+from cswap_deploy.recipe import (
+    AllocationSettings,
+    CausalCriterion,
+    CompensationSettings,
+    CriterionSettings,
+    CurvesAllocation,
+    LeastSquaresCompensation,
+    MeanCompensation,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CURVE_MACS = 5e10
+"""Multiply-accumulates of one pass over the images of the curves: 256 images of up to 200 million each."""
+FEWEST_IMAGES = 64
+"""But never fewer images."""
+DROP_STEP = 0.05
+"""Fraction of the MACs that leaves in one step while `max_drop` looks for its limit; halved `DROP_HALVINGS` times at the end."""
+DROP_HALVINGS = 3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The dense network with all that its compensated versions are made and judged with."""
+
+    dense: nn.Module
+    groups: Groups
+    fit: Batches
+    criterion: CriterionSettings
+    compensate: CompensationSettings
+    allocation: AllocationSettings
+    round_to: int
+    structure: Structure = field(default_factory=Structure)
+
+    @property
+    def everything(self) -> Kept:
+        return {group.name: tuple(range(group.units)) for group in self.groups.groups}
+
+    def damage(self, allocation: CurvesAllocation) -> Damage:
+        """On as many images as the recipe says; on fewer where one forward of the network costs more than a stated work."""
+        affordable = max(FEWEST_IMAGES, int(CURVE_MACS / self.groups.cost({})[1]))
+        return Damage.to(self.dense, self.fit.first(min(allocation.images, affordable)), allocation.temperature)
+
+    def compensated(self, keep: Kept) -> tuple[nn.Module, Systems]:
+        """The masked network that keeps these units, and its consumers' systems where they are re-fitted."""
+        return with_systems(self.dense, self.groups.groups, keep, self.fit, self.compensate, self.structure)
+
+    def curves(
+        self, module: nn.Module, systems: Systems, keep: Kept, scores: Sequence[GroupScores], damage: Damage
+    ) -> tuple[Curve, ...]:
+        """Units leave in the order of elimination for the causal effect of the surgery, else the lowest scores first."""
+        surgery = isinstance(self.criterion, CausalCriterion) and self.criterion.intervention == "surgery"
+        orders = {}
+        for item in scores:
+            group, kept = self.groups.by_name[item.group], keep[item.group]
+            found = leaving_order(module, group, kept, systems) if surgery else None
+            orders[item.group] = found or tuple(unit for unit, _ in reversed(ranking(item, kept)))
+        examine(self.dense, self.structure, self.fit, ())
+        return measure(module, self.groups.groups, keep, orders, systems, damage, self.structure, self.round_to)
+
+    @cached_property
+    def priced(self) -> Groups:
+        """The groups, with what compensation may add among the costs: a bias where neither the layer nor a BatchNorm has one."""
+        match self.compensate:
+            case MeanCompensation():
+                names = {member.module for group in self.groups.groups for member in group.consumers}
+            case LeastSquaresCompensation():
+                examine(self.dense, self.structure, self.fit, ())
+                names = {name for name, site in self.structure.sites.items() if site and not site.outlet.norm}
+            case _:
+                names = set()
+        layers: list[tuple[str, Any]] = [(name, self.dense.get_submodule(name)) for name in sorted(names)]
+        biases = tuple(self._bias(name, len(layer.weight)) for name, layer in layers if layer.bias is None)
+        return replace(self.groups, terms=(*self.groups.terms, *biases))
+
+    def _bias(self, layer: str, outputs: int) -> CostTerm:
+        members = [(group.name, member) for group in self.groups.groups for member in group.members]
+        owners = tuple(
+            (name, member.repeat)
+            for name, member in members
+            if (member.module, member.parameter, member.axis) == (layer, "weight", 0)
+        )
+        return CostTerm(f"{layer}.bias", outputs, 0, (Axis(outputs, owners),))
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the search stands: what is kept, the compensated network that keeps it, and how it came there."""
+
+    keep: Kept
+    module: nn.Module
+    systems: Systems
+    scores: tuple[GroupScores, ...]
+    steps: tuple[PruningStep, ...]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A step makes a new state and leaves the old one usable. `scores` and `curves` are those of the dense network."""
+
+    bench: Bench
+    selection: Batches
+    scores: tuple[GroupScores, ...]
+    curves: tuple[Curve, ...]
+    seed: int
+
+    @property
+    def criterion(self) -> Scorer:
+        """Of the compensated network between steps."""
+        return scorer(between_steps(self.bench.criterion), self.seed)
+
+    def start(self) -> State:
+        return State(self.bench.everything, self.bench.dense, {}, self.scores, ())
+
+    def towards(self, kind: CostKind, fraction: float, steps: int) -> State:
+        """`steps` equal cuts of the cost, down to `fraction` with what compensation adds. Errors: PruningError."""
+        axis = int(kind == "macs")
+        share = self.bench.groups.cost({})[axis] / self.bench.priced.cost({})[axis]
+        self._require_reachable(kind, fraction, share)
+        fraction *= share
+        state, judge = self.start(), self._judge()
+        for number in range(1, steps + 1):
+            state = self._step(state, kind, 1 - (1 - fraction) * number / steps, judge)
+            progress.advance("steps", number, steps)
+        return state
+
+    def within(self, points: float) -> State:
+        """Cut until the next step's drop exceeds `points`, then approach the limit by halving the step."""
+        groups, round_to = self.bench.groups, self.bench.round_to
+        floor = narrowest(groups, "macs", round_to) if groups.groups else 1.0
+        state, level, judge = self.start(), 1.0, self._judge()
+        for stride in (DROP_STEP / 2**halving for halving in range(DROP_HALVINGS + 1)):
+            while level - stride >= floor:
+                attempt = self._step(state, "macs", level - stride, judge)
+                if attempt.steps[-1].drop_pp > points:
+                    break
+                state, level = attempt, level - stride
+        return state
+
+    def _judge(self) -> _Judge:
+        allocation = self.bench.allocation
+        damage = self.bench.damage(allocation) if isinstance(allocation, CurvesAllocation) else None
+        return _Judge(self.selection, correct(self.bench.dense, self.selection), damage)
+
+    def _step(self, state: State, kind: CostKind, fraction: float, judge: _Judge) -> State:
+        """Score what is there (the first time the stored scores), remove down to `fraction`, compensate, judge."""
+        bench, scores = self.bench, state.scores
+        if state.steps:
+            found = self.criterion.score(state.module, bench.groups.groups, bench.fit)
+            scores = tuple(item.of(state.keep[item.group]) for item in found)
+        if judge.damage is None:
+            keep = choose_units(bench.priced, scores, state.keep, kind, fraction, bench.round_to)
+        else:
+            keep = self._by_curves(state, scores, kind, fraction, judge.damage)
+        module, systems = bench.compensated(keep)
+        step = self._describe(state.keep, keep, scores, judge.drop(module))
+        progress.note(
+            f"{step.macs:.1%} of the MACs, {step.params:.1%} of the parameters kept, "
+            f"drop on selection {step.drop_pp:+.1f} points"
+        )
+        return State(keep, module, systems, scores, (*state.steps, step))
+
+    def _by_curves(
+        self, state: State, scores: tuple[GroupScores, ...], kind: CostKind, fraction: float, damage: Damage
+    ) -> Kept:
+        bench, curves = self.bench, self.curves
+        if state.steps:
+            curves = bench.curves(state.module, state.systems, state.keep, scores, damage)
+        now = {name: len(units) for name, units in state.keep.items()}
+        widths = choose_widths(bench.priced, curves, now, kind, fraction, bench.round_to)
+        return {curve.group: tuple(sorted(curve.order[len(curve.order) - widths[curve.group] :])) for curve in curves}
+
+    def _describe(self, before: Kept, keep: Kept, scores: Sequence[GroupScores], drop: float) -> PruningStep:
+        groups = self.bench.groups
+        params, macs = groups.cost(keep)
+        dense_params, dense_macs = groups.cost({})
+        removed = {name: tuple(sorted(set(before[name]) - set(units))) for name, units in keep.items()}
+        removed = {name: units for name, units in removed.items() if units}
+        left = tuple(item.of(removed[item.group]) for item in scores if item.group in removed)
+        return PruningStep(params / dense_params, macs / dense_macs, removed, drop, left)
+
+    def _require_reachable(self, kind: CostKind, fraction: float, share: float) -> None:
+        """`share`: the dense network's part of its cost with all biases that compensation may add."""
+        groups, round_to = self.bench.priced, self.bench.round_to
+        if not groups.groups and fraction < 1:
+            reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
+            raise PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")
+        reachable = narrowest(groups, kind, round_to) / share if groups.groups else 1.0
+        if fraction < reachable - 1e-9:
+            raise PruningError(
+                f"prune.target asks to keep {fraction:.3f} of the {kind}; with every group at its narrowest "
+                f"(round_to {round_to}) {reachable:.3f} is left",
+                f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
+            )
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What a step is judged with: `reference` of the selection images are right in the dense network."""
+
+    selection: Batches
+    reference: int
+    damage: Damage | None
+
+    def drop(self, module: nn.Module) -> float:
+        """Percentage points of top-1 on the selection images."""
+        return 100 * (self.reference - correct(module, self.selection)) / len(self.selection)
+
+
+def correct(module: nn.Module, batches: Batches) -> int:
+    """Images whose most likely class is the true one."""
+    import torch
+
+    with torch.no_grad():
+        return sum(int((module(images).argmax(1) == labels).sum()) for images, labels in batches)

@@ -1,0 +1,107 @@
+"""Ridge regression from summed normal equations: against numpy's least squares on the rows themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cswap_deploy.prune.least_squares import RIDGE, SCARCE, NormalEquations
+
+COLUMNS, OUTPUTS = 6, 3
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def system(images: int = 40, positions: int = 4) -> tuple[NormalEquations, Tensor, Tensor]:
+    """Equations of two unequal blocks, and their rows (rows, columns + 1) with ones and targets (rows, outputs) in float64."""
+    scale = torch.tensor([1.0, 0.1, 3.0, 1.0, 0.5, 2.0])[:, None]
+    fields = random(images, COLUMNS, positions) * scale + 0.3
+    targets = random(images, OUTPUTS, positions, seed=1) + fields[:, :OUTPUTS] * 2
+    equations = NormalEquations.empty(COLUMNS, OUTPUTS, "cpu")
+    third = images // 3
+    equations.add([(fields[:third], targets[:third]), (fields[third:], targets[third:])])
+    rows, wanted = (values.movedim(1, -1).flatten(0, 1).double() for values in (fields, targets))
+    return equations, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), wanted
+
+
+def by_numpy(rows: Tensor, wanted: Tensor, ridge: Tensor, start: Tensor, columns: list[int]) -> Tensor:
+    """Least squares on the rows with those of the ridge below them; the last column is the bias."""
+    left = [*columns, COLUMNS]
+    root = ridge.sqrt()[left]
+    stacked = np.concatenate([rows[:, left].numpy(), np.diag(root.numpy())])
+    below = (root[:, None] * start[left]).numpy()
+    found = np.linalg.lstsq(stacked, np.concatenate([wanted.numpy(), below]), rcond=None)[0]
+    whole = torch.zeros_like(start)
+    whole[left] = torch.from_numpy(found)
+    return whole
+
+
+@pytest.mark.parametrize("columns", [list(range(COLUMNS)), [4, 0, 3], [2], []], ids=str)
+def test_the_solution_is_that_of_numpy_on_the_rows(columns: list[int]) -> None:
+    equations, rows, wanted = system()
+    start = random(COLUMNS + 1, OUTPUTS, seed=2).double()
+    found = equations.solve(columns, start)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), by_numpy(rows, wanted, equations.ridge(), start, columns), atol=1e-5)
+    gone = [column for column in range(COLUMNS) if column not in columns]
+    assert not found[gone].any()
+
+
+def test_sums_count_every_row_once() -> None:
+    equations, rows, wanted = system(images=7, positions=3)
+    assert equations.rows == 21
+    assert torch.allclose(equations.gram, rows.T @ rows, atol=1e-4)
+    assert torch.allclose(equations.cross, rows.T @ wanted, atol=1e-4)
+
+
+def test_the_ridge_costs_almost_nothing_where_rows_are_many() -> None:
+    equations, rows, wanted = system(images=200)
+    found = equations.solve(range(COLUMNS), torch.zeros(COLUMNS + 1, OUTPUTS)).double()
+    best = torch.linalg.lstsq(rows, wanted).solution
+    assert (rows @ found - wanted).norm() <= 1.0001 * (rows @ best - wanted).norm()
+
+
+@pytest.mark.parametrize("count", range(COLUMNS + 1))
+def test_leading_columns_are_the_solution_on_them_alone(count: int) -> None:
+    equations, rows, wanted = system()
+    start = random(COLUMNS + 1, OUTPUTS, seed=2).double()
+    order = [3, 0, 5, 1, 4, 2]
+    nested = equations.nested(order, start)
+    expected = by_numpy(rows, wanted, equations.ridge(), start, order[:count])
+    assert torch.allclose(nested.leading(count).double(), expected, atol=1e-5)
+
+
+def test_without_rows_the_weights_stay_what_they_were() -> None:
+    start = random(COLUMNS + 1, OUTPUTS).double()
+    found = NormalEquations.empty(COLUMNS, OUTPUTS, "cpu").solve([1, 2, 5], start)
+    assert torch.allclose(found[[1, 2, 5, 6]], start[[1, 2, 5, 6]].float())
+    assert not found[[0, 3, 4]].any()
+
+
+def test_an_input_that_is_never_there_keeps_its_weight() -> None:
+    equations = NormalEquations.empty(2, 1, "cpu")
+    fields = torch.stack([random(50), torch.zeros(50)], 1)[:, :, None]
+    equations.add([(fields, 2 * fields[:, :1])])
+    found = equations.solve([0, 1], torch.tensor([[0.0], [7.0], [0.0]]))
+    assert found[:, 0].tolist() == pytest.approx([2, 7, 0], abs=1e-3)
+
+
+def test_scarce_rows_are_pulled_harder_in_proportion() -> None:
+    few, plenty = system(images=5, positions=2)[0], system(images=200)[0]
+    power = few.gram.diagonal()
+    expected = RIDGE * SCARCE * (COLUMNS / 10) * (power + 1e-3 * power.mean())
+    assert torch.allclose(few.ridge(), expected)
+    assert torch.allclose(plenty.ridge(), RIDGE * (plenty.gram.diagonal() + 1e-3 * plenty.gram.diagonal().mean()))
+
+
+def test_another_target_reuses_the_gram_matrix() -> None:
+    equations, rows, wanted = system()
+    again = NormalEquations.empty(COLUMNS, OUTPUTS, "cpu")
+    fields = rows[:, :-1].float().T[None]
+    again.add_cross(fields, wanted.float().T[None])
+    assert torch.allclose(again.cross, equations.cross, atol=1e-3)
+    assert not again.gram.any()
