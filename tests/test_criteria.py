@@ -29,15 +29,15 @@ from cswap_deploy.recipe import (
     VarianceCriterion,
 )
 
-ATTRIBUTION = CausalCriterion(estimator="attribution")
-EXACT = CausalCriterion(estimator="exact")
+ATTRIBUTION = CausalCriterion(estimator="attribution", intervention="zero")
+EXACT = CausalCriterion(estimator="exact", intervention="zero")
 CRITERIA: dict[str, CriterionSettings] = {
     "attribution": ATTRIBUTION,
     "attribution, mean": CausalCriterion(estimator="attribution", intervention="mean"),
     "exact": EXACT,
     "exact, mean": CausalCriterion(estimator="exact", intervention="mean"),
     "exact, surgery": CausalCriterion(estimator="exact", intervention="surgery"),
-    "screened": CausalCriterion(estimator="screened"),
+    "screened": CausalCriterion(estimator="screened", intervention="zero"),
     "screened, surgery": CausalCriterion(estimator="screened", intervention="surgery"),
     "taylor": TaylorCriterion(),
     "magnitude": MagnitudeCriterion(),
@@ -308,7 +308,7 @@ def test_the_false_discovery_rate_is_held_over_the_units_of_all_groups() -> None
     ranked = np.sort(p)
     below = [k for k in range(1, len(p) + 1) if ranked[k - 1] <= alpha * k / len(p)]
     threshold = ranked[max(below) - 1] if below else -1.0
-    found = score(CausalCriterion(estimator="exact", alpha=alpha), module, groups, batches)
+    found = score(CausalCriterion(estimator="exact", intervention="zero", alpha=alpha), module, groups, batches)
     verdicts = [verdict for scores in found for verdict in scores.verdict]
     decided = [verdict in ("critical", "detrimental") for verdict in verdicts]
     intervals = [stats.ttest_1samp(values, 0).confidence_interval(1 - alpha) for values in effects]

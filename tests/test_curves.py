@@ -167,22 +167,31 @@ def test_the_order_of_elimination_names_the_kept_units() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "units", "now", "round_to", "widths"),
+    ("kind", "units", "now", "round_to", "multiple", "least"),
     [
-        ("channels", 64, 64, 1, (61, 58, 51, 43, 32, 16, 1)),
-        ("channels", 64, 64, 16, (48, 32, 16)),
-        ("channels", 64, 40, 8, (32, 24, 16, 8)),
-        ("channels", 20, 20, 8, (16, 8)),
-        ("channels", 5, 5, 8, ()),
-        ("channels", 8, 8, 8, ()),
-        ("channels", 3, 3, 1, (2, 1)),
-        ("channels", 1, 1, 1, ()),
-        ("heads", 12, 12, 8, (11, 10, 8, 6, 3, 1)),
-        ("heads", 3, 1, 1, ()),
+        ("channels", 64, 64, 1, 1, 1),
+        ("channels", 64, 64, 16, 16, 16),
+        ("channels", 64, 40, 8, 8, 8),
+        ("channels", 20, 20, 8, 8, 8),
+        ("channels", 3, 3, 1, 1, 1),
+        ("heads", 12, 12, 8, 1, 1),
     ],
 )
-def test_widths_that_are_tried(kind: Any, units: int, now: int, round_to: int, widths: tuple[int, ...]) -> None:
-    assert tried_widths(Group("g", kind, units, ()), now, round_to) == widths
+def test_widths_that_are_tried(kind: Any, units: int, now: int, round_to: int, multiple: int, least: int) -> None:
+    """Below the present one, widest first, down to the least; of a wide group several, among them one close to the present."""
+    widths = tried_widths(Group("g", kind, units, ()), now, round_to)
+    assert widths == tuple(sorted(set(widths), reverse=True))
+    assert widths[0] < now and widths[-1] == least
+    assert {width % multiple for width in widths} == {0}
+    assert widths[0] >= 0.9 * now - 2 * multiple
+    assert len(widths) >= min(4, (now - 1) // multiple)
+
+
+@pytest.mark.parametrize(
+    ("kind", "units", "now", "round_to"), [("channels", 5, 5, 8), ("channels", 8, 8, 8), ("heads", 3, 1, 1)]
+)
+def test_a_group_at_its_least_has_no_width_to_try(kind: Any, units: int, now: int, round_to: int) -> None:
+    assert tried_widths(Group("g", kind, units, ()), now, round_to) == ()
 
 
 def test_images_that_come_in_unlike_batches_weigh_alike() -> None:

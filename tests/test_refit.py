@@ -342,12 +342,12 @@ def error(module: nn.Module, dense: nn.Module, batches: Batches, part: str = "")
     return math.sqrt(off / total)
 
 
-@pytest.mark.parametrize("negative", [False, True])
-def test_where_a_relu_follows_the_fit_spends_nothing_on_what_it_cuts_off(negative: bool) -> None:
+@pytest.mark.parametrize(("negative", "less"), [(False, 0.99), (True, 0.98)])
+def test_where_a_relu_follows_the_fit_spends_nothing_on_what_it_cuts_off(negative: bool, less: float) -> None:
     """Compared behind the ReLU with the fit that knows nothing of it: on the images of the fit and on others."""
     dense = built(nn.Sequential(zoo.conv_bn(3, 10, stride=2), zoo.conv_bn(10, 8), zoo.pooled(8)))
     with torch.no_grad():
-        dense[1][1].bias.fill_(-1.2)  # little is passed on
+        dense[1][1].bias.fill_(-0.4)
         dense[1][1].weight[::2] *= -1 if negative else 1
     entry = zoo.Entry(lambda: dense, zoo.spec(8), 0)
     found, batches, knowing, ignorant = find(dense, entry.spec), zoo.batches(entry, 200), Structure(), Structure()
@@ -360,8 +360,8 @@ def test_where_a_relu_follows_the_fit_spends_nothing_on_what_it_cuts_off(negativ
     one, two = (
         fitted(dense, found, {"0.0": (0, 2, 4, 6, 8)}, batches, structure)[0] for structure in (knowing, ignorant)
     )
-    for images in (batches, zoo.batches(entry, 100, seed=5)):
-        assert error(one, dense, images, "1") < 0.99 * error(two, dense, images, "1")
+    for images, limit in ((batches, less), (zoo.batches(entry, 100, seed=5), 0.995)):
+        assert error(one, dense, images, "1") < limit * error(two, dense, images, "1")
 
 
 def test_a_channel_that_its_scale_closes_is_fitted_plainly() -> None:

@@ -72,7 +72,7 @@ def _options(groups: Groups, curve: Curve, now: int, round_to: int) -> _Options:
     widths = sorted({*allowed, *measured})
     if len(measured) == 1:
         return _Options((now,), (0.0,))
-    values = np.maximum.accumulate([known[width] for width in measured][::-1])[::-1]
+    values = np.maximum.accumulate([known[width] for width in measured][::-1])[::-1].round(12)
     found = PchipInterpolator(measured, values)(widths)
     least = [LEAST_DAMAGE * (now - width) for width in widths]
     return _Options(tuple(widths), tuple(float(max(value, low)) for value, low in zip(found, least, strict=True)))
