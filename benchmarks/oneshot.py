@@ -45,12 +45,10 @@ import peers
 import torch
 from oneshot_cells import Cell, Key, Results, code_of
 from oneshot_nets import NETS, Case, Net, names
-from oneshot_paths import ABLATIONS, DEFAULTS, SCORED, How, begun, on_path, passing, resumed
+from oneshot_paths import ABLATIONS, SCORED, How, begun, on_path, passing, resumed, shipped
 
 from cswap_deploy import progress, recipe
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.compensate import compensated
-from cswap_deploy.prune.cut import cut_copy
 from cswap_deploy.prune.select import CostKind
 
 COLUMNS = ("bare", "compensated", "curves")
@@ -92,7 +90,7 @@ class Run:
     def own_units(self, case: Case, name: str) -> None:
         """What the bare pruner kept, with our compensation."""
         self.bare(case, name)
-        net, groups = case.net, case.net.groups.groups
+        net = case.net
         for cut in self.cuts:
             key = net.key(case.target, cut, name, "compensated: its units", case.seed, 1.0)
             if self._has(net, key):
@@ -103,9 +101,9 @@ class Run:
                 self._add(net.refused(key, bare.refused))
                 continue
             start, keep = time.monotonic(), net.kept(bare.units)
-            module = compensated(net.dense, groups, keep, case.fit, DEFAULTS.compensate, case.structure)
+            module = shipped(case, How(), keep)
             seconds = bare.seconds + time.monotonic() - start
-            self._add(net.cell(key, cut_copy(module, groups, keep), keep, seconds, conditions()))
+            self._add(net.cell(key, module, keep, seconds, conditions()))
 
     def path(self, case: Case, method: str, column: str, how: How, stride: float) -> None:
         """All missing cuts of one path, from the deepest finished one above them on."""
@@ -124,11 +122,12 @@ class Run:
                 search = begun(search, how)
                 start = search.start()
             for cut, state in search.through(kind, stride, missing, start, level):
+                passed = time.monotonic()
+                module = shipped(case, how, state.keep)
                 seconds = time.monotonic() - spent
-                module = cut_copy(state.module, case.groups.groups, state.keep)
                 self._add(net.cell(keys[cut], module, state.keep, seconds, conditions()))
                 missing.remove(cut)
-                spent = time.monotonic() - seconds
+                spent += time.monotonic() - passed  # a path to a deeper cut alone ships nothing on the way
         except PruningError as fault:
             for cut in missing:
                 self._add(net.refused(keys[cut], str(fault)))
@@ -207,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.add_argument(
         "--cuts", default=[0.8, 0.7, 0.6, 0.5, 0.4], type=lambda text: [float(part) for part in text.split(",")]
     )
-    cli.add_argument("--stride", type=float, default=0.05, help="fraction of the dense cost that leaves in one step")
+    cli.add_argument("--stride", type=float, default=0.1, help="fraction of the dense cost that leaves in one step")
     cli.add_argument("--judge", default="selection", choices=("selection", "holdout"))
     cli.add_argument("--threads", type=int, help="of torch; default: its own choice")
     cli.add_argument("--results", type=Path, default=here / "oneshot.jsonl")

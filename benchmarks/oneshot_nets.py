@@ -139,6 +139,9 @@ class Case:
     fit: Batches
     selection: Batches
     structure: Structure
+    """Of the networks between steps."""
+    shipped: Structure
+    """Of the fit of what ships."""
 
     @staticmethod
     def of(net: Net, seed: int, target: str) -> Case:
@@ -147,7 +150,7 @@ class Case:
             Batches.read(ImageSet(part, net.catalogue.folder), net.network.input, "cpu")
             for part in (split.fit, split.selection)
         )
-        return Case(net, seed, target, counted(net.groups, target), fit, selection, Structure())
+        return Case(net, seed, target, counted(net.groups, target), fit, selection, Structure(), Structure())
 
     def macs(self, cut: float) -> float:
         """The fraction of the MACs that is kept when all groups keep this part of their units, for a target in units."""

@@ -12,9 +12,11 @@ from torch import nn
 from cswap_deploy import recipe
 from cswap_deploy.artifacts import Curve, Group, GroupScores, PruningStep
 from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
+from cswap_deploy.prune.cut import cut_copy
 from cswap_deploy.prune.refit import Structure, examine
-from cswap_deploy.prune.search import Bench, Search, State
+from cswap_deploy.prune.search import SEARCH_IMAGES, Bench, Search, State
 from cswap_deploy.prune.select import CostKind, Kept
 
 SCORED = 256
@@ -42,6 +44,7 @@ ORDERED = recipe.MagnitudeCriterion()
 ABLATIONS: dict[str, How] = {
     "global ranking": How(allocation=recipe.GlobalAllocation()),
     "plain attribution": How(recipe.CausalCriterion(estimator="attribution", intervention="zero")),
+    "producers stay": How(compensate=recipe.LeastSquaresCompensation(producer_steps=0)),
     "mean": How(compensate=recipe.MeanCompensation()),
     "batchnorm": How(compensate=recipe.BatchNormCompensation()),
     "no compensation": How(compensate=recipe.NoCompensation()),
@@ -99,7 +102,7 @@ def on_path(cut: float, stride: float) -> bool:
 def passing(case: Case, how: How) -> Passing:
     """The search, but for what it has to know of the dense network to begin there."""
     fit = case.fit.first(how.fit)
-    structure = _structure(case, how, fit)
+    structure = _structure(case, how, fit.first(SEARCH_IMAGES), case.structure)
     bench = Bench(
         case.net.dense,
         case.groups,
@@ -141,11 +144,18 @@ def _first(how: How) -> recipe.CriterionSettings:
     return between_steps(how.criterion) if surgery and curves and refitted else how.criterion
 
 
-def _structure(case: Case, how: How, fit: Batches) -> Structure:
-    """Of the dense network; what `how` is without is taken out of it."""
-    if len(fit) == len(case.fit) and not how.without:
-        return case.structure
-    structure = Structure(reads=case.structure.reads)
+def shipped(case: Case, how: How, kept: Kept) -> nn.Module:
+    """What ships with these units: fitted on all images, and cut."""
+    fit, groups = case.fit.first(how.fit), case.groups.groups
+    structure = _structure(case, how, fit, case.shipped)
+    return cut_copy(compensated(case.net.dense, groups, kept, fit, how.compensate, structure), groups, kept)
+
+
+def _structure(case: Case, how: How, fit: Batches, whole: Structure) -> Structure:
+    """Of the dense network; what `how` is without is taken out of it. `whole`: the one to use where nothing is."""
+    if how.fit >= len(case.fit) and not how.without:
+        return whole
+    structure = Structure(reads=whole.reads)
     examine(case.net.dense, structure, fit, ())
     match how.without:
         case "all layers":

@@ -19,7 +19,7 @@ import paired
 from oneshot_cells import Bools, Cell, Results
 
 ALPHA = 0.05
-STRIDE = 0.05
+STRIDE = 0.1
 """Steps that the names of rows do not mention."""
 CLOSE = 0.005
 """Peers that stop farther above the cut than this fraction of the MACs are shown with what they keep."""

@@ -313,7 +313,7 @@ class PruningPlan:
     """Dense unit indices kept, ascending, for each group."""
     steps: tuple[PruningStep, ...]
     scores: Scores | None
-    """Scores of the last step, over the units that were still there."""
+    """Scores of the last step, over the units that were still there; None where elimination ordered them and none were made."""
     dense_scores: Scores | None = None
     """Scores of all units on the dense network: what the first step went by."""
     dense_order: dict[str, tuple[int, ...]] = field(default_factory=dict)

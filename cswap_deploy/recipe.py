@@ -273,6 +273,12 @@ class LeastSquaresCompensation(Settings):
     kind: Literal["least_squares"] = Field(
         default="least_squares", description="consumers absorb what the remaining units explain, in closed form"
     )
+    producer_steps: int = Field(
+        default=2,
+        ge=0,
+        le=20,
+        description="Gauss-Newton steps in which the layer that makes a group's units moves too, 0 for none",
+    )
 
 
 class CurvesAllocation(Settings):

@@ -18,7 +18,8 @@ from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import with_systems
 from cswap_deploy.prune.groups import find
 from cswap_deploy.prune.observe import Outlet, outlet
-from cswap_deploy.prune.refit import Structure, Systems, examine
+from cswap_deploy.prune.refit import Structure, examine
+from cswap_deploy.prune.systems import Systems
 from cswap_deploy.recipe import LeastSquaresCompensation
 
 
@@ -28,8 +29,10 @@ def fitted(
     keep: Mapping[str, tuple[int, ...]],
     batches: Batches,
     structure: Structure | None = None,
+    steps: int = 2,
 ) -> tuple[Any, Systems]:
-    return with_systems(dense, groups.groups, keep, batches, LeastSquaresCompensation(), structure or Structure())
+    settings = LeastSquaresCompensation(producer_steps=steps)
+    return with_systems(dense, groups.groups, keep, batches, settings, structure or Structure())
 
 
 def built(module: nn.Module, seed: int = 0) -> Any:
@@ -262,11 +265,14 @@ def changed(module: nn.Module, dense: nn.Module) -> set[str]:
 
 
 def test_all_layers_behind_the_first_cut_are_fitted_and_none_before_it() -> None:
-    """Also those that lost no input: what they read is no longer what it was."""
+    """Also those that lost no input: what they read is no longer what it was. And what makes the units, if it may."""
     entry = zoo.ZOO["residual"]
     dense, batches = entry.build(), zoo.batches(entry, 60)
-    module, systems = fitted(dense, entry.groups, {"layer2.conv1": (0, 2, 5)}, batches)
-    assert changed(module, dense) == {"layer2.conv2", "layer3.conv1", "layer3.conv2", "head"}
+    module, systems = fitted(dense, entry.groups, {"layer2.conv1": (0, 2, 5)}, batches, steps=0)
+    behind = {"layer2.conv2", "layer3.conv1", "layer3.conv2", "head"}
+    assert changed(module, dense) == behind
+    moved, _ = fitted(dense, entry.groups, {"layer2.conv1": (0, 2, 5)}, batches)
+    assert changed(moved, dense) == {"layer2.conv1", *behind}
     assert set(systems) == {member.module for group in entry.groups.groups for member in group.consumers}
 
 
@@ -276,7 +282,7 @@ def test_a_layer_that_no_group_feeds_is_fitted_too() -> None:
     dense, batches = entry.build(), zoo.batches(entry, 60)
     groups = replace(entry.groups, groups=(entry.groups.by_name["layer2.conv1"],))
     module, systems = fitted(dense, groups, {"layer2.conv1": (0, 2, 5)}, batches)
-    assert changed(module, dense) == {"layer2.conv2", "layer3.conv1", "layer3.conv2", "head"}
+    assert changed(module, dense) == {"layer2.conv1", "layer2.conv2", "layer3.conv1", "layer3.conv2", "head"}
     assert set(systems) == {"layer2.conv2"}
 
 

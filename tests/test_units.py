@@ -79,9 +79,10 @@ def test_plan_keeps_the_scores_of_the_scores_stage(colours):
             assert same[key] == [float(f"{value:.6g}") for value in own[key]]
 
 
-def test_scores_of_the_last_step_say_how_they_were_found(colours, quickstart):
-    later, only = plan_of(colours), plan_of(quickstart)
+def test_scores_of_the_last_step_say_how_they_were_found(colours, zeroed, quickstart):
+    later, eliminated, only = plan_of(zeroed), plan_of(colours), plan_of(quickstart)
     assert len(later["steps"]) == 2 and later["scores"]["estimator"] == "attribution"
+    assert len(eliminated["steps"]) == 2 and eliminated["scores"] is None and eliminated["dense_scores"]
     assert len(only["steps"]) == 1 and only["scores"] == only["dense_scores"]
     assert only["scores"]["estimator"] == "screened"
 
@@ -243,10 +244,16 @@ def test_a_dense_bundle_has_no_units(project, cheap_export):
 # --- as a command
 
 
-def test_show_tells_people_why_a_unit_left(colours):
-    plan = plan_of(colours)
+@pytest.fixture
+def zeroed(project, cheap_export):
+    """Two steps, of which the second has scores of its own."""
+    return project.build("prune.criterion={kind: causal, intervention: zero}")
+
+
+def test_show_tells_people_why_a_unit_left(zeroed):
+    plan = plan_of(zeroed)
     group, removed = next(iter(plan["steps"][1]["removed"].items()))
-    result = call("show", colours.bundle.folder, "--unit", f"{group}:{removed[0]}")
+    result = call("show", zeroed.bundle.folder, "--unit", f"{group}:{removed[0]}")
     unit = described(plan, f"{group}:{removed[0]}")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and max(map(len, lines)) <= WIDTH
@@ -255,8 +262,8 @@ def test_show_tells_people_why_a_unit_left(colours):
     shown = [
         f"{group}:{removed[0]} left in step 2 of 2", f"verdict {dense['verdict']} {then['verdict']}",
         f"effect {dense['effect']:+.3g} {then['effect']:+.3g}", f"error {dense['error']:.3g} {then['error']:.3g}",
-        f"rank, lowest first {dense['rank']} of 24 {then['rank']} of {then['among']} that left",
-        f"its turn to leave was {unit['turn']} of 24", "estimator screened attribution", "the keep value is not that order", "images 36 36",
+        f"rank, lowest first {dense['rank']} of 24 {then['rank']} of {then['among']}",
+        f"its turn to leave was {unit['turn']} of 24", "estimator screened attribution", "images 36 36",
         f"from 24 to {unit['kept']} channels, in step 2 from {unit['step']['width_before']} to",
         f"{unit['step']['gone_before']} units had left before that step", "verdicts do not decide",
         "held at 5 % (Benjamini-Hochberg)", "the interval, at 95 %, is of this unit alone",
@@ -265,10 +272,21 @@ def test_show_tells_people_why_a_unit_left(colours):
     assert [words for words in shown if words not in text] == []
 
 
-def test_show_tells_people_that_a_unit_stayed(colours):
+def test_show_tells_people_that_elimination_took_a_unit(colours):
     plan = plan_of(colours)
+    group, removed = next(iter(plan["steps"][1]["removed"].items()))
+    result = call("show", colours.bundle.folder, "--unit", f"{group}:{removed[0]}")
+    unit, text = described(plan, f"{group}:{removed[0]}"), " ".join(result.stdout.split())
+    assert result.exit_code == 0 and unit["by_elimination"] and unit["step"]["scores"] is None
+    shown = [f"{group}:{removed[0]} left in step 2 of 2", f"effect {unit['dense']['effect']:+.3g}",
+             f"its turn to leave was {unit['turn']} of 24", "the keep value is not that order"]  # fmt: skip
+    assert [words for words in shown if words not in text] == []
+
+
+def test_show_tells_people_that_a_unit_stayed(zeroed):
+    plan = plan_of(zeroed)
     index = plan["keep"]["conv1"][-1]
-    text = " ".join(call("show", colours.bundle.folder, "--unit", f"conv1:{index}").stdout.split())
+    text = " ".join(call("show", zeroed.bundle.folder, "--unit", f"conv1:{index}").stdout.split())
     last = len(plan["keep"]["conv1"]) - 1
     assert f"conv1:{index} stayed: it is unit {last} of the {last + 1} that are kept" in text
     assert "dense network before the last step" in text and f"keeps {last + 1} of 24 channels" in text
@@ -324,7 +342,7 @@ def test_attribution_is_not_said_to_judge(project, cheap_export):
     assert said.endswith("(by attribution: it calls no unit critical or detrimental)")
 
 
-def test_a_plan_of_a_version_that_kept_less_is_read(colours, tmp_path):
+def test_a_plan_of_a_version_that_kept_less_is_read(zeroed, tmp_path):
     def older(plan: dict[str, Any]) -> None:
         del (
             plan["dense_scores"],
@@ -334,12 +352,12 @@ def test_a_plan_of_a_version_that_kept_less_is_read(colours, tmp_path):
             plan["scores"]["alpha"],
         )
 
-    folder = changed(shutil.copytree(colours.bundle.folder, tmp_path / "bundle"), older)
-    for step in plan_of(colours)["steps"]:
+    folder = changed(shutil.copytree(zeroed.bundle.folder, tmp_path / "bundle"), older)
+    for step in plan_of(zeroed)["steps"]:
         group, removed = next(iter(step["removed"].items()))
         result = call("show", folder, "--unit", f"{group}:{removed[0]}")
         assert result.exit_code == 0 and "left in step" in result.stdout
-    assert "Its scores were not kept." in call("show", folder, "--unit", f"{first_gone(colours)}").stdout
+    assert "Its scores were not kept." in call("show", folder, "--unit", f"{first_gone(zeroed)}").stdout
 
 
 def first_gone(built: Built) -> str:

@@ -125,7 +125,8 @@ def choose(
         case _:
             assert_never(settings.target)
     later = settings.criterion if len(state.steps) < 2 else between_steps(settings.criterion)
-    last = _described(later, len(fit_batches), state.scores) if state.steps else None
+    scored = state.steps and (len(state.steps) == 1 or not bench.eliminates)
+    last = _described(later, len(fit_batches), state.scores) if scored else None
     order = {curve.group: curve.order for curve in curves.groups} if curves else {}
     return PruningPlan(state.keep, state.steps, last, scores, order)
 

@@ -12,9 +12,10 @@ from cswap_deploy.artifacts import Curve, Group, Slice
 from cswap_deploy.prune.cut import add_bias, positions
 from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.elimination import Consumer, leaving_costs
-from cswap_deploy.prune.refit import Structure, System, Systems
+from cswap_deploy.prune.refit import Structure
 from cswap_deploy.prune.replay import Walk
 from cswap_deploy.prune.select import Kept, floor_of, step_of
+from cswap_deploy.prune.systems import System, Systems
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

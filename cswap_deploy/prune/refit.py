@@ -3,22 +3,25 @@
 W = argmin |U W - Y|^2 + ridge |W - W_dense|^2 over the inputs that are left: U what the layer reads in the compensated
 network; Y what it gives in the dense one, plus what the shortcut that it is added to has lost by then. Where a ReLU alone reads
 the result, a value below zero is as good as any other (nonlinear reconstruction, Zhang et al. 2015, arXiv 1505.06798): Y is
-moved there to what the fit gives, and the fit repeated.
+moved there to what the fit gives, and the fit repeated. What makes the units of a group that one layer reads is moved before that
+layer is fitted (`producers`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cswap_deploy import progress
 from cswap_deploy.prune.batches import Batches
-from cswap_deploy.prune.cut import add_bias
 from cswap_deploy.prune.least_squares import NormalEquations
-from cswap_deploy.prune.observe import Outlet, Place, observe, outlet
+from cswap_deploy.prune.observe import Place, observe, outlet
+from cswap_deploy.prune.producers import FEWEST_IMAGES as FEWEST_MOVERS
+from cswap_deploy.prune.producers import MAPS_BYTES, MOST_IMAGES, Goals, Movers
 from cswap_deploy.prune.replay import CACHE_BYTES, Walk, finished_before, in_order
 from cswap_deploy.prune.rows import Rows
+from cswap_deploy.prune.systems import Site, System, Systems
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,16 +30,6 @@ WANTED_BYTES = 1 << 30
 """Memory for what the dense network gives; beyond it that is computed for each fit."""
 FEWEST_IMAGES = 64
 """Fitted on at least, however large the network's activations are."""
-
-Systems = dict[str, "System"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A layer that can be fitted: as a linear system, and where its output goes."""
-
-    rows: Rows
-    outlet: Outlet
 
 
 @dataclass
@@ -49,64 +42,41 @@ class Structure:
     """Convolutions and linear layers in the order in which a forward calls them."""
     images: int = 0
     """Fitted on: as many as the memory for replayed outputs holds."""
+    movers: int = 0
+    """Of these the first that producers are moved by."""
     wanted: dict[str, list[Tensor]] = field(default_factory=dict)
     """What the dense network gives, per layer and batch, at the positions that are drawn."""
+    goals: Goals = field(default_factory=Goals)
 
     @property
     def bytes(self) -> int:
         return sum(part.nbytes for parts in self.wanted.values() for part in parts)
 
 
-@dataclass(frozen=True)
-class System:
-    """One layer's normal equations in the compensated network, and the weights that the ridge pulls towards."""
-
-    equations: NormalEquations
-    start: Tensor
-    """(columns + 1, outputs), the bias last."""
-    gone: frozenset[int]
-    """Input channels that nothing may read."""
-    kernel: int
-    """Columns per input channel."""
-    norm: str
-    """The BatchNorm that takes up the bias; "" where the layer itself has to."""
-    mean: Tensor | None
-    """The running mean that this BatchNorm has in the dense network."""
-
-    def write(self, module: nn.Module, name: str, weights: Tensor) -> None:
-        """`weights` (columns + 1, outputs), the bias last, into layer `name`; the BatchNorm behind it takes up the bias."""
-        layer: Any = module.get_submodule(name)
-        layer.weight.copy_(weights[:-1].T.reshape(layer.weight.shape))
-        if self.mean is None:
-            add_bias(module, name).copy_(weights[-1])
-        else:
-            norm: Any = module.get_submodule(self.norm)
-            norm.running_mean.copy_(self.mean - weights[-1])
-
-    def columns(self, channels: Collection[int]) -> list[int]:
-        return [channel * self.kernel + k for channel in channels for k in range(self.kernel)]
-
-    @property
-    def channels(self) -> list[int]:
-        """Input channels that are left."""
-        return [c for c in range((len(self.start) - 1) // self.kernel) if c not in self.gone]
-
-
 def refit(
-    dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], batches: Batches, structure: Structure
+    dense: nn.Module,
+    module: nn.Module,
+    gone: Mapping[str, list[int]],
+    batches: Batches,
+    structure: Structure,
+    producers: Mapping[str, str],
+    rounds: int,
 ) -> Systems:
     """Fit the layers of `module`, a masked copy of `dense`, in place; give the systems of the layers in `gone`.
 
     `gone`: per consumer of a group the input channels that have left, perhaps none. Layers before the first cut stay as they are.
+    `producers`: producer → consumer; the producer is moved in `rounds` steps where the consumer has lost something.
     """
     examine(dense, structure, batches, gone)
     batches = batches.first(structure.images)
     there, here = Walk(dense, batches, structure.reads), Walk(module, batches, structure.reads)
+    movers = _movers(dense, module, batches, structure, rounds)
     systems: Systems = {}
     changed = False
     for number, name in enumerate(structure.order, 1):
-        lost = gone.get(name)
-        if lost is None and not changed:
+        lost, partner = gone.get(name), producers.get(name, "")
+        moves = bool(rounds and gone.get(partner))
+        if lost is None and not changed and not moves:
             continue
         changed = changed or bool(lost)
         site = structure.sites[name]
@@ -116,10 +86,19 @@ def refit(
         system, blocks = _gather(site, dense, name, wanted, here, frozenset(lost or ()))
         if lost is not None:
             systems[name] = system
+        weights = _solution(system, site, blocks) if changed else system.start
         if changed:
-            system.write(module, name, _solution(system, site, blocks))
+            system.write(module, name, weights)
+        if moves:
+            movers.move(name, partner, system, weights, frozenset(gone[partner]))
         progress.advance("layers fitted", number, len(structure.order))
     return systems
+
+
+def _movers(dense: nn.Module, module: nn.Module, batches: Batches, structure: Structure, rounds: int) -> Movers:
+    some = batches.first(structure.movers)
+    there, here = Walk(dense, some, structure.reads), Walk(module, some, structure.reads)
+    return Movers(dense, there, here, structure.sites, structure.goals, rounds)
 
 
 # --- structure
@@ -148,6 +127,7 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
             if site is None and name in consumers:
                 progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
     structure.images = min(len(batches), max(FEWEST_IMAGES, CACHE_BYTES // largest))
+    structure.movers = min(structure.images, MOST_IMAGES, max(FEWEST_MOVERS, MAPS_BYTES // largest))
     if structure.images < len(batches):
         progress.note(
             f"layers are fitted on {structure.images} of {len(batches)} images: the activations fill the memory"
@@ -204,35 +184,27 @@ def _gather(
     site: Site, dense: nn.Module, name: str, wanted: Sequence[Tensor], here: Walk, gone: frozenset[int]
 ) -> tuple[System, list[Block]]:
     """The layer's system; the blocks that it was summed over where a rectifier follows, for which they are needed again."""
-    import torch
-
     rows, way = site.rows, site.outlet
-    old: Any = rows.layer
-    equations = NormalEquations.empty(rows.columns, rows.outputs, str(old.weight.device))
+    system = System.begin(site, dense, gone)
     kept: list[Block] = []
     for seed, found in enumerate(here.visit(name, as_far_as_sum=way.summed)):
         beside = rows.pick(way.beside(found), seed)
         offsets = beside + way.constant(found.output)[:, None]
         start, positions = 0, found.output.numel() // rows.outputs // len(found.output)
         for fields, targets in rows.fields(found.inputs, wanted[seed] - beside, positions, seed):
-            equations.add([(fields, targets)])
+            system.equations.add([(fields, targets)])
             if way.rectified:
                 kept.append(Block(fields, targets, offsets[start : start + len(fields)]))
             start += len(fields)
-    bias = old.bias if old.bias is not None else old.weight.new_zeros(rows.outputs)
-    start_weights = torch.cat([old.weight.flatten(1), bias[:, None]], 1).T
-    norm = way.norm if old.bias is None else ""
-    mean: Any = dense.get_submodule(norm).running_mean if norm else None
-    return System(equations, start_weights, gone, rows.columns // old.weight.shape[1], norm, mean), kept
+    return system, kept
 
 
 def _solution(system: System, site: Site, blocks: Sequence[Block]) -> Tensor:
     """(columns + 1, outputs)"""
-    columns = system.columns(system.channels)
-    weights = system.equations.solve(columns, system.start)
+    weights = system.solve()
     if blocks:
         cross = _rectified_cross(weights, site.outlet.sign(weights.shape[1]), blocks)
-        weights = NormalEquations(system.equations.gram, cross).solve(columns, system.start)
+        weights = replace(system, equations=NormalEquations(system.equations.gram, cross)).solve()
     return weights
 
 

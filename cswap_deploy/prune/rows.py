@@ -58,11 +58,11 @@ class Rows:
         `inputs` is what the layer reads, `target` has the shape of what it gives; the positions are the same for all images of
         a call.
         """
-        return self.fields(inputs, self.pick(target, seed), self._flat(target).shape[2], seed)
+        return self.fields(inputs, self.pick(target, seed), self.flat(target).shape[2], seed)
 
     def pick(self, values: Tensor, seed: int) -> Tensor:
         """(images, outputs, drawn positions) of something that has the shape of the layer's output."""
-        flat = self._flat(values)
+        flat = self.flat(values)
         chosen = self._chosen(flat.shape[2], seed, values.device)
         return flat if chosen is None else flat[:, :, chosen]
 
@@ -89,7 +89,7 @@ class Rows:
 
         layer: Any = self.layer
         if isinstance(layer, nn.Linear):
-            flat = self._flat(inputs)
+            flat = self.flat(inputs)
             return flat if chosen is None else flat[:, :, chosen]
         if chosen is None:
             return F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
@@ -98,7 +98,7 @@ class Rows:
         picked = fields[:, :, chosen // width, chosen % width]
         return picked.movedim(2, -1).reshape(len(inputs), self.columns, -1)
 
-    def _flat(self, values: Tensor) -> Tensor:
+    def flat(self, values: Tensor) -> Tensor:
         """(images, channels, positions) of a convolution's or a linear layer's values."""
         from torch import nn
 

@@ -16,8 +16,9 @@ from cswap_deploy.prune.compensate import with_systems
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
 from cswap_deploy.prune.curves import leaving_order, measure
 from cswap_deploy.prune.damage import Damage
-from cswap_deploy.prune.refit import Structure, Systems, examine
+from cswap_deploy.prune.refit import Structure, examine
 from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest, ranking
+from cswap_deploy.prune.systems import Systems
 from cswap_deploy.recipe import (
     AllocationSettings,
     CausalCriterion,
@@ -35,6 +36,8 @@ CURVE_MACS = 5e10
 """Multiply-accumulates of one pass over the images of the curves: 256 images of up to 200 million each."""
 FEWEST_IMAGES = 64
 """But never fewer images."""
+SEARCH_IMAGES = 384
+"""Fit images that the networks between steps are fitted on; what ships is fitted on all."""
 DROP_STEP = 0.05
 """Fraction of the MACs that leaves in one step while `max_drop` looks for its limit; halved `DROP_HALVINGS` times at the end."""
 DROP_HALVINGS = 3
@@ -63,20 +66,33 @@ class Bench:
         return Damage.to(self.dense, self.fit.first(min(allocation.images, affordable)), allocation.temperature)
 
     def compensated(self, keep: Kept) -> tuple[nn.Module, Systems]:
-        """The masked network that keeps these units, and its consumers' systems where they are re-fitted."""
-        return with_systems(self.dense, self.groups.groups, keep, self.fit, self.compensate, self.structure)
+        """The masked network that keeps these units, and its consumers' systems where they are re-fitted.
+
+        Cheaper than what ships: on `SEARCH_IMAGES`, the makers of the units as they are.
+        """
+        settings = self.compensate
+        if isinstance(settings, LeastSquaresCompensation):
+            settings = settings.model_copy(update={"producer_steps": 0})
+        images = self.fit.first(SEARCH_IMAGES)
+        return with_systems(self.dense, self.groups.groups, keep, images, settings, self.structure)
+
+    @property
+    def eliminates(self) -> bool:
+        """Whether the order in which units leave follows from the systems alone: for the causal effect of the surgery."""
+        surgery = isinstance(self.criterion, CausalCriterion) and self.criterion.intervention == "surgery"
+        curves = isinstance(self.allocation, CurvesAllocation)
+        return surgery and curves and isinstance(self.compensate, LeastSquaresCompensation)
 
     def curves(
         self, module: nn.Module, systems: Systems, keep: Kept, scores: Sequence[GroupScores], damage: Damage
     ) -> tuple[Curve, ...]:
         """Units leave in the order of elimination for the causal effect of the surgery, else the lowest scores first."""
-        surgery = isinstance(self.criterion, CausalCriterion) and self.criterion.intervention == "surgery"
         orders = {}
         for item in scores:
             group, kept = self.groups.by_name[item.group], keep[item.group]
-            found = leaving_order(module, group, kept, systems) if surgery else None
+            found = leaving_order(module, group, kept, systems) if self.eliminates else None
             orders[item.group] = found or tuple(unit for unit, _ in reversed(ranking(item, kept)))
-        examine(self.dense, self.structure, self.fit, ())
+        examine(self.dense, self.structure, self.fit.first(SEARCH_IMAGES), ())
         return measure(module, self.groups.groups, keep, orders, systems, damage, self.structure, self.round_to)
 
     @cached_property
@@ -86,7 +102,7 @@ class Bench:
             case MeanCompensation():
                 names = {member.module for group in self.groups.groups for member in group.consumers}
             case LeastSquaresCompensation():
-                examine(self.dense, self.structure, self.fit, ())
+                examine(self.dense, self.structure, self.fit.first(SEARCH_IMAGES), ())
                 names = {name for name, site in self.structure.sites.items() if site and not site.outlet.norm}
             case _:
                 names = set()
@@ -164,9 +180,12 @@ class Search:
         return _Judge(self.selection, correct(self.bench.dense, self.selection), damage)
 
     def _step(self, state: State, kind: CostKind, fraction: float, judge: _Judge) -> State:
-        """Score what is there (the first time the stored scores), remove down to `fraction`, compensate, judge."""
+        """Score what is there (the first time the stored scores), remove down to `fraction`, compensate, judge.
+
+        Where elimination orders the units, later steps have no scores of their own.
+        """
         bench, scores = self.bench, state.scores
-        if state.steps:
+        if state.steps and not bench.eliminates:
             found = self.criterion.score(state.module, bench.groups.groups, bench.fit)
             scores = tuple(item.of(state.keep[item.group]) for item in found)
         if judge.damage is None:
@@ -174,7 +193,8 @@ class Search:
         else:
             keep = self._by_curves(state, scores, kind, fraction, judge.damage)
         module, systems = bench.compensated(keep)
-        step = self._describe(state.keep, keep, scores, judge.drop(module))
+        scored = not (state.steps and bench.eliminates)
+        step = self._describe(state.keep, keep, scores if scored else (), judge.drop(module))
         progress.note(
             f"{step.macs:.1%} of the MACs, {step.params:.1%} of the parameters kept, "
             f"drop on selection {step.drop_pp:+.1f} points"

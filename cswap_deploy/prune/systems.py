@@ -1,0 +1,78 @@
+"""A layer that can be fitted: where it stands in the network, and its normal equations there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.prune.cut import add_bias
+from cswap_deploy.prune.least_squares import NormalEquations
+from cswap_deploy.prune.observe import Outlet
+from cswap_deploy.prune.rows import Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Systems = dict[str, "System"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that can be fitted: as a linear system, and where its output goes."""
+
+    rows: Rows
+    outlet: Outlet
+
+
+@dataclass(frozen=True)
+class System:
+    """One layer's normal equations in the compensated network, and the weights that the ridge pulls towards."""
+
+    equations: NormalEquations
+    start: Tensor
+    """(columns + 1, outputs), the bias last."""
+    gone: frozenset[int]
+    """Input channels that nothing may read."""
+    kernel: int
+    """Columns per input channel."""
+    norm: str
+    """The BatchNorm that takes up the bias; "" where the layer itself has to."""
+    mean: Tensor | None
+    """The running mean that this BatchNorm has in the dense network."""
+
+    @staticmethod
+    def begin(site: Site, dense: nn.Module, gone: frozenset[int]) -> System:
+        """With nothing summed yet."""
+        import torch
+
+        rows = site.rows
+        old: Any = rows.layer
+        equations = NormalEquations.empty(rows.columns, rows.outputs, str(old.weight.device))
+        bias = old.bias if old.bias is not None else old.weight.new_zeros(rows.outputs)
+        start = torch.cat([old.weight.flatten(1), bias[:, None]], 1).T
+        norm = site.outlet.norm if old.bias is None else ""
+        mean: Any = dense.get_submodule(norm).running_mean if norm else None
+        return System(equations, start, gone, rows.columns // old.weight.shape[1], norm, mean)
+
+    def write(self, module: nn.Module, name: str, weights: Tensor) -> None:
+        """`weights` (columns + 1, outputs), the bias last, into layer `name`; the BatchNorm behind it takes up the bias."""
+        layer: Any = module.get_submodule(name)
+        layer.weight.copy_(weights[:-1].T.reshape(layer.weight.shape))
+        if self.mean is None:
+            add_bias(module, name).copy_(weights[-1])
+        else:
+            norm: Any = module.get_submodule(self.norm)
+            norm.running_mean.copy_(self.mean - weights[-1])
+
+    def solve(self) -> Tensor:
+        """(columns + 1, outputs): the ridge solution that reads the channels that are left."""
+        return self.equations.solve(self.columns(self.channels), self.start)
+
+    def columns(self, channels: Collection[int]) -> list[int]:
+        return [channel * self.kernel + k for channel in channels for k in range(self.kernel)]
+
+    @property
+    def channels(self) -> list[int]:
+        """Input channels that are left."""
+        return [c for c in range((len(self.start) - 1) // self.kernel) if c not in self.gone]
