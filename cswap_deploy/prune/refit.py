@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from cswap_deploy import progress
 from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.grouped import grouped_rows, refit_grouped
 from cswap_deploy.prune.least_squares import NormalEquations
-from cswap_deploy.prune.observe import Place, observe, outlet
+from cswap_deploy.prune.observe import observe, outlet
 from cswap_deploy.prune.producers import FEWEST_IMAGES as FEWEST_MOVERS
 from cswap_deploy.prune.producers import MAPS_BYTES, MOST_IMAGES, Goals, Movers
 from cswap_deploy.prune.replay import CACHE_BYTES, Walk, finished_before, in_order
 from cswap_deploy.prune.rows import Rows
-from cswap_deploy.prune.systems import Site, System, Systems
+from cswap_deploy.prune.systems import Block, Site, System, Systems
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,6 +38,8 @@ class Structure:
     """What holds for the layers of a network whatever leaves: found at the first fit, used by the later ones."""
 
     sites: dict[str, Site | None] = field(default_factory=dict)
+    grouped: dict[str, Site] = field(default_factory=dict)
+    """Convolutions of several groups that can be fitted group by group."""
     reads: dict[str, set[str] | None] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     """Convolutions and linear layers in the order in which a forward calls them."""
@@ -79,7 +82,9 @@ def refit(
         if lost is None and not changed and not moves:
             continue
         changed = changed or bool(lost)
-        site = structure.sites[name]
+        site, grouped = structure.sites[name], structure.grouped.get(name)
+        if grouped and changed:
+            refit_grouped(grouped, dense, module, name, _wanted(grouped, name, there, structure), here)
         if site is None:
             continue
         wanted = _wanted(site, name, there, structure)
@@ -122,9 +127,13 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
             with finished_before(dense, [name], walk.once, read) as done:
                 place = observe(dense, name, pair, as_far_as_sum=False)
             largest = max(largest, sum(value.nbytes for key, value in done.items() if key in read) // len(pair))
-            site = _site(dense, name, place, pair, walk.once, len(batches))
-            structure.sites[name] = site
-            if site is None and name in consumers:
+            alone = _alone(dense, name, walk.once)
+            rows = Rows.of(dense.get_submodule(name), place.inputs, place.output, len(batches)) if alone else None
+            structure.sites[name] = _site(dense, name, rows, pair, walk.once) if rows else None
+            if rows is None and alone:
+                own = grouped_rows(dense.get_submodule(name), place.inputs, place.output, len(batches))
+                structure.grouped |= {name: _site(dense, name, own, pair, walk.once)} if own else {}
+            if rows is None and name in consumers:
                 progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
     structure.images = min(len(batches), max(FEWEST_IMAGES, CACHE_BYTES // largest))
     structure.movers = min(structure.images, MOST_IMAGES, max(FEWEST_MOVERS, MAPS_BYTES // largest))
@@ -134,35 +143,22 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
         )
 
 
-def _site(dense: nn.Module, name: str, place: Place, images: Tensor, once: Collection[str], count: int) -> Site | None:
-    """None for a layer that is called again or whose parameters are another's too: what fits one use would spoil the other."""
+def _alone(dense: nn.Module, name: str, once: Collection[str]) -> bool:
+    """False for a layer that is called again or whose parameters are another's too: what fits one use would spoil the other."""
     layer = dense.get_submodule(name)
     own = [id(parameter) for parameter in layer.parameters(recurse=False)]
     others = (other for other in dense.modules() if other is not layer)
-    if name not in once or any(
-        id(parameter) in own for other in others for parameter in other.parameters(recurse=False)
-    ):
-        return None
-    rows = Rows.of(layer, place.inputs, place.output, count)
-    if rows is None:
-        return None
+    return name in once and all(
+        id(parameter) not in own for other in others for parameter in other.parameters(recurse=False)
+    )
+
+
+def _site(dense: nn.Module, name: str, rows: Rows, images: Tensor, once: Collection[str]) -> Site:
     way = outlet(dense, name, images)
     return Site(rows, way if way.norm in once else replace(way, norm=""))
 
 
 # --- one layer
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some output positions: (images, columns, positions) fields, (images, outputs, positions) targets and rectifier offsets.
-
-    A rectifier passes on what lies above minus the offset, or below it for channels whose scale is negative.
-    """
-
-    fields: Tensor
-    targets: Tensor
-    offsets: Tensor
 
 
 def _wanted(site: Site, name: str, there: Walk, structure: Structure) -> list[Tensor]:
@@ -184,18 +180,11 @@ def _gather(
     site: Site, dense: nn.Module, name: str, wanted: Sequence[Tensor], here: Walk, gone: frozenset[int]
 ) -> tuple[System, list[Block]]:
     """The layer's system; the blocks that it was summed over where a rectifier follows, for which they are needed again."""
-    rows, way = site.rows, site.outlet
-    system = System.begin(site, dense, gone)
-    kept: list[Block] = []
-    for seed, found in enumerate(here.visit(name, as_far_as_sum=way.summed)):
-        beside = rows.pick(way.beside(found), seed)
-        offsets = beside + way.constant(found.output)[:, None]
-        start, positions = 0, found.output.numel() // rows.outputs // len(found.output)
-        for fields, targets in rows.fields(found.inputs, wanted[seed] - beside, positions, seed):
-            system.equations.add([(fields, targets)])
-            if way.rectified:
-                kept.append(Block(fields, targets, offsets[start : start + len(fields)]))
-            start += len(fields)
+    system, kept = System.begin(site, dense, gone), []
+    for seed, found in enumerate(here.visit(name, as_far_as_sum=site.outlet.summed)):
+        for block in Block.of(site, found, wanted[seed], seed):
+            system.equations.add([(block.fields, block.targets)])
+            kept += [block] if site.outlet.rectified else []
     return system, kept
 
 
@@ -209,14 +198,9 @@ def _solution(system: System, site: Site, blocks: Sequence[Block]) -> Tensor:
 
 
 def _rectified_cross(weights: Tensor, sign: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """U'Y with Y moved, wherever the rectifier gives 0, to the nearest value to the fit for which it does so."""
-    import torch
-
+    """U'Y with Y moved as far as the rectifier lets it be."""
     found = NormalEquations.empty(len(weights) - 1, weights.shape[1], str(weights.device))
-    direction = sign.to(weights.device)[:, None]
     for block in blocks:
         fit = weights[:-1].T @ block.fields + weights[-1][:, None]
-        passed = (direction * (block.targets + block.offsets) > 0) | (direction == 0)
-        closed = torch.where(direction * (fit + block.offsets) > 0, -block.offsets, fit)
-        found.add_cross(block.fields, torch.where(passed, block.targets, closed))
+        found.add_cross(block.fields, block.moved(fit, sign))
     return found.cross

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.prune.cut import add_bias
 from cswap_deploy.prune.least_squares import NormalEquations
-from cswap_deploy.prune.observe import Outlet
+from cswap_deploy.prune.observe import Outlet, Place
 from cswap_deploy.prune.rows import Rows
 
 if TYPE_CHECKING:
@@ -57,13 +57,7 @@ class System:
 
     def write(self, module: nn.Module, name: str, weights: Tensor) -> None:
         """`weights` (columns + 1, outputs), the bias last, into layer `name`; the BatchNorm behind it takes up the bias."""
-        layer: Any = module.get_submodule(name)
-        layer.weight.copy_(weights[:-1].T.reshape(layer.weight.shape))
-        if self.mean is None:
-            add_bias(module, name).copy_(weights[-1])
-        else:
-            norm: Any = module.get_submodule(self.norm)
-            norm.running_mean.copy_(self.mean - weights[-1])
+        write(module, name, weights, self.norm, self.mean)
 
     def solve(self) -> Tensor:
         """(columns + 1, outputs): the ridge solution that reads the channels that are left."""
@@ -76,3 +70,46 @@ class System:
     def channels(self) -> list[int]:
         """Input channels that are left."""
         return [c for c in range((len(self.start) - 1) // self.kernel) if c not in self.gone]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some output positions: (images, columns, positions) fields, (images, outputs, positions) targets and rectifier offsets.
+
+    A rectifier passes on what lies above minus the offset, or below it for channels whose scale is negative.
+    """
+
+    fields: Tensor
+    targets: Tensor
+    offsets: Tensor
+
+    @staticmethod
+    def of(site: Site, found: Place, wanted: Tensor, seed: int) -> Iterator[Block]:
+        """Of one batch, `found` in the compensated network; `wanted` (images, outputs, positions) of the dense one, with its sum."""
+        rows, way = site.rows, site.outlet
+        beside = rows.pick(way.beside(found), seed)
+        offsets = beside + way.constant(found.output)[:, None]
+        start, positions = 0, found.output.numel() // rows.outputs // len(found.output)
+        for fields, targets in rows.fields(found.inputs, wanted - beside, positions, seed):
+            yield Block(fields, targets, offsets[start : start + len(fields)])
+            start += len(fields)
+
+    def moved(self, fit: Tensor, sign: Tensor) -> Tensor:
+        """The targets; wherever the rectifier gives 0, the nearest value to the `fit` for which it does so."""
+        import torch
+
+        direction = sign.to(fit)[:, None]
+        passed = (direction * (self.targets + self.offsets) > 0) | (direction == 0)
+        closed = torch.where(direction * (fit + self.offsets) > 0, -self.offsets, fit)
+        return torch.where(passed, self.targets, closed)
+
+
+def write(module: nn.Module, name: str, weights: Tensor, norm: str, mean: Tensor | None) -> None:
+    """`weights` (columns + 1, outputs) into a layer; the bias into itself or, given its running mean, into a BatchNorm."""
+    layer: Any = module.get_submodule(name)
+    layer.weight.copy_(weights[:-1].T.reshape(layer.weight.shape))
+    if mean is None:
+        add_bias(module, name).copy_(weights[-1])
+    else:
+        behind: Any = module.get_submodule(norm)
+        behind.running_mean.copy_(mean - weights[-1])
