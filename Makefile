@@ -20,7 +20,7 @@ check: $(INSTALLED)  ## format, lint, types, architecture
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 bench: $(INSTALLED)  ## the benchmarks; they write JSON beside themselves
-	$(BIN)/python benchmarks/criteria.py
+	$(BIN)/python benchmarks/oneshot.py --net quickstart --methods ours,peers --seeds 0 --cuts 0.6,0.5,0.4
 	test -f runs/quickstart/bundle/model.onnx || $(BIN)/cswap-deploy build recipes/quickstart.yaml
 	$(BIN)/python benchmarks/measuring.py runs/quickstart/bundle/model.onnx
 
