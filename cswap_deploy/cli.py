@@ -240,11 +240,7 @@ def show(
             answer.document = {"manifest": opened.manifest}
             answer.lines = [*bundle_lines(opened), *left_lines(opened), "", *file_lines(opened)]
         else:
-            plan, allocation = (
-                units.read(opened.file("plan.json").path),
-                opened.manifest["pruned"].get("allocation", ""),
-            )
-            facts = units.describe(plan, allocation, unit)
+            facts = units.describe(units.read(opened.file("plan.json").path), opened.manifest["pruned"], unit)
             answer.document, answer.lines = {"unit": facts}, [*unit_lines(facts)]
 
 

@@ -52,8 +52,8 @@ def read(path: Path) -> Plan:
     return dict(document)
 
 
-def describe(plan: Plan, allocation: str, wanted: str) -> Facts:
-    """The facts of one unit, as `schema` has them. `allocation`: the recipe's kind; `wanted`: GROUP:INDEX.
+def describe(plan: Plan, pruned: Facts, wanted: str) -> Facts:
+    """The facts of one unit, as `schema` has them. `pruned`: that block of the bundle's manifest; `wanted`: GROUP:INDEX.
 
     GROUP may be any layer that belongs to one group only. Errors: UsageError; VerifyError for a plan that contradicts itself.
     """
@@ -66,7 +66,8 @@ def describe(plan: Plan, allocation: str, wanted: str) -> Facts:
         raise UsageError(f"--unit: group {name!r} has {size} units, so there is no unit {index}", f"0 to {size - 1}")
     kept = _accounted(plan, group)
     dense, last = (_facts(plan.get(key), name, index) for key in ("dense_scores", "scores"))
-    elimination = allocation == "curves" and dense is not None and dense["intervention"] == "surgery"
+    allocation, refitted = pruned.get("allocation", ""), pruned.get("compensation") == "least_squares"
+    elimination = allocation == "curves" and refitted and dense is not None and dense["intervention"] == "surgery"
     step = _step(plan, name, size, index)
     if step and step["scores"] and not elimination:  # those that leave are then the lowest of all
         step["scores"]["among"] = step["width_before"]

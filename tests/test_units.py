@@ -44,8 +44,10 @@ def item(scores: dict[str, Any], group: str) -> dict[str, Any]:
     return next(own for own in scores["groups"] if own["group"] == group)
 
 
-def described(plan: dict[str, Any], wanted: str, allocation: str = "curves") -> dict[str, Any]:
-    return units.describe(plan, allocation, wanted)
+def described(
+    plan: dict[str, Any], wanted: str, allocation: str = "curves", compensation: str = "least_squares"
+) -> dict[str, Any]:
+    return units.describe(plan, {"allocation": allocation, "compensation": compensation}, wanted)
 
 
 def changed(folder: Path, change: Change) -> Path:
@@ -239,6 +241,15 @@ def test_a_dense_bundle_has_no_units(project, cheap_export):
     assert result.exit_code == 2 and "nothing was pruned in this bundle" in result.stderr
     assert "0 of 0 units left" in call("show", built.bundle.folder).stdout
     assert "What left" not in (built.bundle.folder / "report.html").read_text("utf-8")
+
+
+def test_only_refitted_consumers_eliminate(colours):
+    plan = plan_of(colours)
+    (group, removed), *_ = plan["steps"][0]["removed"].items()
+    name = f"{group}:{removed[0]}"
+    assert described(plan, name)["by_elimination"]
+    assert not described(plan, name, compensation="mean")["by_elimination"]
+    assert not described(plan, name, allocation="global")["by_elimination"]
 
 
 # --- as a command

@@ -1,6 +1,6 @@
 """Structured pruning without fine-tuning, stage by stage: groups → scores → plan → pruned network.
 
-Units leave progressively: score what is there, remove a little, let the consumers absorb it, score again.
+Units leave progressively: measure what narrowing costs, remove a little, let the consumers absorb it, measure again.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def choose(
     device: str,
     seed: int,
 ) -> PruningPlan:
-    """Which units stay: `settings.steps` rounds of score, select, compensate towards the target.
+    """Which units stay: `settings.steps` rounds of measure, choose, compensate towards the target.
 
     `curves`: of the dense network, None where one ranking of all units decides. A `max_drop` target is judged on the
     selection images and sets its own pace: it cuts until a step's drop exceeds the limit, then goes on in smaller steps.

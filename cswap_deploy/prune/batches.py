@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cswap_deploy.artifacts import ImageSet, InputSpec
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH_ELEMENTS = 3 << 20
-"""Input elements per batch, which holds 64 images at most: 20 of 3x224x224."""
+"""Input elements per batch, which holds 64 images at the most: 20 of 3x224x224."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Batches:
     labels: npt.NDArray[np.int64]
     spec: InputSpec
     device: str
+    at_most: int = 64
+    """Images per batch."""
 
     @staticmethod
     def read(images: ImageSet, spec: InputSpec, device: str) -> Batches:
@@ -34,7 +36,11 @@ class Batches:
 
     def first(self, count: int) -> Batches:
         """The first `count` images; a split lists its images in random order."""
-        return Batches(self.pixels[:count], self.labels[:count], self.spec, self.device)
+        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
+
+    def divided(self, parts: int) -> Batches:
+        """The same images in so many batches or more."""
+        return replace(self, at_most=min(self.at_most, max(1, -(-len(self) // parts))))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,7 +58,7 @@ class Batches:
     def size(self) -> int:
         """Images per batch, so that the activations of deep networks stay within some hundred megabytes."""
         channels, height, width = self.spec.shape
-        return max(1, min(64, BATCH_ELEMENTS // (channels * height * width)))
+        return max(1, min(self.at_most, BATCH_ELEMENTS // (channels * height * width)))
 
 
 def resolve_device(wanted: str) -> str:

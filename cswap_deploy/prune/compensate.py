@@ -15,7 +15,7 @@ from cswap_deploy.artifacts import Group
 from cswap_deploy.prune.ablation import channel_axis, taps
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import Keep, add_bias, masked_copy, positions
-from cswap_deploy.prune.producers import pairs
+from cswap_deploy.prune.producers import partners
 from cswap_deploy.prune.refit import Structure, examine, refit
 from cswap_deploy.prune.systems import Systems
 from cswap_deploy.recipe import (
@@ -64,9 +64,8 @@ def with_systems(
         match settings:
             case LeastSquaresCompensation():
                 examine(dense, structure, batches, gone)
-                systems = refit(
-                    dense, module, gone, batches, structure, pairs(groups, structure.sites), settings.producer_steps
-                )
+                producers = partners(groups, structure.sites)
+                systems = refit(dense, module, gone, batches, structure, producers, settings.producer_steps)
             case _ if not any(gone.values()):
                 pass
             case NoCompensation():

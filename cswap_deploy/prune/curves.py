@@ -13,7 +13,7 @@ from cswap_deploy.prune.cut import add_bias, positions
 from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.elimination import Consumer, leaving_costs
 from cswap_deploy.prune.refit import Structure
-from cswap_deploy.prune.replay import Walk
+from cswap_deploy.prune.replay import Walk, in_order
 from cswap_deploy.prune.select import Kept, floor_of, step_of
 from cswap_deploy.prune.systems import System, Systems
 
@@ -62,19 +62,21 @@ def measure(
     with torch.no_grad():
         walk = Walk(module, damage.batches, structure.reads)
         begun = damage.of(module)
-        place = {name: number for number, name in enumerate(structure.order)}
+        readers = [name for group in groups for name in _readers(group)]
+        order = in_order(module, readers, next(iter(damage.batches.first(1)))[0])
+        place = {name: number for number, name in enumerate(order)}
         first = {group.name: min(_readers(group), key=lambda name: place[name]) for group in groups}
         for number, group in enumerate(sorted(groups, key=lambda group: place[first[group.name]]), 1):
-            order = tuple(orders[group.name])
-            widths = tried_widths(group, len(order), round_to)
-            trials = _trials(module, group, order, widths, systems)
+            leaving = tuple(orders[group.name])
+            widths = tried_widths(group, len(leaving), round_to)
+            trials = _trials(module, group, leaving, widths, systems)
             losses = [0.0] * len(trials)
             visits = walk.visit(first[group.name], as_far_as_sum=False)
             for batch, (_, (images, _labels)) in enumerate(zip(visits, damage.batches, strict=True)):
                 for at, trial in enumerate(trials):
                     with _tried(module, trial, systems), walk.rest(batch):
                         losses[at] += damage.batch(batch, module(images))
-            curves[group.name] = Curve(group.name, order, widths, tuple(loss - begun for loss in losses))
+            curves[group.name] = Curve(group.name, leaving, widths, tuple(loss - begun for loss in losses))
             progress.advance("curves measured", number, len(groups))
     return tuple(curves[group.name] for group in groups)
 

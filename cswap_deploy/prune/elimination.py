@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROUNDS = 96
-"""Down-dates per group, about: wider groups lose several units between two."""
+"""Down-dates of all that is left per group, about: of wider groups several units leave between two, each given those before it."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,30 @@ def leaving_costs(consumers: Sequence[Consumer]) -> tuple[list[int], list[float]
         left = alive.nonzero()[:, 0]
         cost = torch.stack([state.costs(left) for state in states]).sum(0).cpu()
         lot = max(1, min(len(left), units // ROUNDS))
-        chosen = cost.argsort(stable=True)[:lot]
+        pool = left[cost.argsort(stable=True)[: 2 * lot]]
+        chosen, found = _cheapest(states, pool, lot)
         for state in states if lot < len(left) else ():
-            state.drop(left[chosen])
-        alive[left[chosen]] = False
-        order += left[chosen].tolist()
-        costs += cost[chosen].tolist()
+            state.drop(chosen)
+        alive[chosen] = False
+        order += chosen.tolist()
+        costs += found
     return order, costs
+
+
+def _cheapest(states: Sequence[_State], pool: Tensor, count: int) -> tuple[Tensor, list[float]]:
+    """`count` units of `pool`, the cheapest first given those before it, and what each costs: exact within the pool."""
+    import torch
+
+    parts = [state.part(pool) for state in states]
+    left, chosen, costs = list(range(len(pool))), [], []
+    for _ in range(count):
+        cost = torch.stack([part.costs(torch.tensor(left, device=part.owned.device)) for part in parts]).sum(0).cpu()
+        place = int(cost.argmin())
+        costs.append(float(cost[place]))
+        chosen.append(left.pop(place))
+        for part in parts if len(chosen) < count else ():
+            part.drop(torch.tensor(chosen[-1:], device=part.owned.device))
+    return pool[chosen], costs
 
 
 @dataclass
@@ -67,6 +84,14 @@ class _State:
 
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(consumer.gram))
         return _State(inverse, consumer.weight.double().clone(), consumer.owned, consumer.rows)
+
+    def part(self, units: Tensor) -> _State:
+        """Of these units alone, numbered anew; what is eliminated in it leaves this one as it was."""
+        import torch
+
+        index = self.owned[units].flatten()
+        owned = torch.arange(len(index), device=index.device).reshape(len(units), -1)
+        return _State(self.inverse[index][:, index], self.weight[index], owned, self.rows)
 
     def costs(self, units: Tensor) -> Tensor:
         """(len(units),)"""

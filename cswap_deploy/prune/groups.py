@@ -170,6 +170,8 @@ def _channel_group(proposal: Any, names: dict[Any, str]) -> Group:
     order = {name: position for position, name in enumerate(names.values())}
     ordered = sorted(members, key=lambda member: (order[member.module], member.axis, member.parameter))
     makers = [member.module for member in ordered if member.axis == 0 and member.parameter == "weight"]
+    if not makers:
+        raise _Unfit("no layer with a weight of its own makes its units")
     return Group(makers[0], "channels", units, tuple(ordered))
 
 

@@ -103,7 +103,7 @@ def outlet(module: nn.Module, name: str, images: Tensor) -> Outlet:
     return Outlet(watch.shortcut is not None, alone, norm, watch.scale, watch.shift, watch.axis)
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward that has gone far enough."""
 
 
@@ -137,7 +137,7 @@ class _Watch:
             try:
                 with _mode(self):
                     self.module(images)
-            except _Reached:
+            except Reached:
                 pass
 
     # --- modules
@@ -145,7 +145,7 @@ class _Watch:
     def _capture(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self.until == "output":
             self.inputs, self.output = inputs[0].clone(), output.clone()
-            raise _Reached
+            raise Reached
         if self.until == "sum":
             self.inputs, self.output = inputs[0].clone(), output.clone()
         self.carrier = output
@@ -165,7 +165,7 @@ class _Watch:
         """Is it the sum that is waited for?"""
         if self.until == "sum" and self._other_operand(function, args, kwargs) is not None:
             self.shortcut = self._other_operand(function, args, kwargs).clone()
-            raise _Reached
+            raise Reached
 
     def after(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, written: bool
@@ -227,7 +227,7 @@ class _Watch:
 
     def version(self) -> int:
         """Counts the writes into the tensor that is followed."""
-        return -1 if self.carrier is None else int(self.carrier._version)
+        return -1 if self.carrier is None or self.carrier.is_inference() else int(self.carrier._version)
 
 
 def _mode(watch: _Watch) -> Any:

@@ -8,14 +8,17 @@ producer reads, times what its outputs do to the consumer's, told by random prob
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group
-from cswap_deploy.prune.observe import observe
-from cswap_deploy.prune.replay import Walk
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.least_squares import SCARCE
+from cswap_deploy.prune.observe import Reached, observe
+from cswap_deploy.prune.replay import Walk, answering
 from cswap_deploy.prune.systems import Site, System
 
 if TYPE_CHECKING:
@@ -25,8 +28,8 @@ MOST_IMAGES, FEWEST_IMAGES = 1024, 32
 """That the steps look at, all positions of each; fewer where the network's activations are large."""
 MAPS_BYTES = 1 << 28
 """Memory for the activations of these images at the widest place."""
-GOALS_BYTES = 1 << 29
-"""Memory for what the dense network gives on these images; beyond it that is computed for each fit."""
+JUDGES = 6
+"""One batch of this many judges each step and takes no part in it."""
 DAMPING = 1e-3
 """Of the producer's side of the matrix, relative to each input's power."""
 OUTPUT_DAMPING = 1e-2
@@ -37,72 +40,117 @@ LONGEST = 1.5
 """The longest step, in units of the one that the Kronecker product proposes."""
 
 
-def pairs(groups: Sequence[Group], sites: Mapping[str, Site | None]) -> dict[str, str]:
-    """Producer → consumer of each group of channels that one fitted layer makes and one other reads."""
+@dataclass(frozen=True)
+class Partner:
+    """The one layer that reads what a producer makes, and the layers between them that the group's units pass through."""
+
+    consumer: str
+    between: frozenset[str]
+
+
+def partners(groups: Sequence[Group], sites: Mapping[str, Site | None]) -> dict[str, Partner]:
+    """Per producer its partner, for each group of channels that one fitted layer makes and one other reads."""
     found = {}
     for group in groups:
-        makers = {member.module for member in group.members if member.axis == 0 and sites.get(member.module)}
+        passed = {member.module for member in group.members if member.axis == 0}
+        makers = {name for name in passed if sites.get(name)}
         readers = {member.module for member in group.consumers}
         if group.kind != "channels" or len(makers) != 1 or len(readers) != 1:
             continue
         (producer,), (consumer,) = makers, readers
         site = sites[producer]
         if site and sites.get(consumer) and not site.outlet.summed:
-            found[producer] = consumer
+            found[producer] = Partner(consumer, frozenset(passed - makers))
     return found
 
 
-@dataclass
-class Goals:
-    """Per consumer and batch of these images what the dense network gives at its end, kept from fit to fit."""
-
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def of(self, consumer: str, site: Site, there: Walk) -> list[Tensor]:
-        """In terms of the consumer's output: the sum that it goes into or, where there is none, the output."""
-        if consumer in self.kept:
-            return self.kept[consumer]
-        places = there.visit(consumer, as_far_as_sum=site.outlet.summed)
-        found = [place.output + site.outlet.beside(place) for place in places]
-        if sum(part.nbytes for parts in (*self.kept.values(), found) for part in parts) <= GOALS_BYTES:
-            self.kept[consumer] = found
-        return found
-
-
-@dataclass(frozen=True)
 class Movers:
-    """Goes along the dense and the compensated network, and takes `rounds` steps for each pair on the way."""
+    """Goes along the dense and the compensated network on some of the fit images, and moves producers on the way."""
 
-    dense: nn.Module
-    there: Walk
-    here: Walk
-    sites: Mapping[str, Site | None]
-    goals: Goals
-    rounds: int
+    def __init__(
+        self,
+        dense: nn.Module,
+        module: nn.Module,
+        batches: Batches,
+        reads: dict[str, set[str] | None],
+        sites: Mapping[str, Site | None],
+        order: Sequence[str],
+        images: int,
+        steps: int,
+    ) -> None:
+        """`order`: of the layers in a forward; `images`: how many the sites' rows were drawn for; `steps` for each producer."""
+        batches = batches.divided(JUDGES)
+        self.dense, self.batches, self.reads, self.sites, self.steps = dense, batches, reads, sites, steps
+        self.place = {name: number for number, name in enumerate(order)}
+        self.share = images / len(batches)
+        self.here = Walk(module, batches, reads)
+        self.there, self.reached = Walk(dense, batches, reads), -1
 
-    def move(self, producer: str, consumer: str, system: System, weights: Tensor, gone: frozenset[int]) -> None:
+    def move(self, producer: str, consumer: str, system: System, weights: Tensor, gone: frozenset[int]) -> bool:
         """Move the producer in the compensated network; its consumer, which must not read `gone`, is left with a passing fit.
 
-        `system` and `weights` (columns + 1, outputs) are the producer's as it stands. Producers come in a forward's order.
+        `system` and `weights` (columns + 1, outputs) are the producer's as it stands. Producers come in a forward's order. False
+        where there are too few images for it, or no step does better on those that judge.
         """
-        pair = _Pair.of(self, producer, consumer, system)
-        for _ in range(self.rounds):
-            pair.fit_consumer(self.dense, gone)
-            weights = pair.searched(weights, *pair.step())
+        pair = self._pair(producer, consumer, system, gone)
+        if pair is None:
+            return False
+        best, least, first = weights, float("inf"), 0.0
+        for step in range(self.steps + 1):
+            pair.fit_consumer()
+            error = pair.judged()
+            if not error < least:
+                break
+            best, least, first = weights, error, first if step else error
+            if step < self.steps:
+                weights = pair.searched(weights, *pair.step())
+        system.write(self.here.module, producer, best)
+        return least < first
+
+    def _pair(self, producer: str, consumer: str, system: System, gone: frozenset[int]) -> _Pair | None:
+        """None where there are fewer rows than a fit needs."""
+        site, behind, here = self.sites[producer], self.sites[consumer], self.here
+        assert site and behind
+        behind = replace(behind, rows=replace(behind.rows, share=min(1.0, behind.rows.share * self.share)))
+        goals = self._goals(consumer, behind)
+        reads = [place.inputs for place in here.visit(producer, as_far_as_sum=False)]
+        lessons = []
+        for number, ((images, _), inputs, goal) in enumerate(zip(here.batches, reads, goals, strict=True)):
+            with here.rest(number):
+                place = observe(here.module, consumer, images, as_far_as_sum=behind.outlet.summed)
+            offsets = None
+            if behind.outlet.rectified:
+                beside = behind.rows.flat(behind.outlet.beside(place))
+                offsets = beside + behind.outlet.constant(place.output)[:, None]
+            lessons.append(_Lesson(number, images, inputs, goal - behind.outlet.beside(place), offsets))
+        judges = max(1, len(lessons) // JUDGES)
+        fitted = System.begin(behind, self.dense, gone)
+        pair = _Pair(here, producer, consumer, site, behind, system, fitted, lessons[judges:], lessons[:judges])
+        return pair if pair.lessons and pair.enough else None
+
+    def _goals(self, consumer: str, site: Site) -> list[Tensor]:
+        """Per batch what the dense network gives at the consumer's sum or, where there is none, its output."""
+        there = self.there
+        if self.place[consumer] < self.reached:  # a shorter branch beside a longer one: a walk only goes forwards
+            there = Walk(self.dense, self.batches, self.reads)
+        else:
+            self.reached = self.place[consumer]
+        places = there.visit(consumer, as_far_as_sum=site.outlet.summed)
+        return [place.output + site.outlet.beside(place) for place in places]
 
 
 @dataclass(frozen=True)
 class _Lesson:
-    """One batch at a pair: what the producer reads, and what the consumer is to give, where a rectifier's offset counts.
+    """One batch at a pair: what the producer reads, and what the consumer is to give, like its output.
 
-    `wanted` like the consumer's output; `offsets` (images, outputs, positions), as in `refit`.
+    `offsets` (images, outputs, positions), as in `Block`, where a rectifier follows.
     """
 
     number: int
     images: Tensor
     inputs: Tensor
     wanted: Tensor
-    offsets: Tensor
+    offsets: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -118,35 +166,42 @@ class _Slopes:
 
 @dataclass(frozen=True)
 class _Pair:
+    """`system`: the producer's; `empty`: the consumer's before anything is summed."""
+
     here: Walk
     producer: str
     consumer: str
     site: Site
     behind: Site
     system: System
+    empty: System
     lessons: Sequence[_Lesson]
+    judges: Sequence[_Lesson]
 
-    @staticmethod
-    def of(movers: Movers, producer: str, consumer: str, system: System) -> _Pair:
-        site, behind, here = movers.sites[producer], movers.sites[consumer], movers.here
-        assert site and behind
-        goals = movers.goals.of(consumer, behind, movers.there)
-        reads = [place.inputs for place in here.visit(producer, as_far_as_sum=False)]
-        lessons = []
-        for number, ((images, _), inputs, goal) in enumerate(zip(here.batches, reads, goals, strict=True)):
-            with here.rest(number):
-                place = observe(here.module, consumer, images, as_far_as_sum=behind.outlet.summed)
-            wanted = goal - behind.outlet.beside(place)
-            offsets = behind.rows.flat(behind.outlet.beside(place)) + behind.outlet.constant(place.output)[:, None]
-            lessons.append(_Lesson(number, images, inputs, wanted, offsets))
-        return _Pair(here, producer, consumer, site, behind, system, lessons)
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough rows for the consumer's passing fit and for the producer's step."""
+        drawn = self.behind.rows.share * sum(self._positions(lesson.wanted, self.behind) for lesson in self.lessons)
+        return drawn >= SCARCE * len(self.empty.columns(self.empty.channels))
 
-    def fit_consumer(self, dense: nn.Module, gone: frozenset[int]) -> None:
-        rows, system = self.behind.rows, System.begin(self.behind, dense, gone)
+    def _positions(self, values: Tensor, site: Site) -> int:
+        return values.numel() // site.rows.outputs
+
+    def fit_consumer(self) -> None:
+        rows, system = self.behind.rows, self.empty.emptied()
         for lesson in self.lessons:
             read, _ = self._run(lesson)
             system.equations.add(rows.draw(read, lesson.wanted, lesson.number))
         system.write(self.here.module, self.consumer, system.solve())
+
+    def judged(self) -> float:
+        """Weighted squared error of the consumer on the images that judge."""
+        total = 0.0
+        for lesson in self.judges:
+            output = self._given(lesson)
+            error, _ = self._error(output, lesson)
+            total += float((self._weight(output) * error.square()).sum())
+        return total
 
     def step(self) -> tuple[Tensor, list[Tensor]]:
         """(columns + 1, outputs): input covariance^-1 times what the error asks for times output covariance^-1; and what the
@@ -154,10 +209,8 @@ class _Pair:
         import torch
 
         rows, start = self.site.rows, self.system.start
-        asked, probed = (
-            torch.zeros(*shape, dtype=torch.float64, device=start.device)
-            for shape in (start.shape, (rows.outputs,) * 2)
-        )
+        kind: Any = {"dtype": torch.float64, "device": start.device}
+        asked, probed = torch.zeros(*start.shape, **kind), torch.zeros(rows.outputs, rows.outputs, **kind)
         generator, count, probes, before = torch.Generator().manual_seed(0), 0, 0, []
         for lesson in self.lessons:
             found = self._slopes(lesson, generator if probes < PROBES else None)
@@ -170,7 +223,8 @@ class _Pair:
                 probes += flat.shape[1]
         power = probed.diagonal() / probes
         outputs = probed / probes + torch.diag(OUTPUT_DAMPING * (power + power.mean().clamp_min(1e-30)))
-        return torch.linalg.solve(outputs, (self._inverse() @ asked / count).T).T.float(), before
+        step: Tensor = torch.linalg.solve(outputs, (self._inverse @ asked / count).T).T
+        return step.float(), before
 
     def _slopes(self, lesson: _Lesson, generator: Any) -> _Slopes:
         import torch
@@ -179,31 +233,29 @@ class _Pair:
         weight = layer.weight.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             made = torch.func.functional_call(layer, {"weight": weight}, (lesson.inputs,))
-            with _answering(self.here.module, self.producer, made * 1):
-                flat = self.behind.rows.flat(self._run(lesson)[1])
+            with answering(self.here.module, {self.producer: made * 1}):
+                flat = self._given(lesson)
         error, live = self._error(flat.detach(), lesson)
         scale, probe = self._weight(flat), None
         if generator is not None:
             signs = (torch.randint(0, 2, flat.shape, generator=generator) * 2 - 1).to(flat)
             (probe,) = torch.autograd.grad(flat, made, scale.sqrt() * live * signs, retain_graph=True)
         wanted, slope = torch.autograd.grad(flat, (weight, made), scale * error)
-        flat_slope = self.site.rows.flat(slope)
-        bias = flat_slope.sum((0, 2))
-        asked = torch.cat([wanted.flatten(1), bias[:, None]], 1).T
-        return _Slopes(flat.detach(), asked, probe, flat_slope.shape[0] * flat_slope.shape[2])
+        sums = self.site.rows.flat(slope).sum((0, 2))
+        asked = torch.cat([wanted.flatten(1), sums[:, None]], 1).T
+        return _Slopes(flat.detach(), asked, probe, self._positions(slope, self.site))
 
     def searched(self, weights: Tensor, step: Tensor, before: Sequence[Tensor]) -> Tensor:
         """The producer's weights, also written, after the best part of the step, as half of it tells."""
-        flat, module = self.behind.rows.flat, self.here.module
-        self.system.write(module, self.producer, weights + 0.5 * step)
+        self.system.write(self.here.module, self.producer, weights + 0.5 * step)
         gain = size = 0.0
         for lesson, output in zip(self.lessons, before, strict=True):
             error, live = self._error(output, lesson)
-            moved = 2 * live * (flat(self._run(lesson)[1]) - output)
+            moved = 2 * live * (self._given(lesson) - output)
             gain += float((self._weight(output) * error * moved).sum())
             size += float((self._weight(output) * moved.square()).sum())
         weights = weights + (min(LONGEST, max(0.0, gain / size)) if size > 0 else 0.0) * step
-        self.system.write(module, self.producer, weights)
+        self.system.write(self.here.module, self.producer, weights)
         return weights
 
     def _error(self, output: Tensor, lesson: _Lesson) -> tuple[Tensor, Tensor]:
@@ -214,7 +266,7 @@ class _Pair:
         import torch
 
         wanted = self.behind.rows.flat(lesson.wanted)
-        if not self.behind.outlet.rectified:
+        if lesson.offsets is None:
             return wanted - output, torch.ones_like(output)
         sign = self.behind.outlet.sign(output.shape[1]).to(output)[:, None]
         passed = (sign * (wanted + lesson.offsets) > 0) | (sign == 0)
@@ -230,6 +282,7 @@ class _Pair:
         power = scale.square() * self.behind.outlet.sign(len(scale)).to(scale).square()
         return (power / power.mean().clamp_min(1e-30))[:, None]
 
+    @cached_property
     def _inverse(self) -> Tensor:
         """(columns + 1, columns + 1): of the damped covariance of what the producer reads; zeros where it must not read."""
         import torch
@@ -243,32 +296,26 @@ class _Pair:
         found[index[:, None], index] = torch.cholesky_inverse(torch.linalg.cholesky(own))
         return found
 
+    def _given(self, lesson: _Lesson) -> Tensor:
+        """(images, outputs, positions): what the consumer gives, with the bias that the BatchNorm behind it has taken up."""
+        flat = self.behind.rows.flat(self._run(lesson)[1])
+        if self.empty.mean is None:
+            return flat
+        norm: Any = self.here.module.get_submodule(self.empty.norm)
+        bias: Tensor = self.empty.mean - norm.running_mean
+        return flat + bias[:, None]
+
     def _run(self, lesson: _Lesson) -> tuple[Tensor, Tensor]:
         """What the consumer reads and gives."""
         found: list[Tensor] = []
 
         def stop(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             found.extend((inputs[0], output))
-            raise _Reached
+            raise Reached
 
         with ExitStack() as undo:
             undo.enter_context(self.here.rest(lesson.number))
             undo.callback(self.here.module.get_submodule(self.consumer).register_forward_hook(stop).remove)
-            undo.enter_context(suppress(_Reached))
+            undo.enter_context(suppress(Reached))
             self.here.module(lesson.images)
         return found[0], found[1]
-
-
-class _Reached(Exception):
-    """Ends a forward that has gone far enough."""
-
-
-@contextmanager
-def _answering(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """Inside the block this layer gives `value`."""
-    layer: Any = module.get_submodule(name)
-    layer.forward = lambda *_args, **_kwargs: value
-    try:
-        yield
-    finally:
-        del layer.forward

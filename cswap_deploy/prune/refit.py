@@ -19,7 +19,7 @@ from cswap_deploy.prune.grouped import grouped_rows, refit_grouped
 from cswap_deploy.prune.least_squares import NormalEquations
 from cswap_deploy.prune.observe import observe, outlet
 from cswap_deploy.prune.producers import FEWEST_IMAGES as FEWEST_MOVERS
-from cswap_deploy.prune.producers import MAPS_BYTES, MOST_IMAGES, Goals, Movers
+from cswap_deploy.prune.producers import MAPS_BYTES, MOST_IMAGES, Movers, Partner
 from cswap_deploy.prune.replay import CACHE_BYTES, Walk, finished_before, in_order
 from cswap_deploy.prune.rows import Rows
 from cswap_deploy.prune.systems import Block, Site, System, Systems
@@ -49,7 +49,6 @@ class Structure:
     """Of these the first that producers are moved by."""
     wanted: dict[str, list[Tensor]] = field(default_factory=dict)
     """What the dense network gives, per layer and batch, at the positions that are drawn."""
-    goals: Goals = field(default_factory=Goals)
 
     @property
     def bytes(self) -> int:
@@ -62,28 +61,29 @@ def refit(
     gone: Mapping[str, list[int]],
     batches: Batches,
     structure: Structure,
-    producers: Mapping[str, str],
-    rounds: int,
+    producers: Mapping[str, Partner],
+    steps: int,
 ) -> Systems:
     """Fit the layers of `module`, a masked copy of `dense`, in place; give the systems of the layers in `gone`.
 
     `gone`: per consumer of a group the input channels that have left, perhaps none. Layers before the first cut stay as they are.
-    `producers`: producer → consumer; the producer is moved in `rounds` steps where the consumer has lost something.
+    `structure` is that of `dense`, examined on these images. Producers are moved in `steps` steps where their consumer has lost
+    something; what is between the two is then left as it is, since it is to pass on other things than it did.
     """
-    examine(dense, structure, batches, gone)
     batches = batches.first(structure.images)
     there, here = Walk(dense, batches, structure.reads), Walk(module, batches, structure.reads)
-    movers = _movers(dense, module, batches, structure, rounds)
+    some = batches.first(structure.movers)
+    movers = Movers(dense, module, some, structure.reads, structure.sites, structure.order, len(batches), steps)
     systems: Systems = {}
-    changed = False
+    changed, kept = False, set[str]()
     for number, name in enumerate(structure.order, 1):
-        lost, partner = gone.get(name), producers.get(name, "")
-        moves = bool(rounds and gone.get(partner))
+        lost, partner = gone.get(name), producers.get(name)
+        moves = bool(steps and partner and gone.get(partner.consumer))
         if lost is None and not changed and not moves:
             continue
         changed = changed or bool(lost)
         site, grouped = structure.sites[name], structure.grouped.get(name)
-        if grouped and changed:
+        if grouped and changed and name not in kept:
             refit_grouped(grouped, dense, module, name, _wanted(grouped, name, there, structure), here)
         if site is None:
             continue
@@ -94,16 +94,11 @@ def refit(
         weights = _solution(system, site, blocks) if changed else system.start
         if changed:
             system.write(module, name, weights)
-        if moves:
-            movers.move(name, partner, system, weights, frozenset(gone[partner]))
+        if moves and partner:
+            moved = movers.move(name, partner.consumer, system, weights, frozenset(gone[partner.consumer]))
+            kept |= partner.between if moved else set()
         progress.advance("layers fitted", number, len(structure.order))
     return systems
-
-
-def _movers(dense: nn.Module, module: nn.Module, batches: Batches, structure: Structure, rounds: int) -> Movers:
-    some = batches.first(structure.movers)
-    there, here = Walk(dense, some, structure.reads), Walk(module, some, structure.reads)
-    return Movers(dense, there, here, structure.sites, structure.goals, rounds)
 
 
 # --- structure
@@ -133,7 +128,7 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
             if rows is None and alone:
                 own = grouped_rows(dense.get_submodule(name), place.inputs, place.output, len(batches))
                 structure.grouped |= {name: _site(dense, name, own, pair, walk.once)} if own else {}
-            if rows is None and name in consumers:
+            if rows is None and name not in structure.grouped and name in consumers:
                 progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
     structure.images = min(len(batches), max(FEWEST_IMAGES, CACHE_BYTES // largest))
     structure.movers = min(structure.images, MOST_IMAGES, max(FEWEST_MOVERS, MAPS_BYTES // largest))

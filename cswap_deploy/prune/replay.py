@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CACHE_BYTES = 1 << 30
-"""Kept outputs of one walk (a refit makes two); batches beyond it are computed from the start each time."""
+"""Kept outputs of one walk (a refit makes two, and two on fewer images where makers move); batches beyond it are computed
+from the start each time."""
 
 Kept = dict[str, "Tensor"]
 """Per submodule its output, or zeros without memory of their own where nothing that is still to come reads it."""
@@ -34,6 +35,24 @@ def replayed(module: nn.Module, outputs: Mapping[str, Tensor], *, thin: bool = F
 
     with ExitStack() as undo:
         for name, value in outputs.items():
+            layer = module.get_submodule(name)
+            own = layer.__dict__.get("forward")
+            layer.forward = answer(value)
+            undo.callback(
+                layer.__dict__.pop if own is None else layer.__dict__.__setitem__, "forward", *([own] if own else [])
+            )
+        yield
+
+
+@contextmanager
+def answering(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block these submodules return the given tensors themselves, for one forward."""
+
+    def answer(value: Tensor) -> Any:
+        return lambda *_args, **_kwargs: value
+
+    with ExitStack() as undo:
+        for name, value in values.items():
             layer = module.get_submodule(name)
             own = layer.__dict__.get("forward")
             layer.forward = answer(value)

@@ -103,7 +103,8 @@ class Bench:
                 names = {member.module for group in self.groups.groups for member in group.consumers}
             case LeastSquaresCompensation():
                 examine(self.dense, self.structure, self.fit.first(SEARCH_IMAGES), ())
-                names = {name for name, site in self.structure.sites.items() if site and not site.outlet.norm}
+                sites = {**self.structure.sites, **self.structure.grouped}
+                names = {name for name, site in sites.items() if site and not site.outlet.norm}
             case _:
                 names = set()
         layers: list[tuple[str, Any]] = [(name, self.dense.get_submodule(name)) for name in sorted(names)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.artifacts import Group
 from cswap_deploy.prune.ablation import channel_axis, unit_sums
 from cswap_deploy.prune.reading import Reading
-from cswap_deploy.prune.replay import finished_before, still_read
+from cswap_deploy.prune.replay import answering, finished_before, still_read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,24 +103,6 @@ def observed(module: nn.Module, suffixes: Sequence[Suffix], images: Tensor, labe
             undo.callback(module.get_submodule(name).register_forward_hook(hook(name)).remove)
         log_p = module(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
     return Clean(images, labels, log_p.detach(), outputs, inputs)
-
-
-@contextmanager
-def answering(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block these submodules return the given tensors themselves, for one forward."""
-
-    def answer(value: Tensor) -> Any:
-        return lambda *_args, **_kwargs: value
-
-    with ExitStack() as undo:
-        for name, value in values.items():
-            layer = module.get_submodule(name)
-            own = layer.__dict__.get("forward")
-            layer.forward = answer(value)
-            undo.callback(
-                layer.__dict__.pop if own is None else layer.__dict__.__setitem__, "forward", *([own] if own else [])
-            )
-        yield
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.prune.cut import add_bias
@@ -54,6 +54,11 @@ class System:
         norm = site.outlet.norm if old.bias is None else ""
         mean: Any = dense.get_submodule(norm).running_mean if norm else None
         return System(equations, start, gone, rows.columns // old.weight.shape[1], norm, mean)
+
+    def emptied(self) -> System:
+        """The same layer with nothing summed."""
+        columns, outputs = len(self.start) - 1, self.start.shape[1]
+        return replace(self, equations=NormalEquations.empty(columns, outputs, str(self.start.device)))
 
     def write(self, module: nn.Module, name: str, weights: Tensor) -> None:
         """`weights` (columns + 1, outputs), the bias last, into layer `name`; the BatchNorm behind it takes up the bias."""
