@@ -667,11 +667,13 @@ def raising(error: Exception) -> Callable[..., Any]:
 # --- other processes -------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-    import hashlib, sys, time
+    import hashlib, signal, sys, time
     from dataclasses import dataclass
     from pathlib import Path
     from cswap_deploy.artifacts import File
     from cswap_deploy.stage import Workdir, stage
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit that it is ignored
 
     @dataclass(frozen=True)
     class Chunks:
