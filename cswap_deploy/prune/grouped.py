@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.prune.least_squares import RIDGE, SCARCE
 from cswap_deploy.prune.replay import Walk
-from cswap_deploy.prune.rows import MEMORY, ROWS, ROWS_PER_COLUMN, Rows
-from cswap_deploy.prune.systems import Block, Site, write
+from cswap_deploy.prune.rows import Rows
+from cswap_deploy.prune.systems import Block, Site, norm_of, start_of, write
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,25 +32,21 @@ def grouped_rows(layer: nn.Module, inputs: Tensor, output: Tensor, images: int) 
         return None
     weight, outputs = layer.weight.detach(), layer.out_channels
     columns = layer.in_channels * weight[0, 0].numel()
-    start = torch.cat([weight.flatten(1), _bias(layer)[:, None]], 1).T
+    start = start_of(layer)
     for fields, targets in Rows(layer, columns, outputs, 1.0).draw(inputs, output, seed=0):
         close = 1e-3 * float(targets.abs().max().clamp_min(1e-6))
         if not torch.allclose(_product(layer, start, fields), targets, rtol=1e-3, atol=close):
             return None
-    positions = output.numel() // outputs // len(output) * images
-    wanted = min(max(ROWS_PER_COLUMN * len(start), ROWS), MEMORY // (4 * (columns + 2 * outputs)))
-    return Rows(layer, columns, outputs, min(1.0, wanted / positions))
+    return Rows.sampled(layer, columns, len(start), output, images)
 
 
 def refit_grouped(
     site: Site, dense: nn.Module, module: nn.Module, name: str, wanted: Sequence[Tensor], here: Walk
 ) -> None:
     """Fit layer `name` of `module` in place, as `refit` does with a layer of one group; `wanted` as there."""
-    import torch
-
     rows, way = site.rows, site.outlet
     layer: Any = rows.layer
-    start = torch.cat([layer.weight.detach().flatten(1), _bias(layer)[:, None]], 1).T
+    start = start_of(layer)
     sums, kept = _Sums.empty(layer), []
     for seed, found in enumerate(here.visit(name, as_far_as_sum=way.summed)):
         for block in Block.of(site, found, wanted[seed], seed):
@@ -62,9 +58,7 @@ def refit_grouped(
         for block in kept:
             again.add(block.fields, block.moved(_product(layer, weights, block.fields), way.sign(rows.outputs)))
         weights = again.solve(start)
-    norm = way.norm if layer.bias is None else ""
-    mean: Any = dense.get_submodule(norm).running_mean if norm else None
-    write(module, name, weights, norm, mean)
+    write(module, name, weights, *norm_of(site, dense))
 
 
 def _by_group(values: Tensor, groups: int) -> Tensor:
@@ -124,8 +118,3 @@ class _Sums:
         found = torch.linalg.solve(self.gram + torch.diag_embed(ridge), self.cross + pull)
         weights: Tensor = found.transpose(0, 1).flatten(1).float()
         return weights
-
-
-def _bias(layer: Any) -> Tensor:
-    own: Tensor | None = layer.bias
-    return layer.weight.new_zeros(len(layer.weight)) if own is None else own.detach()

@@ -19,7 +19,7 @@ from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.least_squares import SCARCE
 from cswap_deploy.prune.observe import Reached, observe
 from cswap_deploy.prune.replay import Walk, answering
-from cswap_deploy.prune.systems import Site, System
+from cswap_deploy.prune.systems import Site, System, rectified
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -95,17 +95,17 @@ class Movers:
         pair = self._pair(producer, consumer, system, gone)
         if pair is None:
             return False
-        best, least, first = weights, float("inf"), 0.0
+        begun, best, least = weights, weights, float("inf")
         for step in range(self.steps + 1):
             pair.fit_consumer()
             error = pair.judged()
             if not error < least:
                 break
-            best, least, first = weights, error, first if step else error
+            best, least = weights, error
             if step < self.steps:
                 weights = pair.searched(weights, *pair.step())
         system.write(self.here.module, producer, best)
-        return least < first
+        return best is not begun
 
     def _pair(self, producer: str, consumer: str, system: System, gone: frozenset[int]) -> _Pair | None:
         """None where there are fewer rows than a fit needs."""
@@ -268,11 +268,8 @@ class _Pair:
         wanted = self.behind.rows.flat(lesson.wanted)
         if lesson.offsets is None:
             return wanted - output, torch.ones_like(output)
-        sign = self.behind.outlet.sign(output.shape[1]).to(output)[:, None]
-        passed = (sign * (wanted + lesson.offsets) > 0) | (sign == 0)
-        above = sign * (output + lesson.offsets) > 0
-        error = torch.where(passed, wanted - output, torch.where(above, -lesson.offsets - output, 0.0))
-        return error, (passed | above).to(output)
+        wanted, live = rectified(wanted, lesson.offsets, output, self.behind.outlet.sign(output.shape[1]))
+        return wanted - output, live.to(output)
 
     def _weight(self, output: Tensor) -> Tensor:
         """(outputs, 1): a channel counts by what the way behind the consumer makes of it."""

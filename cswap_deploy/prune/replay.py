@@ -33,14 +33,7 @@ def replayed(module: nn.Module, outputs: Mapping[str, Tensor], *, thin: bool = F
             return lambda *_args, **_kwargs: value
         return lambda *_args, **_kwargs: value.clone()
 
-    with ExitStack() as undo:
-        for name, value in outputs.items():
-            layer = module.get_submodule(name)
-            own = layer.__dict__.get("forward")
-            layer.forward = answer(value)
-            undo.callback(
-                layer.__dict__.pop if own is None else layer.__dict__.__setitem__, "forward", *([own] if own else [])
-            )
+    with _forwards(module, {name: answer(value) for name, value in outputs.items()}):
         yield
 
 
@@ -51,11 +44,18 @@ def answering(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]
     def answer(value: Tensor) -> Any:
         return lambda *_args, **_kwargs: value
 
+    with _forwards(module, {name: answer(value) for name, value in values.items()}):
+        yield
+
+
+@contextmanager
+def _forwards(module: nn.Module, forwards: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block these submodules have these forwards."""
     with ExitStack() as undo:
-        for name, value in values.items():
+        for name, forward in forwards.items():
             layer = module.get_submodule(name)
             own = layer.__dict__.get("forward")
-            layer.forward = answer(value)
+            layer.forward = forward
             undo.callback(
                 layer.__dict__.pop if own is None else layer.__dict__.__setitem__, "forward", *([own] if own else [])
             )

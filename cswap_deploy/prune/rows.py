@@ -48,8 +48,14 @@ class Rows:
             found = weight.flatten(1) @ fields + bias[:, None]
             if not torch.allclose(found, targets, rtol=1e-3, atol=1e-3 * float(targets.abs().max().clamp_min(1e-6))):
                 return None
+        return Rows.sampled(layer, columns, columns, output, images)
+
+    @staticmethod
+    def sampled(layer: Any, columns: int, unknowns: int, output: Tensor, images: int) -> Rows:
+        """With as large a share as so many unknowns per output need; `output`: one example batch, of `images` to come."""
+        outputs = len(layer.weight)
         positions = output.numel() // outputs // len(output) * images
-        wanted = min(max(ROWS_PER_COLUMN * columns, ROWS), MEMORY // (4 * (columns + 2 * outputs)))
+        wanted = min(max(ROWS_PER_COLUMN * unknowns, ROWS), MEMORY // (4 * (columns + 2 * outputs)))
         return Rows(layer, columns, outputs, min(1.0, wanted / positions))
 
     def draw(self, inputs: Tensor, target: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -186,7 +186,8 @@ class Search:
         Where elimination orders the units, later steps have no scores of their own.
         """
         bench, scores = self.bench, state.scores
-        if state.steps and not bench.eliminates:
+        scored = not (state.steps and bench.eliminates)
+        if state.steps and scored:
             found = self.criterion.score(state.module, bench.groups.groups, bench.fit)
             scores = tuple(item.of(state.keep[item.group]) for item in found)
         if judge.damage is None:
@@ -194,7 +195,6 @@ class Search:
         else:
             keep = self._by_curves(state, scores, kind, fraction, judge.damage)
         module, systems = bench.compensated(keep)
-        scored = not (state.steps and bench.eliminates)
         step = self._describe(state.keep, keep, scores if scored else (), judge.drop(module))
         progress.note(
             f"{step.macs:.1%} of the MACs, {step.params:.1%} of the parameters kept, "

@@ -44,16 +44,10 @@ class System:
     @staticmethod
     def begin(site: Site, dense: nn.Module, gone: frozenset[int]) -> System:
         """With nothing summed yet."""
-        import torch
-
-        rows = site.rows
+        rows, start = site.rows, start_of(site.rows.layer)
         old: Any = rows.layer
-        equations = NormalEquations.empty(rows.columns, rows.outputs, str(old.weight.device))
-        bias = old.bias if old.bias is not None else old.weight.new_zeros(rows.outputs)
-        start = torch.cat([old.weight.flatten(1), bias[:, None]], 1).T
-        norm = site.outlet.norm if old.bias is None else ""
-        mean: Any = dense.get_submodule(norm).running_mean if norm else None
-        return System(equations, start, gone, rows.columns // old.weight.shape[1], norm, mean)
+        equations = NormalEquations.empty(rows.columns, rows.outputs, str(start.device))
+        return System(equations, start, gone, rows.columns // old.weight.shape[1], *norm_of(site, dense))
 
     def emptied(self) -> System:
         """The same layer with nothing summed."""
@@ -101,12 +95,34 @@ class Block:
 
     def moved(self, fit: Tensor, sign: Tensor) -> Tensor:
         """The targets; wherever the rectifier gives 0, the nearest value to the `fit` for which it does so."""
-        import torch
+        return rectified(self.targets, self.offsets, fit, sign)[0]
 
-        direction = sign.to(fit)[:, None]
-        passed = (direction * (self.targets + self.offsets) > 0) | (direction == 0)
-        closed = torch.where(direction * (fit + self.offsets) > 0, -self.offsets, fit)
-        return torch.where(passed, self.targets, closed)
+
+def rectified(targets: Tensor, offsets: Tensor, fit: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """(images, outputs, positions) each: what `Block.moved` says, and whether a small change of the `fit` matters."""
+    import torch
+
+    direction = sign.to(fit)[:, None]
+    passed = (direction * (targets + offsets) > 0) | (direction == 0)
+    above = direction * (fit + offsets) > 0
+    return torch.where(passed, targets, torch.where(above, -offsets, fit)), passed | above
+
+
+def start_of(layer: Any) -> Tensor:
+    """(columns + 1, outputs): a layer's weights, its bias or zeros last."""
+    import torch
+
+    weight = layer.weight.detach()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+    return torch.cat([weight.flatten(1), bias[:, None]], 1).T
+
+
+def norm_of(site: Site, dense: nn.Module) -> tuple[str, Tensor | None]:
+    """The BatchNorm that takes up the bias, with its running mean in the dense network; "" where the layer itself has to."""
+    layer: Any = site.rows.layer
+    norm = site.outlet.norm if layer.bias is None else ""
+    mean: Any = dense.get_submodule(norm).running_mean if norm else None
+    return norm, mean
 
 
 def write(module: nn.Module, name: str, weights: Tensor, norm: str, mean: Tensor | None) -> None:
