@@ -19,7 +19,7 @@ alike. Peers score on 256 fit images, as the causal criterion does.
 `--judge selection` (default) judges on scoring images that no seed prunes with, at most 2,000; the hold-out images are neither
 listed nor read. `--judge holdout` is the final run. The CIFAR networks have learnt the scoring images: their drops are not those
 of new images. Networks are judged cut, as they ship. Every finished cell is one line of `--results`, which several runs may share;
-a rerun does what is missing, each path from its last finished cut on. Cells that other code made are made anew.
+a rerun does what is missing. Cells that other code made are made anew.
 
 `--ablate` runs ours with one ingredient after the other changed. Each is a setting of the recipe or a value in the hands of the
 refit (which layers it knows of, whether it knows of rectifiers): no code is replaced.
@@ -45,7 +45,7 @@ import peers
 import torch
 from oneshot_cells import Cell, Key, Results, code_of
 from oneshot_nets import NETS, Case, Net, names
-from oneshot_paths import ABLATIONS, SCORED, How, begun, on_path, passing, resumed, shipped
+from oneshot_paths import ABLATIONS, SCORED, How, begun, passing, shipped
 
 from cswap_deploy import progress, recipe
 from cswap_deploy.errors import PruningError
@@ -106,22 +106,16 @@ class Run:
             self._add(net.cell(key, module, keep, seconds, conditions()))
 
     def path(self, case: Case, method: str, column: str, how: How, stride: float) -> None:
-        """All missing cuts of one path, from the deepest finished one above them on."""
+        """All missing cuts of one path."""
         net = case.net
         keys = {cut: net.key(case.target, cut, method, column, case.seed, stride) for cut in self.cuts}
         missing = [cut for cut, key in keys.items() if not self._has(net, key)]
         if not missing:
             return
-        spent, level, search = time.monotonic(), 1.0, passing(case, how)
-        done = [cut for cut in keys if cut not in missing and cut > max(missing) and on_path(cut, stride)]
         kind: CostKind = "params" if case.target == "params" else "macs"
+        spent = time.monotonic()
         try:
-            if done and (last := self._find(net, keys[min(done)])) and not last.refused:
-                level, spent, start = min(done), spent - last.seconds, resumed(search, net.kept(last.units))
-            else:
-                search = begun(search, how)
-                start = search.start()
-            for cut, state in search.through(kind, stride, missing, start, level):
+            for cut, state in begun(passing(case, how), how).through(kind, stride, missing):
                 passed = time.monotonic()
                 module = shipped(case, how, state.keep)
                 seconds = time.monotonic() - spent

@@ -80,13 +80,11 @@ class Passing(Search):
     def criterion(self) -> Scorer:
         return self.peer or scorer(between_steps(self.bench.criterion), self.seed)
 
-    def through(
-        self, kind: CostKind, stride: float, cuts: Sequence[float], start: State, level: float
-    ) -> Iterator[tuple[float, State]]:
-        """(cut, state) of each cut in turn, from `start` on, which is the path's at `level`. Errors: PruningError."""
+    def through(self, kind: CostKind, stride: float, cuts: Sequence[float]) -> Iterator[tuple[float, State]]:
+        """(cut, state) of each cut in turn. Errors: PruningError."""
         axis = int(kind == "macs")
         share = self.bench.groups.cost({})[axis] / self.bench.priced.cost({})[axis]  # as in `towards`
-        judge, state, passed = self._judge(), start, round((1 - level) / stride)
+        judge, state, passed = self._judge(), self.start(), 0
         for cut in sorted(cuts, reverse=True):
             while (below := 1 - (passed + 1) * stride) >= cut - 1e-9:
                 state, passed = self._step(state, kind, below * share, judge), passed + 1
@@ -120,28 +118,19 @@ def passing(case: Case, how: How) -> Passing:
 def begun(search: Passing, how: How) -> Passing:
     """With scores and curves of the dense network."""
     bench = search.bench
-    first = search.peer or scorer(_first(how), search.seed)
+    first = search.peer or scorer(_first(search, how), search.seed)
     scores = first.score(bench.dense, bench.groups.groups, bench.fit)
     curves: tuple[Curve, ...] = ()
     if isinstance(how.allocation, recipe.CurvesAllocation):
         module, systems = bench.compensated(bench.everything)
-        curves = bench.curves(module, systems, bench.everything, scores, bench.damage(how.allocation))
+        gauge = bench.gauge(module, systems, bench.everything, scores, bench.damage(how.allocation))
+        curves = gauge.curves(bench.round_to)
     return replace(search, scores=scores, curves=curves)
 
 
-def resumed(search: Passing, kept: Kept) -> State:
-    """The path's state at a finished cut: the compensated network follows from the units."""
-    bench = search.bench
-    keep = {name: kept[name] for name in bench.everything}
-    return State(keep, *bench.compensated(keep), (), (PruningStep(0.0, 0.0, {}, 0.0, ()),))
-
-
-def _first(how: How) -> recipe.CriterionSettings:
-    """Of the dense network. With curves and surgery, elimination orders the units and no score does: the cheap one will do."""
-    surgery = isinstance(how.criterion, recipe.CausalCriterion) and how.criterion.intervention == "surgery"
-    curves = isinstance(how.allocation, recipe.CurvesAllocation)
-    refitted = isinstance(how.compensate, recipe.LeastSquaresCompensation)
-    return between_steps(how.criterion) if surgery and curves and refitted else how.criterion
+def _first(search: Passing, how: How) -> recipe.CriterionSettings:
+    """Of the dense network. Where elimination orders the units no score does (every group here has a consumer that is re-fitted)."""
+    return ORDERED if search.bench.eliminates else how.criterion
 
 
 def shipped(case: Case, how: How, kept: Kept) -> nn.Module:

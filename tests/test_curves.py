@@ -14,7 +14,7 @@ from torch import nn
 from cswap_deploy.artifacts import Group, Groups
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import with_systems
-from cswap_deploy.prune.curves import leaving_order, measure, tried_widths
+from cswap_deploy.prune.curves import Gauge, leaving_order, tried_widths
 from cswap_deploy.prune.cut import masked_copy, positions
 from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.refit import Structure, Systems, examine
@@ -54,9 +54,10 @@ class Compensated:
         return {name: (*units[1::2], *units[::2]) for name, units in self.keep.items()}
 
     def curves(self, round_to: int = 1) -> Any:
-        groups = self.groups.groups
-        args = (self.module, groups, self.keep, self.orders(), self.systems, self.damage, self.structure, round_to)
-        return measure(*args)
+        return self.gauge().curves(round_to)
+
+    def gauge(self) -> Gauge:
+        return Gauge(self.module, self.groups.groups, self.orders(), self.systems, self.damage, self.structure)
 
     def narrowed(self, group: Group, width: int) -> nn.Module:
         """The network with that group narrower, from the systems alone and with nothing replayed."""
@@ -148,7 +149,7 @@ def test_a_copy_leaves_first_and_at_no_cost() -> None:
     assert order is not None and order[0] in (3, 7) and sorted(order) == list(range(12))
     orders = {**kept, group.name: order}
     damage = Damage.to(dense, batches, 4.0)
-    curve = measure(module, entry.groups.groups, kept, orders, systems, damage, structure, 1)[0]
+    curve = Gauge(module, entry.groups.groups, orders, systems, damage, structure).curves(1)[0]
     assert abs(curve.damage[0]) < 1e-5 < curve.damage[-1]
 
 

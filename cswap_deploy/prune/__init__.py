@@ -83,7 +83,7 @@ def measure_curves(
     bench = Bench(dense, groups, batches, criterion, compensate, allocation, round_to)
     module, systems = bench.compensated(bench.everything)
     damage = bench.damage(allocation)
-    found = bench.curves(module, systems, bench.everything, scores.groups, damage)
+    found = bench.gauge(module, systems, bench.everything, scores.groups, damage).curves(round_to)
     return Curves(allocation.temperature, len(damage.batches), found)
 
 

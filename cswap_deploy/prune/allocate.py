@@ -60,22 +60,26 @@ class _Options:
 
 
 def _options(groups: Groups, curve: Curve, now: int, round_to: int) -> _Options:
-    """Between the measured widths the damage is interpolated (monotone cubic, Fritsch and Carlson 1980)."""
+    group = groups.by_name[curve.group]
+    stride = step_of(group, round_to) * max(1, group.units // CHOICES // step_of(group, round_to))
+    allowed = [width for width in range(floor_of(group, round_to), now, stride) if width >= min(curve.widths, default=now)]
+    widths = sorted({*allowed, *curve.widths, now})
+    damage = [max(value, LEAST_DAMAGE * (now - width)) for value, width in zip(between(curve, now, widths), widths)]
+    return _Options(tuple(widths), tuple(damage))
+
+
+def between(curve: Curve, now: int, widths: Sequence[int]) -> list[float]:
+    """The damage at these widths: monotone cubic between those of the curve (Fritsch and Carlson 1980), 0 at the width `now`."""
     import numpy as np
     from scipy.interpolate import PchipInterpolator
 
-    group = groups.by_name[curve.group]
     known = {now: 0.0, **dict(zip(curve.widths, curve.damage, strict=True))}
     measured = sorted(known)
-    stride = step_of(group, round_to) * max(1, group.units // CHOICES // step_of(group, round_to))
-    allowed = [width for width in range(floor_of(group, round_to), now, stride) if width >= measured[0]]
-    widths = sorted({*allowed, *measured})
     if len(measured) == 1:
-        return _Options((now,), (0.0,))
+        return [0.0 for _ in widths]
     values = np.maximum.accumulate([known[width] for width in measured][::-1])[::-1].round(12)
-    found = PchipInterpolator(measured, values)(widths)
-    least = [LEAST_DAMAGE * (now - width) for width in widths]
-    return _Options(tuple(widths), tuple(float(max(value, low)) for value, low in zip(found, least, strict=True)))
+    found: list[float] = PchipInterpolator(measured, values)(widths).tolist()
+    return found
 
 
 def _damage(options: Mapping[str, _Options], widths: Widths) -> float:

@@ -20,7 +20,10 @@ BATCH_ELEMENTS = 3 << 20
 
 @dataclass(frozen=True)
 class Batches:
-    """Iterates (images float32 (n, C, H, W) normalised, labels int64 (n,)) in a fixed order."""
+    """Iterates (images float32 (n, C, H, W) normalised, labels int64 (n,)) in a fixed order.
+
+    Images lie channels last in memory, which convolutions are faster on.
+    """
 
     pixels: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
@@ -52,7 +55,7 @@ class Batches:
         for start in range(0, len(self), size):
             images = torch.from_numpy(normalise(self.pixels[start : start + size], self.spec))
             labels = torch.from_numpy(self.labels[start : start + size])
-            yield images.to(self.device), labels.to(self.device)
+            yield images.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
 
     @property
     def size(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
@@ -14,7 +16,7 @@ from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.elimination import Consumer, leaving_costs
 from cswap_deploy.prune.refit import Structure
 from cswap_deploy.prune.replay import Walk, in_order
-from cswap_deploy.prune.select import Kept, floor_of, step_of
+from cswap_deploy.prune.select import floor_of, step_of
 from cswap_deploy.prune.systems import System, Systems
 
 if TYPE_CHECKING:
@@ -41,44 +43,69 @@ def leaving_order(module: nn.Module, group: Group, kept: Sequence[int], systems:
     return tuple(kept[place] for place in order)
 
 
-def measure(
-    module: nn.Module,
-    groups: Sequence[Group],
-    keep: Kept,
-    orders: Mapping[str, Sequence[int]],
-    systems: Systems,
-    damage: Damage,
-    structure: Structure,
-    round_to: int,
-) -> tuple[Curve, ...]:
-    """One curve per group of `module`, the compensated network that keeps `keep`; consumers without a system are masked only.
+@dataclass(frozen=True)
+class Gauge:
+    """Tells what narrowing costs `module`, the compensated network that keeps `keep`; it is left as it was.
 
-    What runs before a group's first consumer is computed once for all its widths. `module` is left as it was.
+    Consumers without a system are masked only. `orders`: per group its kept units, first to leave first.
     """
-    import torch
 
-    module = _with_biases(module, systems)
-    curves: dict[str, Curve] = {}
-    with torch.no_grad():
-        walk = Walk(module, damage.batches, structure.reads)
-        begun = damage.of(module)
-        readers = [name for group in groups for name in _readers(group)]
-        order = in_order(module, readers, next(iter(damage.batches.first(1)))[0])
+    module: nn.Module
+    groups: Sequence[Group]
+    orders: Mapping[str, Sequence[int]]
+    systems: Systems
+    damage: Damage
+    structure: Structure
+
+    def losses(self, asked: Mapping[str, Sequence[int]]) -> dict[str, tuple[float, ...]]:
+        """Per group what the network loses at each of the widths asked for, beyond what it has lost already (nats).
+
+        What runs before a group's first consumer is computed once for all its widths.
+        """
+        import torch
+
+        module, begun = self._measured, self._begun
+        found: dict[str, tuple[float, ...]] = {}
+        with torch.no_grad():
+            walk = Walk(module, self.damage.batches, self.structure.reads)
+            inside = [(first, group) for first, group in self._in_order if asked.get(group.name)]
+            for number, (first, group) in enumerate(inside, 1):
+                trials = _trials(module, group, self.orders[group.name], asked[group.name], self.systems)
+                losses = [0.0] * len(trials)
+                visits = walk.visit(first, as_far_as_sum=False)
+                for batch, (_, (images, _labels)) in enumerate(zip(visits, self.damage.batches, strict=True)):
+                    for at, trial in enumerate(trials):
+                        with _tried(module, trial, self.systems), walk.rest(batch):
+                            losses[at] += self.damage.batch(batch, module(images))
+                found[group.name] = tuple(loss - begun for loss in losses)
+                progress.advance("curves measured", number, len(inside))
+        return found
+
+    def curves(self, round_to: int) -> tuple[Curve, ...]:
+        """Of every group, at five widths spread over all that it may have."""
+        widths = {group.name: tried_widths(group, len(self.orders[group.name]), round_to) for group in self.groups}
+        losses = self.losses(widths)
+        return tuple(
+            Curve(group.name, tuple(self.orders[group.name]), widths[group.name], losses.get(group.name, ()))
+            for group in self.groups
+        )
+
+    @cached_property
+    def _measured(self) -> nn.Module:
+        return _with_biases(self.module, self.systems)
+
+    @cached_property
+    def _begun(self) -> float:
+        return self.damage.of(self._measured)
+
+    @cached_property
+    def _in_order(self) -> list[tuple[str, Group]]:
+        """Each group with its first consumer, in a forward's order."""
+        readers = [name for group in self.groups for name in _readers(group)]
+        order = in_order(self._measured, readers, next(iter(self.damage.batches.first(1)))[0])
         place = {name: number for number, name in enumerate(order)}
-        first = {group.name: min(_readers(group), key=lambda name: place[name]) for group in groups}
-        for number, group in enumerate(sorted(groups, key=lambda group: place[first[group.name]]), 1):
-            leaving = tuple(orders[group.name])
-            widths = tried_widths(group, len(leaving), round_to)
-            trials = _trials(module, group, leaving, widths, systems)
-            losses = [0.0] * len(trials)
-            visits = walk.visit(first[group.name], as_far_as_sum=False)
-            for batch, (_, (images, _labels)) in enumerate(zip(visits, damage.batches, strict=True)):
-                for at, trial in enumerate(trials):
-                    with _tried(module, trial, systems), walk.rest(batch):
-                        losses[at] += damage.batch(batch, module(images))
-            curves[group.name] = Curve(group.name, leaving, widths, tuple(loss - begun for loss in losses))
-            progress.advance("curves measured", number, len(groups))
-    return tuple(curves[group.name] for group in groups)
+        first = [(min(_readers(group), key=lambda name: place[name]), group) for group in self.groups]
+        return sorted(first, key=lambda pair: place[pair[0]])
 
 
 def tried_widths(group: Group, now: int, round_to: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,14 @@ Kept = dict[str, "Tensor"]
 
 
 @contextmanager
-def replayed(module: nn.Module, outputs: Mapping[str, Tensor], *, thin: bool = False) -> Iterator[None]:
+def replayed(module: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block these submodules return what was kept; where only a shape was kept, zeros that nobody reads.
 
-    `thin`: those zeros have no memory of their own, so that writing into them is a RuntimeError.
+    Those zeros have no memory of their own, so that writing into them is a RuntimeError.
     """
 
     def answer(value: Tensor) -> Any:
-        if thin and value.numel() > 1 and not any(value.stride()):
+        if value.numel() > 1 and not any(value.stride()):
             return lambda *_args, **_kwargs: value
         return lambda *_args, **_kwargs: value.clone()
 
@@ -145,7 +145,8 @@ def _calls(module: nn.Module, names: Iterable[str], images: Tensor) -> list[str]
 def still_read(module: nn.Module, images: Tensor, outputs: Mapping[str, Tensor]) -> set[str] | None:
     """Which of these outputs the rest of the forward depends on; None where replaying them changes the logits.
 
-    Autograd says which; running with the others as zeros must then give the logits of a plain forward.
+    Autograd says which; running with the others as zeros must then give the logits of a plain forward. Where something writes
+    into one of the others, all count as read.
     """
     import torch
 
@@ -161,7 +162,7 @@ def still_read(module: nn.Module, images: Tensor, outputs: Mapping[str, Tensor])
         read -= {name for name, gradient in zip(floating, gradients, strict=True) if gradient is None}
     for candidate in (read, set(outputs)):
         thinned = {name: value if name in candidate else _unread(value) for name, value in outputs.items()}
-        with torch.no_grad(), replayed(module, thinned):
+        with suppress(RuntimeError), torch.no_grad(), replayed(module, thinned):
             if _same(module(images), plain):
                 return candidate
     return None
@@ -186,8 +187,6 @@ class Walk:
     reads: dict[str, set[str] | None]
     """Per visited layer what `still_read` says there: true of every network of the same structure."""
     kept: dict[int, Kept] = field(default_factory=dict)
-    thin: bool = True
-    """Outputs that are not read stand there without memory of their own."""
 
     def __post_init__(self) -> None:
         self.once = called_once(self.module, next(iter(self.batches.first(1)))[0])
@@ -198,7 +197,9 @@ class Walk:
         for number, (images, _) in enumerate(self.batches):
             read = self.read_from(name, images[:1])
             before = self.kept.pop(number, {})
-            place, done = self._observe(name, images, before, read, as_far_as_sum)
+            seen = finished_before(self.module, [name], self.once, read, before)
+            with replayed(self.module, before), seen as done:
+                place = observe(self.module, name, images, as_far_as_sum=as_far_as_sum)
             if read is not None:
                 size += sum(value.nbytes for key, value in done.items() if key in read)
                 if size <= CACHE_BYTES:
@@ -216,18 +217,3 @@ class Walk:
                 self.module(images)
             self.reads[name] = still_read(self.module, images, done)
         return self.reads[name]
-
-    def _observe(
-        self, name: str, images: Tensor, before: Kept, read: set[str] | None, as_far_as_sum: bool
-    ) -> tuple[Place, Kept]:
-        with (
-            replayed(self.module, before, thin=self.thin),
-            finished_before(self.module, [name], self.once, read, before) as done,
-        ):
-            try:
-                return observe(self.module, name, images, as_far_as_sum=as_far_as_sum), done
-            except RuntimeError:
-                if not self.thin:
-                    raise
-        self.thin = False  # something writes into an output that is not read
-        return self._observe(name, images, before, read, as_far_as_sum)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Axis, CostTerm, Curve, Groups, GroupScores, PruningStep
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.allocate import choose_widths
+from cswap_deploy.prune.allocate import Widths, choose_widths
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import with_systems
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
-from cswap_deploy.prune.curves import leaving_order, measure
+from cswap_deploy.prune.curves import Gauge, leaving_order
 from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.refit import Structure, examine
 from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest, ranking
+from cswap_deploy.prune.settle import settled
 from cswap_deploy.prune.systems import Systems
 from cswap_deploy.recipe import (
     AllocationSettings,
@@ -83,17 +84,17 @@ class Bench:
         curves = isinstance(self.allocation, CurvesAllocation)
         return surgery and curves and isinstance(self.compensate, LeastSquaresCompensation)
 
-    def curves(
+    def gauge(
         self, module: nn.Module, systems: Systems, keep: Kept, scores: Sequence[GroupScores], damage: Damage
-    ) -> tuple[Curve, ...]:
+    ) -> Gauge:
         """Units leave in the order of elimination for the causal effect of the surgery, else the lowest scores first."""
-        orders = {}
-        for item in scores:
-            group, kept = self.groups.by_name[item.group], keep[item.group]
+        orders, of_group = {}, {item.group: item for item in scores}
+        for group in self.groups.groups:
+            kept = keep[group.name]
             found = leaving_order(module, group, kept, systems) if self.eliminates else None
-            orders[item.group] = found or tuple(unit for unit, _ in reversed(ranking(item, kept)))
+            orders[group.name] = found or tuple(unit for unit, _ in reversed(ranking(of_group[group.name], kept)))
         examine(self.dense, self.structure, self.fit.first(SEARCH_IMAGES), ())
-        return measure(module, self.groups.groups, keep, orders, systems, damage, self.structure, self.round_to)
+        return Gauge(module, self.groups.groups, orders, systems, damage, self.structure)
 
     @cached_property
     def priced(self) -> Groups:
@@ -129,6 +130,8 @@ class State:
     module: nn.Module
     systems: Systems
     scores: tuple[GroupScores, ...]
+    curves: tuple[Curve, ...]
+    """As the last step knew them; empty where one ranking decides."""
     steps: tuple[PruningStep, ...]
 
 
@@ -148,7 +151,7 @@ class Search:
         return scorer(between_steps(self.bench.criterion), self.seed)
 
     def start(self) -> State:
-        return State(self.bench.everything, self.bench.dense, {}, self.scores, ())
+        return State(self.bench.everything, self.bench.dense, {}, self.scores, self.curves, ())
 
     def towards(self, kind: CostKind, fraction: float, steps: int) -> State:
         """`steps` equal cuts of the cost, down to `fraction` with what compensation adds. Errors: PruningError."""
@@ -185,7 +188,7 @@ class Search:
 
         Where elimination orders the units, later steps have no scores of their own.
         """
-        bench, scores = self.bench, state.scores
+        bench, scores, curves = self.bench, state.scores, state.curves
         scored = not (state.steps and bench.eliminates)
         if state.steps and scored:
             found = self.criterion.score(state.module, bench.groups.groups, bench.fit)
@@ -193,24 +196,32 @@ class Search:
         if judge.damage is None:
             keep = choose_units(bench.priced, scores, state.keep, kind, fraction, bench.round_to)
         else:
-            keep = self._by_curves(state, scores, kind, fraction, judge.damage)
+            keep, curves = self._by_curves(state, scores, kind, fraction, judge.damage)
         module, systems = bench.compensated(keep)
         step = self._describe(state.keep, keep, scores if scored else (), judge.drop(module))
         progress.note(
             f"{step.macs:.1%} of the MACs, {step.params:.1%} of the parameters kept, "
             f"drop on selection {step.drop_pp:+.1f} points"
         )
-        return State(keep, module, systems, scores, (*state.steps, step))
+        return State(keep, module, systems, scores, curves, (*state.steps, step))
 
     def _by_curves(
         self, state: State, scores: tuple[GroupScores, ...], kind: CostKind, fraction: float, damage: Damage
-    ) -> Kept:
-        bench, curves = self.bench, self.curves
-        if state.steps:
-            curves = bench.curves(state.module, state.systems, state.keep, scores, damage)
+    ) -> tuple[Kept, tuple[Curve, ...]]:
+        """The first time the stored curves decide; later those widths are measured that earlier curves speak for."""
+        bench = self.bench
         now = {name: len(units) for name, units in state.keep.items()}
-        widths = choose_widths(bench.priced, curves, now, kind, fraction, bench.round_to)
-        return {curve.group: tuple(sorted(curve.order[len(curve.order) - widths[curve.group] :])) for curve in curves}
+
+        def choose(curves: Sequence[Curve]) -> Widths:
+            return choose_widths(bench.priced, curves, now, kind, fraction, bench.round_to)
+
+        if state.steps:
+            gauge = bench.gauge(state.module, state.systems, state.keep, scores, damage)
+            widths, curves = settled(gauge, state.curves, choose)
+        else:
+            widths, curves = choose(state.curves), state.curves
+        kept = {item.group: tuple(sorted(item.order[len(item.order) - widths[item.group] :])) for item in curves}
+        return kept, curves
 
     def _describe(self, before: Kept, keep: Kept, scores: Sequence[GroupScores], drop: float) -> PruningStep:
         groups = self.bench.groups
