@@ -53,7 +53,8 @@ class Case:
         curves: tuple[Any, ...] = ()
         if isinstance(self.allocation, CurvesAllocation):
             module, systems = bench.compensated(bench.everything)
-            curves = bench.curves(module, systems, bench.everything, scores, bench.damage(self.allocation))
+            gauge = bench.gauge(module, systems, bench.everything, scores, bench.damage(self.allocation))
+            curves = gauge.curves(round_to)
         return Search(bench, zoo.batches(entry, 40, seed=1), tuple(scores), curves, 0)
 
     def of(self, name: str, round_to: int = 1) -> Search:
