@@ -13,10 +13,12 @@ from cswap_deploy.samples import Samples
 
 QUANTILES = (10, 25, 50, 75, 90)
 """Percent; of the effects of a group's units."""
-BINS = 96
+BINS = 160
 """Of a latency histogram, each wider than the last by the same factor."""
-TAIL = 1.8
+TAIL = 1.5
 """A histogram ends at the higher p99, but at most at this many times the higher p50: a tail would squeeze the rest."""
+ROOM = 0.97
+"""Of the range that is left free at either end, on a logarithmic axis."""
 POINTS = 60
 """Of the course of a measurement."""
 
@@ -59,13 +61,12 @@ def quantiles(effects: tuple[float, ...]) -> list[float] | None:
 def distribution(samples: Samples) -> dict[str, Any]:
     """Histograms of the dense and the shipped model over the same bins, and how many samples lie above the last."""
     ns = [np.concatenate([blocks[model] for blocks in samples.rounds]) for model in (0, 1)]
-    low = min(int(each.min()) for each in ns)
+    low = ROOM * min(int(each.min()) for each in ns)
     high = min(
         max(samples.percentile_ms(model, 99) for model in (0, 1)),
         TAIL * max(samples.percentile_ms(model, 50) for model in (0, 1)),
     )
-    edges = np.geomspace(low, max(high * 1e6, low * 1.01), BINS + 1)
-    edges[0] = low  # the smallest sample is in the first bin, however the powers are rounded
+    edges = np.geomspace(low, high * 1e6 / ROOM, BINS + 1)
     counts = [np.histogram(each, edges)[0] for each in ns]
     return {
         "from_ms": _short(low / 1e6),
@@ -87,11 +88,6 @@ def course(samples: Samples) -> dict[str, list[float]]:
 def _medians(samples: Samples, model: int, parts: list[Any]) -> Iterator[float]:
     for part in parts:
         yield _short(float(np.median(np.concatenate([samples.rounds[number][model] for number in part]))) / 1e6)
-
-
-def bin_edges(low: float, high: float, bins: int) -> list[float]:
-    """The edges of a histogram that goes from `low` to `high`."""
-    return [low * (high / low) ** (place / bins) for place in range(bins + 1)] if low < high else [low, high]
 
 
 def _short(value: float) -> float:

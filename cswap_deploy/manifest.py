@@ -63,6 +63,7 @@ def input_block(spec: InputSpec) -> dict[str, Any]:
 def pruned_block(
     pruned: Network, plan: PruningPlan, groups: Groups, criterion: str, compensation: str, allocation: str
 ) -> dict[str, Any]:
+    """What is left of the network, by group, by layer and by step."""
     units = {group.name: group.units for group in groups.groups}
     keep = {name: plan.keep.get(name, tuple(range(size))) for name, size in units.items()}
     dense = plan.dense_scores

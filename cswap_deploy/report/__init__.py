@@ -10,13 +10,30 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from cswap_deploy.errors import UsageError
 from cswap_deploy.manifest import VERDICTS
 from cswap_deploy.report import figures, words
 from cswap_deploy.report.junit import render_junit
 
-__all__ = ["render_html", "render_junit", "render_markdown", "render_readme"]
+__all__ = ["FORMATS", "render", "render_html", "render_junit", "render_markdown", "render_readme"]
 
 FILTERS = ("percent", "share", "count", "size", "points", "code", "cell", "ms", "fact", "effects", "times", "plural")
+
+
+FORMATS = ("markdown", "junit", "html")
+
+
+def render(manifest: dict[str, Any], form: str) -> str:
+    """The manifest in one of FORMATS, HTML in ASCII as the others nearly are. Errors: UsageError for another one."""
+    match form:
+        case "markdown":
+            return render_markdown(manifest)
+        case "junit":
+            return render_junit(manifest)
+        case "html":
+            return render_html(manifest).encode("ascii", "xmlcharrefreplace").decode("ascii")
+        case _:
+            raise UsageError(f"--format: {form!r} is not a format", f"choose one of {', '.join(FORMATS)}")
 
 
 def render_html(manifest: dict[str, Any]) -> str:

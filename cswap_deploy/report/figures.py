@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from markupsafe import Markup
@@ -14,8 +15,6 @@ from cswap_deploy.report.words import count, effects, ms, percent, plural, point
 
 Facts = dict[str, Any]
 Row = dict[str, Any]
-BEND = 0.002
-"""Nats: effects are drawn linearly below and logarithmically above."""
 NAMES = {"source": "dense", "pruned": "ships"}
 """What the two models of a measurement are called."""
 
@@ -35,13 +34,13 @@ def halves(m: Facts) -> Iterator[Row]:
         if dense and shipped:
             pairs.append(("peak memory", dense, shipped, lambda value: f"{value:.0f} MB"))
     for title, before, after, form in pairs:
-        row: Row = {"title": title, "dense": form(before) if before else None, "shipped": form(after)}
-        row["kept"] = after / before if before else None
+        row: Row = {"title": title, "dense": None, "shipped": form(after), "kept": None, "chart": ""}
         if before:
             longest = max(before, after)
             label = f"{title}: dense {form(before)}, ships {form(after)}"
             told = (f"dense {form(before)}", f"ships {form(after)}")
-            row["chart"] = svg.pair(label, (before / longest, told[0]), (after / longest, told[1]))
+            chart = svg.pair(label, (before / longest, told[0]), (after / longest, told[1]))
+            row |= {"dense": form(before), "kept": after / before, "chart": chart}
         yield row
 
 
@@ -144,19 +143,28 @@ def groups(m: Facts, margin: float) -> tuple[Markup | None, list[Row]]:
     judged = [group for group in rows if group.get("dense")]
     axis = None
     if bounds := [bound for group in judged for bound in group["dense"]["effect"] or ()]:
-        axis = Axis.around(min(*bounds, -margin), max(*bounds, margin), 0.0, BEND)
-        axis = Axis(1.3 * axis.low, 1.3 * axis.high, bend=BEND)
-    widest = max((group["units"] for group in rows), default=1)
+        axis = Axis(1.3 * min(*bounds, -margin), 1.3 * max(*bounds, margin), bend=_bend(judged, margin))
     found = []
     for group in rows:
-        row = {**group, "known": bool(group.get("dense")), "chart": _units(group, widest)}
+        row = {**group, "known": bool(group.get("dense")), "chart": _units(group)}
         if row["known"]:
             row |= {"verdicts": _verdicts(group), "spread": _spread(group, axis, margin) if axis else None}
         found.append(row)
     return (svg.scale(axis, "{:g}") if axis else None), found
 
 
-def _units(group: Facts, widest: int) -> Markup:
+def _bend(judged: list[Facts], margin: float) -> float:
+    """Nats: effects are drawn linearly below, where most lie, and logarithmically above."""
+    middles = [
+        abs(group["dense"]["quantiles"][place])
+        for group in judged
+        if group["dense"].get("quantiles")
+        for place in (1, 3)
+    ]
+    return min(max(float(median(middles or [margin])), margin / 100), margin)
+
+
+def _units(group: Facts) -> Markup:
     name, units, kept, left = group["name"], group["units"], group["kept"], group.get("left") or {}
     parts = [("kept", kept / units, f"{name}: {kept} of {units} kept")]
     parts += [
@@ -164,7 +172,7 @@ def _units(group: Facts, widest: int) -> Markup:
         for verdict in ("critical", "detrimental")
         if left.get(verdict)
     ]
-    return svg.bar(f"{name}: {kept} of {units} units kept", parts, width=max(units / widest, 0.04))
+    return svg.bar(f"{name}: {kept} of {units} units kept", parts)
 
 
 def _verdicts(group: Facts) -> Markup:
@@ -182,6 +190,16 @@ def _spread(group: Facts, axis: Axis, margin: float) -> Markup:
     told = f"{group['name']}: effects {effects(dense['effect'])} thousandths of a nat"
     told += f", of those that left {effects(left['effect'])}" if left["effect"] else ""
     return svg.spread(told, axis, dense, left, margin, told)
+
+
+def tally(m: Facts) -> str:
+    """How many units left, and what the dense network's scores say of them."""
+    pruned = m["pruned"]
+    text = f"{pruned['units_removed']} of {plural(pruned['units'], 'unit')} left"
+    judged = [group["left"] for group in pruned["groups"] if group.get("left")]
+    totals = {verdict: sum(left[verdict] for left in judged) for verdict in VERDICTS}
+    said = ", ".join(f"{total} {verdict}" for verdict, total in totals.items() if total)
+    return f"{text}; of those, on the dense network, {said}." if said else f"{text}."
 
 
 def steps(m: Facts) -> list[Row]:
@@ -215,11 +233,12 @@ def tiles(m: Facts) -> Iterator[Row]:
     if latency:
         low, high = latency["speedup_ci95"]
         state = "good" if low > 1 else "bad" if high < 1 else ""
-        detail = f"{ms(latency['source']['p50_ms'])} → {ms(latency['pruned']['p50_ms'])}, p50"
-        yield {"title": "Speed", "value": f"{times(latency['speedup'])}×", "detail": detail, "state": state,
+        dense, shipped = (latency[key]["p50_ms"] for key in NAMES)
+        detail = f"{dense:.3g} → {shipped:.3g} ms, p50"
+        yield {"title": "Speed", "value": f"{times(latency['speedup'])} \N{MULTIPLICATION SIGN}", "detail": detail, "state": state,
                "note": "" if latency["stable"] else "measurement not stable"}  # fmt: skip
     else:
-        yield {"title": "Speed", "value": "–", "detail": "not measured", "state": "", "note": ""}
+        yield {"title": "Speed", "value": "\N{EM DASH}", "detail": "not measured", "state": "", "note": ""}
     limit = accuracy["gate"]["max_drop_pp"]
     allowed = f"{limit:g} allowed" if accuracy["gate"]["verdict"] != "off" else "no gate"
     state = {"pass": "good", "fail": "bad"}.get(accuracy["gate"]["verdict"], "")

@@ -50,7 +50,8 @@ def render_junit(manifest: dict[str, Any]) -> str:
             if case.said:
                 ElementTree.SubElement(found, "system-out").text = _legal(case.said)
     ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="US-ASCII"?>\n' + ElementTree.tostring(root, "us-ascii").decode("ascii") + "\n"
+    written: bytes = ElementTree.tostring(root, "us-ascii")
+    return f'<?xml version="1.0" encoding="US-ASCII"?>\n{written.decode("ascii")}\n'
 
 
 def _cases(m: dict[str, Any]) -> Iterator[Case]:
@@ -76,11 +77,10 @@ def _cases(m: dict[str, Any]) -> Iterator[Case]:
 
 
 def _latency(latency: dict[str, Any]) -> str:
-    low, high = latency["speedup_ci95"]
     unstable = f"; not stable: {'; '.join(latency['unstable_because'])}" if not latency["stable"] else ""
     return (
         f"p50 {words.ms(latency['pruned']['p50_ms'])}, dense {words.ms(latency['source']['p50_ms'])}, "
-        f"{words.times(latency['speedup'])} times as fast (95 %: {words.times(low)} to {words.times(high)}){unstable}"
+        f"{words.faster(latency)}{unstable}"
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from cswap_deploy.report.words import count
+
 Part = tuple[str, float, str]
 """Class, share of the width in 0..1, what a pointer is told."""
 
@@ -24,17 +26,15 @@ def markup(name: str, *children: str, **attributes: Any) -> Markup:
     return Markup(f"<{name}{written}>{Markup().join(children)}</{name}>")
 
 
-def bar(label: str, parts: Sequence[Part], width: float = 1.0, height: int = 12) -> Markup:
-    """Parts side by side on a track that takes `width` of the cell."""
-    marks = [markup("rect", class_="track", x="0", width=_percent(width), height=height, rx=2)]
+def bar(label: str, parts: Sequence[Part], height: int = 12) -> Markup:
+    """Parts side by side on a track as wide as the cell."""
+    marks = [markup("rect", class_="track", x="0", width="100%", height=height, rx=2)]
     start = 0.0
     for kind, share, tip in parts:
         if share > 0:
-            size = _percent(share * width)
+            size = _percent(share)
             marks.append(
-                markup(
-                    "rect", class_=f"mark {kind}", x=_percent(start * width), width=size, height=height, data_tip=tip
-                )
+                markup("rect", class_=f"mark {kind}", x=_percent(start), width=size, height=height, data_tip=tip)
             )
             start += share
     return _chart(label, height, *marks)
@@ -106,7 +106,14 @@ def spread(
 
 def scale(axis: Axis, form: str) -> Markup:
     """An axis of its own, for the head of a column."""
-    return markup("svg", *_ticks(axis, 2, form, length=4), class_="chart", width="100%", height=18, aria_hidden="true")
+    return markup(
+        "svg",
+        *_ticks(axis, 2, form, length=4, gap=0.27),
+        class_="chart",
+        width="100%",
+        height=18,
+        aria_hidden="true",
+    )
 
 
 def columns(label: str, rows: Sequence[tuple[str, float, float, str]]) -> Markup:
@@ -114,6 +121,7 @@ def columns(label: str, rows: Sequence[tuple[str, float, float, str]]) -> Markup
     top = max(max(before, after) for _, before, after, _ in rows)
     width = 100 / len(rows)
     marks = [markup("line", class_="grid", x1="0%", x2="100%", y1=y, y2=y) for y in (0.5, 80, 159.5)]
+    marks.append(markup("text", count(top), class_="tick", x="100%", y=12, text_anchor="end"))
     for place, (_, before, after, tip) in enumerate(rows):
         x, gap = place * width, min(0.4, width / 5)
         for kind, value in (("dense", before), ("ship", after)):
@@ -145,11 +153,24 @@ def histogram(label: str, spreads: dict[str, Any], timings: dict[str, dict[str, 
         said = ", ".join(f"{names[key]} {shares[key][place]:.1%}" for key in names)
         tip = f"{start:.4g} to {end:.4g} ms: {said}"
         marks.append(markup("rect", class_="touch", x=place, y=0, width=1, height=100, data_tip=tip))
+    peaks = [
+        markup(
+            "text",
+            f"{names[key]} p50",
+            class_=f"peak {kind}",
+            x=axis.at(value),
+            y=11,
+            data_at=value,
+            text_anchor="middle",
+        )
+        for kind, key in zip(("dense", "ship"), names, strict=True)
+        if low <= (value := timings[key]["p50_ms"]) <= high
+    ]
     plot = markup(
-        "svg", *marks, class_="plot", x="0", y=0, width="100%", height=180, view_box=f"0 0 {bins} 100", aspect="none",
+        "svg", *marks, class_="plot", x="0", y=18, width="100%", height=180, view_box=f"0 0 {bins} 100", aspect="none",
         data_from=low, data_to=high,
     )  # fmt: skip
-    return _chart(label, 204, plot, *_ticks(axis, 180, "{:g}", suffix=" ms"), class_="chart zoom")
+    return _chart(label, 222, plot, *peaks, *_ticks(axis, 198, "{:g}", suffix=" ms"), class_="chart zoom")
 
 
 def course(label: str, values: dict[str, list[float]], names: dict[str, str]) -> Markup:
@@ -174,7 +195,7 @@ def course(label: str, values: dict[str, list[float]], names: dict[str, str]) ->
     ]
     plot = markup("svg", *marks, x="0", y=0, width="100%", height=140, view_box=f"0 0 {count} 100", aspect="none")
     base = markup("line", class_="zero", x1="0%", x2="100%", y1=140, y2=140)
-    return _chart(label, 142, *lines, plot, base)
+    return _chart(label, 142, plot, base, *lines)
 
 
 class Axis:
@@ -190,6 +211,10 @@ class Axis:
         free = room * ((high - low) or 1.0)
         return Axis(low - free, high + free, bend=bend)
 
+    @property
+    def bent(self) -> bool:
+        return self._bend is not None
+
     def place(self, value: float) -> float:
         return (self._along(value) - self._along(self.low)) / (self._along(self.high) - self._along(self.low))
 
@@ -201,12 +226,12 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Round values, three to six of them."""
+        """Round values, some three to nine of them."""
         if self._bend is not None:
             powers = [10.0**power for power in range(floor(log10(self._bend)), ceil(log10(max(-self.low, self.high))))]
             both = [-power for power in reversed(powers)] + [0.0] + powers
             return [value for value in both if self.low <= value <= self.high]
-        step = _round_step((self.high - self.low) / 5)
+        step = _round_step((self.high - self.low) / (8 if self._logarithmic else 6))
         first = ceil(self.low / step - 1e-9)
         return [round(number * step, 12) for number in range(first, floor(self.high / step + 1e-9) + 1)]
 
@@ -225,14 +250,15 @@ def _chart(label: str, height: int, *marks: str, class_: str = "chart") -> Marku
     return markup("svg", *marks, class_=class_, role="img", aria_label=label, width="100%", height=height)
 
 
-def _ticks(axis: Axis, top: int, form: str, suffix: str = "", length: int = 5) -> Iterator[Markup]:
-    """Marks below a plot; a tick whose text would stand on its neighbour's keeps its mark only."""
-    last = -1.0
-    for tick in axis.ticks:
+def _ticks(axis: Axis, top: int, form: str, suffix: str = "", length: int = 5, gap: float = 0.11) -> Iterator[Markup]:
+    """Marks below a plot; where texts would stand on each other, zero and then the outer ones have theirs."""
+    taken: list[float] = []
+    for tick in sorted(axis.ticks, key=lambda tick: (tick != 0, -abs(tick)) if axis.bent else (False, tick)):
+        place = axis.place(tick)
         yield markup("line", class_="tick-mark", x1=axis.at(tick), x2=axis.at(tick), y1=top, y2=top + length)
-        if axis.place(tick) - last > 0.11:
-            last = axis.place(tick)
-            yield _words(last, top + length + 11, form.format(tick) + suffix, "tick")
+        if all(abs(place - other) > gap for other in taken):
+            taken.append(place)
+            yield _words(place, top + length + 11, form.format(tick) + suffix, "tick")
 
 
 def _words(place: float, y: int, text: str, kind: str) -> Markup:

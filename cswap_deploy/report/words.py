@@ -44,6 +44,12 @@ def times(value: float) -> str:
     return f"{value:.2f}"
 
 
+def faster(latency: Facts) -> str:
+    """The speed-up in words, with its interval."""
+    low, high = latency["speedup_ci95"]
+    return f"{times(latency['speedup'])} (95 %: {times(low)} to {times(high)}) times as fast"
+
+
 def plural(number: int, noun: str) -> str:
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number} {noun}{ending}"
@@ -101,17 +107,11 @@ def gate(accuracy: Facts) -> str:
     proof = f"{'proven' if asked['proven'] else 'not proven'} at {percent(asked['confidence'])}"
     more = f"; about {asked['images_to_prove']} images would prove it" if asked["images_to_prove"] else ""
     more = "" if asked["proven"] else more
-    text = f"The gate allows {asked['max_drop_pp']:g} points (rule {asked['rule']}): {asked['verdict']}, {proof}{more}."
-    return text
+    limit = f"{asked['max_drop_pp']:g} point{'' if asked['max_drop_pp'] == 1 else 's'}"
+    return f"The gate allows {limit} (rule {asked['rule']}): {asked['verdict']}, {proof}{more}."
 
 
 def pace(latency: Facts) -> str:
     """good, bad or even: whether the interval of the speed-up lies above or below 1."""
     low, high = latency["speedup_ci95"]
     return "good" if low > 1 else "bad" if high < 1 else "even"
-
-
-def elided(name: str, length: int = 26) -> str:
-    """A name without its middle where it is long."""
-    half = (length - 1) // 2
-    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"

@@ -24,7 +24,8 @@
   const zoom = (chart) => {
     const plot = chart.querySelector(".plot");
     const low = Number(plot.dataset.from), high = Number(plot.dataset.to);
-    const bins = plot.viewBox.baseVal.width, base = Number(plot.getAttribute("height"));
+    const bins = plot.viewBox.baseVal.width;
+    const base = plot.y.baseVal.value + plot.height.baseVal.value;
     let start = 0, end = 1;
     const value = (place) => low * Math.pow(high / low, place);
     const place = (found) => Math.log(found / low) / Math.log(high / low);
@@ -40,12 +41,20 @@
       end = Math.min(1, middle + half);
       plot.setAttribute("viewBox", [start * bins, 0, (end - start) * bins, 100].join(" "));
       for (const old of chart.querySelectorAll(".tick, .tick-mark")) old.remove();
-      const first = value(start), last = value(end), least = (last - first) / 5, size = Math.pow(10, Math.floor(Math.log10(least)));
+      for (const peak of chart.querySelectorAll("[data-at]")) {
+        const along = (place(Number(peak.dataset.at)) - start) / (end - start);
+        peak.setAttribute("x", 100 * along + "%");
+        peak.setAttribute("visibility", along < 0 || along > 1 ? "hidden" : "visible");
+      }
+      const first = value(start), last = value(end), least = (last - first) / 8, size = Math.pow(10, Math.floor(Math.log10(least)));
       const step = [1, 2, 5, 10].map((factor) => factor * size).find((found) => found >= least * 0.999);
+      let labelled = -1;
       for (let number = Math.ceil(first / step - 1e-9); number * step <= last * (1 + 1e-9); number += 1) {
         const along = (place(number * step) - start) / (end - start), x = 100 * along + "%";
         const anchor = along < 0.06 ? "start" : along > 0.94 ? "end" : "middle";
         add("line", { class: "tick-mark", x1: x, x2: x, y1: base, y2: base + 5 });
+        if (along - labelled < 0.11) continue;
+        labelled = along;
         add("text", { class: "tick", x, y: base + 16, "text-anchor": anchor }, Number((number * step).toPrecision(6)) + " ms");
       }
     };
@@ -53,7 +62,7 @@
     tools.className = "tools";
     const narrower = () => show(start + (end - start) / 4, end - (end - start) / 4);
     const wider = () => show(start - (end - start) / 2, end + (end - start) / 2);
-    for (const [text, label, action] of [["+", "zoom in", narrower], ["−", "zoom out", wider], ["all", "show all", () => show(0, 1)]]) {
+    for (const [text, label, action] of [["+", "zoom in", narrower], ["\u2212", "zoom out", wider], ["all", "show all", () => show(0, 1)]]) {
       const button = tools.appendChild(document.createElement("button"));
       button.type = "button";
       button.textContent = text;
@@ -72,7 +81,7 @@
       if (event.pointerType !== "mouse" || event.button) return;
       event.preventDefault();
       begun = along(event);
-      chosen = add("rect", { class: "chosen", x: 100 * begun + "%", y: 0, width: 0, height: base });
+      chosen = add("rect", { class: "chosen", x: 100 * begun + "%", y: plot.y.baseVal.value, width: 0, height: plot.height.baseVal.value });
       plot.setPointerCapture(event.pointerId);
     });
     plot.addEventListener("pointermove", (event) => {
