@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from cswap_deploy.artifacts import Groups, PruningPlan
+from cswap_deploy.artifacts import File, Groups, PruningPlan
 from cswap_deploy.samples import Samples
 
 QUANTILES = (10, 25, 50, 75, 90)
@@ -51,6 +52,14 @@ def trace(plan: PruningPlan) -> list[dict[str, Any]]:
         }
         for step in plan.steps
     ]
+
+
+def layer_times(file: File | None) -> dict[str, Any] | None:
+    """Milliseconds of each layer of the dense and the shipped model, in the order in which they run."""
+    if file is None:
+        return None
+    found = json.loads(file.path.read_text(encoding="utf-8"))
+    return {model: [{**layer, "ms": _short(layer["ms"])} for layer in rows] for model, rows in found.items()}
 
 
 def quantiles(effects: tuple[float, ...]) -> list[float] | None:

@@ -190,6 +190,7 @@ def latency_block(report: LatencyReport, settings: LatencySettings, precision: s
         "conditions": report.conditions,
         "distribution": details.distribution(samples),
         "course": details.course(samples),
+        "layers": details.layer_times(report.layers),
     }
 
 
@@ -385,6 +386,7 @@ def _latency() -> Schema:
         peak_memory_mb=nullable(NUMBER),
         conditions={"type": "object"},
     )
+    timed = listing(record(name=TEXT, op=TEXT, ms=NUMBER))
     counts: Schema = listing({"type": "integer", "minimum": 0})
     histograms = record(
         from_ms=NUMBER,
@@ -395,7 +397,10 @@ def _latency() -> Schema:
         max_ms=pair(NUMBER),
     )
     return with_optional(
-        required, distribution=histograms, course=record(source=listing(NUMBER), pruned=listing(NUMBER))
+        required,
+        distribution=histograms,
+        course=record(source=listing(NUMBER), pruned=listing(NUMBER)),
+        layers=nullable(record(source=timed, pruned=timed)),
     )
 
 

@@ -29,6 +29,8 @@ HOSTILE = [
 SECTIONS = ["before", "accuracy", "latency", "where", "layers", "files", "provenance", "reproduce"]
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1200, "height": 900}
 
+OLD_LATENCY = set(reports.latency()) - {"distribution", "course", "layers"}
+
 CONTRAST = """() => {
   const parts = (text) => { const found = text.match(/[\\d.]+/g).map(Number); return found.length < 4 ? [...found, 1] : found; };
   const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
@@ -147,8 +149,8 @@ def test_every_chart_is_drawn(visit, large):
     assert marks(page, "before") == [2] * 7
     assert marks(page, "accuracy") == [2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert marks(page, "latency") == [2, 2]
-    columns, *bars = marks(page, "where")
-    assert columns == 2 * len(layers) and bars == [2] * len(layers)
+    timed, *bars = marks(page, "where")
+    assert timed == 2 * 54 and bars == [2] * (2 + 15) + [2 * len(layers)] + [2] * len(layers)
     drawn = marks(page, "layers")
     assert len(drawn) == 3 * len(groups) + len(large["pruned"]["trace"])
     for row, each in enumerate(groups):
@@ -220,7 +222,7 @@ def test_without_javascript_everything_is_said(visit, large):
     text = page.locator("main").inner_text()
     for words in ("Before and after", "brown bear, Ursus arctos", "8.384 ms", "layer4.2.conv2", "How to reproduce"):
         assert words in text
-    assert page.locator("details summary").count() == 3 and page.locator("#latency .zoom .area").count() == 2
+    assert page.locator("details summary").count() == 4 and page.locator("#latency .zoom .area").count() == 2
     assert page.locator(".tools").count() == 0
     page.locator("#layers summary").click()
     assert page.locator("#layers .narrow tfoot").is_visible()
@@ -311,7 +313,8 @@ def test_sections_without_data_say_why(visit, real):
     page = visit(bare).page
     assert "Latency was not measured" in page.locator("#latency").inner_text()
     assert "Nothing was pruned" in page.locator("#layers").inner_text()
-    assert "Nothing is known by layer" in page.locator("#where").inner_text()
+    assert "No layer was timed" in page.locator("#where").inner_text()
+    assert "not known by layer" in page.locator("#where").inner_text()
 
 
 def test_a_bundle_of_before_has_a_page(visit, large):
@@ -321,7 +324,7 @@ def test_a_bundle_of_before_has_a_page(visit, large):
     old["pruned"]["groups"] = [
         {key: group[key] for key in ("name", "units", "kept")} for group in large["pruned"]["groups"]
     ]
-    old["latency"] = {key: value for key, value in large["latency"].items() if key not in ("distribution", "course")}
+    old["latency"] = {key: value for key, value in large["latency"].items() if key in OLD_LATENCY}
     opened = visit(old)
     assert opened.faults == [] and marks(opened.page, "latency") == []
     assert "8.384 ms" in opened.page.locator("#latency").inner_text()

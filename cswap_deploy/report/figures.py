@@ -15,6 +15,8 @@ from cswap_deploy.report.words import count, effects, ms, percent, plural, point
 
 Facts = dict[str, Any]
 Row = dict[str, Any]
+SLOWEST = 15
+"""Layers that are listed."""
 NAMES = {"source": "dense", "pruned": "ships"}
 """What the two models of a measurement are called."""
 
@@ -122,6 +124,44 @@ def macs(m: Facts) -> Markup | None:
     most = max(rows, key=lambda row: row["macs"])
     label = f"Multiply-accumulates of {len(rows)} layers before and after; most in {most['name']}, {count(most['macs'])} before"
     return svg.columns(label, told)
+
+
+def timed(latency: Facts | None) -> Facts | None:
+    """Where the runtime says that the time goes: `chart`, rows by `operators` and by `layers`; None where it was not asked."""
+    found = (latency or {}).get("layers")
+    if not found or not any(found.values()):
+        return None
+    layers, operators = _side_by_side(found, "name"), _side_by_side(found, "op")
+    told = [(row["name"], row["dense"], row["shipped"], row["said"]) for row in layers]
+    most = max(layers, key=lambda row: row["dense"])
+    label = (
+        f"Milliseconds of {len(layers)} layers, dense and shipped; longest in {most['name']}, dense {ms(most['dense'])}"
+    )
+    sums = {key: sum(row["ms"] for row in rows) for key, rows in found.items()}
+    longest = sorted(layers, key=lambda row: -max(row["dense"], row["shipped"]))[:SLOWEST]
+    operators = sorted(operators, key=lambda row: -row["dense"])
+    return {
+        "chart": svg.columns(label, told, "ms"),
+        "operators": operators,
+        "layers": longest,
+        "sums": sums,
+        "count": len(layers),
+    }
+
+
+def _side_by_side(found: Facts, key: str) -> list[Row]:
+    """Sums of both models by a layer's `key`, in the order of the dense one; 0 where a model has none."""
+    sums: dict[str, list[float]] = {}
+    for place, model in enumerate(NAMES):
+        for row in found[model]:
+            sums.setdefault(row[key] or "other", [0.0, 0.0])[place] += row["ms"]
+    top = max(max(pair) for pair in sums.values()) or 1.0
+    rows = []
+    for name, (dense, shipped) in sums.items():
+        said = f"{name}: dense {ms(dense)}, ships {ms(shipped)}"
+        chart = svg.pair(said, (dense / top, f"dense {ms(dense)}"), (shipped / top, f"ships {ms(shipped)}"))
+        rows.append({"name": name, "dense": dense, "shipped": shipped, "said": said, "chart": chart})
+    return rows
 
 
 def heaviest(m: Facts) -> list[Row]:

@@ -116,15 +116,15 @@ def scale(axis: Axis, form: str) -> Markup:
     )
 
 
-def columns(label: str, rows: Sequence[tuple[str, float, float, str]]) -> Markup:
-    """Per row (name, before, after, tip) a column before and, in front of it, one after."""
-    top = max(max(before, after) for _, before, after, _ in rows)
+def columns(label: str, rows: Sequence[tuple[str, float, float, str]], unit: str = "") -> Markup:
+    """Per row (name, before, after, tip) a column before and one after, the lower in front."""
+    top = max(max(before, after) for _, before, after, _ in rows) or 1.0
     width = 100 / len(rows)
     marks = [markup("line", class_="grid", x1="0%", x2="100%", y1=y, y2=y) for y in (0.5, 80, 159.5)]
-    marks.append(markup("text", count(top), class_="tick", x="100%", y=12, text_anchor="end"))
+    marks.append(markup("text", f"{count(top)} {unit}".strip(), class_="tick", x="100%", y=12, text_anchor="end"))
     for place, (_, before, after, tip) in enumerate(rows):
         x, gap = place * width, min(0.4, width / 5)
-        for kind, value in (("dense", before), ("ship", after)):
+        for kind, value in sorted((("dense", before), ("ship", after)), key=lambda each: -each[1]):
             tall = 160 * value / top
             box = {"x": f"{x + gap / 2:.3f}%", "width": f"{width - gap:.3f}%", "y": 160 - tall, "height": tall}
             marks.append(markup("rect", class_=f"mark {kind}", **box, data_tip=tip))

@@ -30,7 +30,7 @@ def count(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.4g} {unit}"
-    return f"{number:g}"
+    return f"{number:.4g}"
 
 
 def size(number: float) -> str:
