@@ -6,6 +6,7 @@ import base64
 import copy
 import hashlib
 import html
+import json
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -18,7 +19,7 @@ import reports
 from conftest import Built, run
 
 from cswap_deploy import details
-from cswap_deploy.errors import UsageError
+from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.report import FORMATS, render, render_html, render_junit, render_markdown, render_readme
 from cswap_deploy.samples import Samples
 
@@ -328,6 +329,16 @@ def test_show_refuses_what_is_no_format(copy, options, message):
 def test_a_format_must_be_known(manifest):
     with pytest.raises(UsageError, match="choose one of markdown, junit, html"):
         render(manifest, "yaml")
+
+
+def test_figures_that_cannot_be_are_the_bundle_s_fault(copy, manifest):
+    manifest["pruned"]["groups"][0]["units"] = 0
+    (copy / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    done = run("-m", "cswap_deploy", "show", copy, "--format", "html")
+    assert done.returncode == 9 and "cannot be shown as html: " in done.stderr and not done.stdout
+    del manifest["accuracy"]["drop_interval"], manifest["pruned"]["groups"]
+    with pytest.raises(VerifyError, match="cannot be shown as html: .*drop_interval"):
+        render(manifest, "html")
 
 
 # --- what the charts are drawn from

@@ -524,7 +524,7 @@ def test_report_shows_each_layer(quickstart, count):
     assert page.count('class="mark critical" x="40.00%" width="2.50%"') == count
     assert page.count('class="mark detrimental" x="42.50%" width="6.25%"') == count
     assert "345 images" in page and "7.0 % (Benjamini-Hochberg)" in page and "over all\nunits" in page
-    assert len(page) < 5000 * count + 60_000
+    assert len(page) < 5000 * count + 75_000
 
 
 def test_report_of_a_group_that_lost_nothing_has_no_range_for_it(quickstart):

@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from cswap_deploy.errors import UsageError
+from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.manifest import VERDICTS
 from cswap_deploy.report import figures, words
 from cswap_deploy.report.junit import render_junit
 
 __all__ = ["FORMATS", "render", "render_html", "render_junit", "render_markdown", "render_readme"]
 
-FILTERS = ("percent", "share", "count", "size", "points", "code", "cell", "ms", "fact", "effects", "times", "plural")
-
-
-FORMATS = ("markdown", "junit", "html")
+FILTERS = (
+    "percent",
+    "share",
+    "count",
+    "size",
+    "points",
+    "code",
+    "cell",
+    "ms",
+    "fact",
+    "effects",
+    "times",
+    "plural",
+    "unbroken",
+)
 
 
 def render(manifest: dict[str, Any], form: str) -> str:
-    """The manifest in one of FORMATS, HTML in ASCII as the others nearly are. Errors: UsageError for another one."""
-    match form:
-        case "markdown":
-            return render_markdown(manifest)
-        case "junit":
-            return render_junit(manifest)
-        case "html":
-            return render_html(manifest).encode("ascii", "xmlcharrefreplace").decode("ascii")
-        case _:
-            raise UsageError(f"--format: {form!r} is not a format", f"choose one of {', '.join(FORMATS)}")
+    """The manifest of a bundle, which is not trusted, in one of FORMATS; HTML in ASCII, for any locale.
+
+    Errors: UsageError for another format, VerifyError where figures are missing or cannot be.
+    """
+    if form not in FORMATS:
+        raise UsageError(f"--format: {form!r} is not a format", f"choose one of {', '.join(FORMATS)}")
+    try:
+        text = FORMATS[form](manifest)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.UndefinedError) as error:
+        raise VerifyError(f"the manifest cannot be shown as {form}: {error}", "build the bundle again") from error
+    return text.encode("ascii", "xmlcharrefreplace").decode("ascii") if form == "html" else text
 
 
 def render_html(manifest: dict[str, Any]) -> str:
@@ -63,6 +76,13 @@ def render_markdown(manifest: dict[str, Any]) -> str:
 def render_readme(manifest: dict[str, Any]) -> str:
     """How to run the model in ten lines of code."""
     return _environment().get_template("bundle_readme.md").render(m=manifest)
+
+
+FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "markdown": render_markdown,
+    "junit": render_junit,
+    "html": render_html,
+}
 
 
 @cache

@@ -175,7 +175,7 @@ def histogram(label: str, spreads: dict[str, Any], timings: dict[str, dict[str, 
 
 def course(label: str, values: dict[str, list[float]], names: dict[str, str]) -> Markup:
     """Medians in the order of the rounds, from zero."""
-    top = 1.15 * max(max(found) for found in values.values())
+    top = 1.25 * max(max(found) for found in values.values())
     marks, count = [], len(values["source"])
     for kind, key in (("dense", "source"), ("ship", "pruned")):
         points = " ".join(f"{place + 0.5:g},{100 - 100 * value / top:.2f}" for place, value in enumerate(values[key]))

@@ -44,6 +44,11 @@ def times(value: float) -> str:
     return f"{value:.2f}"
 
 
+def unbroken(text: str) -> str:
+    """A sentence whose lines do not end between a number and its %."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
 def faster(latency: Facts) -> str:
     """The speed-up in words, with its interval."""
     low, high = latency["speedup_ci95"]
