@@ -337,7 +337,7 @@ def test_figures_that_cannot_be_are_the_bundle_s_fault(copy, manifest):
     done = run("-m", "cswap_deploy", "show", copy, "--format", "html")
     assert done.returncode == 9 and "cannot be shown as html: " in done.stderr and not done.stdout
     del manifest["accuracy"]["drop_interval"], manifest["pruned"]["groups"]
-    with pytest.raises(VerifyError, match="cannot be shown as html: .*drop_interval"):
+    with pytest.raises(VerifyError, match=r"cannot be shown as html: .*drop_interval"):
         render(manifest, "html")
 
 
