@@ -419,6 +419,9 @@ class LatencyReport:
     overhead: float | None
     """Share of the sampling time in which no model ran."""
     conditions: dict[str, Any]
+    layers: File | None = None
+    """JSON: milliseconds of each layer of the dense (`source`) and the shipped (`pruned`) model, from runs of their own; None where
+    the runtime could not tell them."""
 
 
 @dataclass(frozen=True)

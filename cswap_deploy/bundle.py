@@ -203,14 +203,21 @@ def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdo
     (out / "preprocess.json").write_text(spec + "\n", encoding="utf-8")
     document = _manifest(terms, ready, deployed, holdout_reads, sha256_of(out / "recipe.yaml"))
     (out / "README.md").write_text(render_readme(document), encoding="utf-8")
-    (out / "report.html").write_text(render_html(document), encoding="utf-8")
-    listed = [File.of(path) for path in sorted(out.rglob("*")) if path.is_file()]
-    document["files"] = [
-        {"path": file.path.relative_to(out).as_posix(), "sha256": file.sha256, "bytes": file.bytes} for file in listed
-    ]
+    listed = [File.of(path) for path in out.rglob("*") if path.is_file()]
+    document["files"] = _entries(listed, out)
+    (out / "report.html").write_text(render_html(document), encoding="utf-8")  # it names all files but itself
+    listed.append(File.of(out / "report.html"))
+    document["files"] = _entries(listed, out)
     (out / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
     manifest = File.of(out / MANIFEST)
     return BundleFiles(manifest, (*listed, manifest))
+
+
+def _entries(files: list[File], folder: Path) -> list[dict[str, Any]]:
+    files.sort(key=lambda file: file.path)
+    return [
+        {"path": file.path.relative_to(folder).as_posix(), "sha256": file.sha256, "bytes": file.bytes} for file in files
+    ]
 
 
 def _manifest(
@@ -221,7 +228,6 @@ def _manifest(
     verdict = facts.gate_of(ready.accuracy, shipped, terms.accuracy)
     reasons = [*ready.reasons, *deployed.reasons, *facts.gate_reasons(ready.accuracy, shipped, verdict)]
     reasons.sort(key=lambda reason: reason.exit_code)
-    units = {group.name: group.units for group in ready.groups.groups}
     prune = terms.prune
     how = ("none", "none", "none")
     if prune.target is not None:
@@ -239,7 +245,7 @@ def _manifest(
         "reasons": [reason.text for reason in reasons],
         "exit_code": reasons[0].exit_code if reasons else 0,
         "model": facts.model_block(ready.source),
-        "pruned": facts.pruned_block(ready.pruned, ready.plan, units, *how),
+        "pruned": facts.pruned_block(ready.pruned, ready.plan, ready.groups, *how),
         "accuracy": facts.accuracy_block(
             ready.accuracy, deployed.on_engine, shipped, verdict, ready.labels, holdout_reads
         ),
@@ -250,7 +256,17 @@ def _manifest(
         "budget": None,
         "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine) if terms.engine else None,
         "environment": ready.environment,
+        "sizes": _sizes(ready, deployed, name),
     }
+
+
+def _sizes(ready: Prepared, deployed: Deployed, shipped: str) -> dict[str, Any]:
+    """Bytes of the file that ships, and of its dense twin where something was measured, so that there is one."""
+    if shipped == ENGINE and deployed.engine:
+        return {"dense": None, "shipped": deployed.engine.file.bytes}
+    model = next(name for name, file in FILES.items() if file == shipped)
+    dense = ready.dense.get(model)
+    return {"dense": dense.graph.bytes if dense else None, "shipped": ready.models[model].graph.bytes}
 
 
 def _placed(recipe: str, terms: Terms, deployed: Deployed) -> str:

@@ -227,16 +227,24 @@ def show(
         str | None,
         typer.Option("--unit", metavar="GROUP:INDEX", help="why this unit left or stayed, in place of the rest"),
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="the report as markdown, junit or html, in place of the rest"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What is in a bundle: the table before and after, the verdict, the files; with --unit, why a unit left or stayed."""
     with _session("show", as_json) as answer:
-        from cswap_deploy import units
+        from cswap_deploy import report, units
         from cswap_deploy.bundle import Bundle
         from cswap_deploy.console import bundle_lines, file_lines, left_lines, unit_lines
 
+        if form is not None and (as_json or unit is not None):
+            raise UsageError("--format, --json and --unit exclude each other", "ask for one of them")
         opened = Bundle.read(bundle)
-        if unit is None:
+        if form is not None:
+            answer.lines = report.render(opened.manifest, form).rstrip("\n").split("\n")
+        elif unit is None:
             answer.document = {"manifest": opened.manifest}
             answer.lines = [*bundle_lines(opened), *left_lines(opened), "", *file_lines(opened)]
         else:

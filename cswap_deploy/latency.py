@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cswap_deploy import progress
 from cswap_deploy.artifacts import File, LatencyReport
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DataError, DeviceError
@@ -62,15 +64,44 @@ def measure(
     out: Path, dense: File, shipped: File, settings: LatencySettings, facts: Mapping[str, str], target: Target
 ) -> LatencyReport:
     """The dense model and the one that ships, in turn, on `target`, which `facts` describe. Errors: DeviceError."""
-    taken = take(target, (dense, shipped), settings, names=("the dense model", "the shipped model"))
+    names = ("the dense model", "the shipped model")
+    taken = take(target, (dense, shipped), settings, names=names)
     taken.samples.save(out / "samples.npz")
+    layers = None
+    if found := _layers(target, (dense, shipped), settings, names):
+        (out / "layers.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        layers = File.of(out / "layers.json")
     return LatencyReport(
         File.of(out / "samples.npz"),
         taken.runtime,
         taken.peak_memory_mb,
         taken.document["overhead"],
         taken.conditions,
+        layers,
     )
+
+
+def _layers(
+    target: Target, models: Sequence[File], settings: LatencySettings, names: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """Where the time of both models goes. The samples count without it, so a target that cannot tell is warned of only."""
+    try:
+        found = [
+            target.ask(
+                "layers",
+                LOAD_S + WAIT_S,
+                runtime=settings.runtime,
+                model=model,
+                batch=settings.batch,
+                threads=settings.threads,
+                wait_s=WAIT_S,
+            )["layers"]
+            for model in target.put(*models, names=names)
+        ]
+    except DeviceError as error:
+        progress.warn(f"layers were not timed: {error}")
+        return None
+    return dict(zip(("source", "pruned"), found, strict=True))
 
 
 def take(

@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
+from cswap_deploy import details
 from cswap_deploy.artifacts import (
     AccuracyReport,
     Engine,
     Evaluation,
     Gate,
+    Groups,
     GroupScores,
     InputSpec,
     LatencyReport,
@@ -59,9 +61,10 @@ def input_block(spec: InputSpec) -> dict[str, Any]:
 
 
 def pruned_block(
-    pruned: Network, plan: PruningPlan, units: dict[str, int], criterion: str, compensation: str, allocation: str
+    pruned: Network, plan: PruningPlan, groups: Groups, criterion: str, compensation: str, allocation: str
 ) -> dict[str, Any]:
-    """`units`: dense number of units of each group."""
+    """What is left of the network, by group, by layer and by step."""
+    units = {group.name: group.units for group in groups.groups}
     keep = {name: plan.keep.get(name, tuple(range(size))) for name, size in units.items()}
     dense = plan.dense_scores
     scores = {item.group: item for item in dense.groups} if dense else {}
@@ -79,6 +82,8 @@ def pruned_block(
             {"name": name, "units": size, "kept": len(keep[name]), **_judged(scores.get(name), keep[name])}
             for name, size in units.items()
         ],
+        "layers": details.layers(groups, plan),
+        "trace": details.trace(plan),
     }
 
 
@@ -90,9 +95,10 @@ def _judged(scores: GroupScores | None, kept: Collection[int]) -> dict[str, Any]
 
 
 def _verdicts(scores: GroupScores) -> dict[str, Any]:
-    """How many units have each verdict, and the range of their effects (null where there is no unit)."""
+    """How many units have each verdict, and the range and quantiles of their effects (null where there is no unit)."""
     counts: dict[str, Any] = {verdict: scores.verdict.count(verdict) for verdict in VERDICTS}
-    return {**counts, "effect": [min(scores.effect), max(scores.effect)] if scores.effect else None}
+    bounds = [min(scores.effect), max(scores.effect)] if scores.effect else None
+    return {**counts, "effect": bounds, "quantiles": details.quantiles(scores.effect)}
 
 
 def gate_of(report: AccuracyReport, shipped: Evaluation, settings: AccuracySettings) -> Gate:
@@ -182,6 +188,9 @@ def latency_block(report: LatencyReport, settings: LatencySettings, precision: s
         "peak_memory_mb": memory[1],
         "overhead": report.overhead,
         "conditions": report.conditions,
+        "distribution": details.distribution(samples),
+        "course": details.course(samples),
+        "layers": details.layer_times(report.layers),
     }
 
 
@@ -282,7 +291,7 @@ def schema() -> Schema:
         interpolation=TEXT,
         crop_pct=NUMBER,
     )
-    return record(
+    required = record(
         schema={"const": SCHEMA},
         name=TEXT,
         created={"type": "string", "format": "date-time"},
@@ -309,12 +318,14 @@ def schema() -> Schema:
         files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
         environment={"type": "object", "additionalProperties": TEXT},
     )
+    return with_optional(required, sizes=record(dense=nullable(POSITIVE), shipped=POSITIVE))
 
 
 def _pruned() -> Schema:
     """`dense` and `left` of a group are null unless the criterion is causal; effects in nats."""
     counts: dict[str, Schema] = {key: {"type": "integer", "minimum": 0} for key in VERDICTS}
-    judged = nullable(record(**counts, effect=nullable(pair(NUMBER))))
+    spread = nullable(numbers(len(details.QUANTILES)))
+    judged = nullable(with_optional(record(**counts, effect=nullable(pair(NUMBER))), quantiles=spread))
     group = with_optional(record(name=TEXT, units=INTEGER, kept=INTEGER), dense=judged, left=judged)
     return with_optional(
         record(
@@ -329,6 +340,8 @@ def _pruned() -> Schema:
         allocation=TEXT,
         scores=nullable(scored_schema()),
         groups=listing(group),
+        layers=listing(record(name=TEXT, params=INTEGER, params_kept=INTEGER, macs=POSITIVE, macs_kept=INTEGER)),
+        trace=listing(record(params=NUMBER, macs=NUMBER, units_removed=INTEGER, drop_pp=NUMBER)),
     )
 
 
@@ -358,7 +371,7 @@ def _engine() -> Schema:
 
 def _latency() -> Schema:
     timing = timing_schema()
-    return record(
+    required = record(
         target=TEXT,
         runtime=TEXT,
         precision=TEXT,
@@ -372,6 +385,22 @@ def _latency() -> Schema:
         unstable_because={"type": "array", "items": TEXT},
         peak_memory_mb=nullable(NUMBER),
         conditions={"type": "object"},
+    )
+    timed = listing(record(name=TEXT, op=TEXT, ms=NUMBER))
+    counts: Schema = listing({"type": "integer", "minimum": 0})
+    histograms = record(
+        from_ms=NUMBER,
+        to_ms=NUMBER,
+        source=counts,
+        pruned=counts,
+        above=pair(INTEGER),
+        max_ms=pair(NUMBER),
+    )
+    return with_optional(
+        required,
+        distribution=histograms,
+        course=record(source=listing(NUMBER), pruned=listing(NUMBER)),
+        layers=nullable(record(source=timed, pruned=timed)),
     )
 
 
@@ -453,3 +482,7 @@ def _is_of_type(value: Any, name: str) -> bool:
 
 def pair(items: Schema) -> Schema:
     return {"type": "array", "items": items, "minItems": 2, "maxItems": 2}
+
+
+def numbers(count: int) -> Schema:
+    return {"type": "array", "items": NUMBER, "minItems": count, "maxItems": count}

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent / "cswap_deploy"
 FLOORS = {
     0: "artifacts digests errors keys progress recipe recipe_file sources stage",
     1: "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
-    "prepared units onnx_file preprocess runtime manifest report prune.batches prune.groups prune.ablation prune.observe prune.rows "
+    "prepared units onnx_file preprocess runtime manifest details report report.* "
+    "prune.batches prune.groups prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
     "prune.search prune.settle prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",

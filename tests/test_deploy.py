@@ -151,8 +151,17 @@ def test_latency_is_that_of_the_dense_and_of_the_shipped_model(measured):
     assert latency["peak_memory_mb"] > 10
     assert latency["conditions"]["cores"] >= 1 and latency["conditions"]["device"] == latency["conditions"]["cpu"]
     assert len(latency["conditions"]["load"]) == len(latency["conditions"]["mhz"]) == 2
-    assert "x as fast" in (measured.work / "bundle" / "report.html").read_text("utf-8")
+    assert "times as fast as the dense model" in (measured.work / "bundle" / "report.html").read_text("utf-8")
     assert "times as fast as the dense model" in (measured.work / "bundle" / "README.md").read_text("utf-8")
+
+
+def test_layers_of_both_models_are_timed(measured):
+    layers = measured.manifest["latency"]["layers"]
+    (path,) = measured.work.glob("stages/latency/*/layers.json")
+    assert [*layers] == ["source", "pruned"] == [*json.loads(path.read_text("utf-8"))]
+    for rows in layers.values():
+        assert {row["op"] for row in rows} & {"Conv", "FusedConv"} and all(row["ms"] >= 0 for row in rows)
+    assert "Milliseconds along the network" in (measured.work / "bundle" / "report.html").read_text("utf-8")
 
 
 def test_the_raw_samples_are_kept_and_give_the_figures(measured):

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import hashlib
+import html
+import json
 import re
 from html.parser import HTMLParser
 from typing import Any
+from xml.etree import ElementTree
 
 import jinja2
+import numpy as np
 import pytest
-from conftest import Built
+import reports
+from conftest import Built, run
 
-from cswap_deploy.report import render_html, render_readme
+from cswap_deploy import details
+from cswap_deploy.errors import UsageError, VerifyError
+from cswap_deploy.report import FORMATS, render, render_html, render_junit, render_markdown, render_readme
+from cswap_deploy.samples import Samples
 
 HOSTILE = "<script>alert(1)</script>\"'`|{{ 7 * 7 }}"
 
@@ -32,7 +42,7 @@ class Page(HTMLParser):
             self.attributes.setdefault(name, []).append(value or "")
 
     def handle_data(self, data: str) -> None:
-        if self.tags[-1:] != ["style"]:
+        if self.tags[-1:] not in (["style"], ["script"]):
             self.words += data.split()
 
     @property
@@ -55,10 +65,11 @@ def manifest(quickstart: Built) -> dict[str, Any]:
 
 
 def test_names_are_escaped_wherever_they_stand(manifest):
+    manifest |= {"verdict": "fail", "reasons": ["a reason"]}
     hostile = {**strings(manifest), "verdict": "fail", "reasons": [HOSTILE], "name": HOSTILE}
     page = Page(render_html(hostile))
     assert set(page.tags) == set(Page(render_html(manifest)).tags)
-    assert "script" not in page.tags and "alert(1)" in page.text and "{{ 7 * 7 }}" in page.text
+    assert page.tags.count("script") == 1 and "alert(1)" in page.text and "{{ 7 * 7 }}" in page.text
     assert page.attributes.keys() == Page(render_html(manifest)).attributes.keys()
 
 
@@ -66,20 +77,33 @@ def test_a_hostile_class_folder_stays_text_from_the_folder_to_the_page(project, 
     for part in ("scoring", "holdout"):
         (project.folder / "images" / part / "blue").rename(project.folder / "images" / part / "<script>alert(1)<")
     built = project.build("prune.target=null")
-    assert "script" not in Page((built.bundle.folder / "report.html").read_text("utf-8")).tags
+    assert Page((built.bundle.folder / "report.html").read_text("utf-8")).tags.count("script") == 1
     for item in built.bundle.manifest["accuracy"]["worst_classes"]:
         item["drop_pp"] = 1.0  # only classes that lost are on the page
     page = Page(render_html(built.bundle.manifest))
-    assert "script" not in page.tags and "<script>alert(1)<" in page.text
+    assert page.tags.count("script") == 1 and "<script>alert(1)<" in page.text
     assert "<script>alert(1)<" in (built.bundle.folder / "labels.txt").read_text("utf-8").splitlines()
 
 
 def test_page_asks_for_nothing_from_elsewhere(quickstart):
     source = (quickstart.bundle.folder / "report.html").read_text("utf-8")
     page = Page(source)
-    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form", "a"} & set(page.tags)
-    assert not {"src", "href", "action", "srcset", "http-equiv", "onload", "onclick"} & page.attributes.keys()
-    assert not re.search(r"https?:|//|@import|url\(", source)
+    assert not {"link", "img", "iframe", "object", "embed", "base", "form", "image", "use"} & set(page.tags)
+    assert not {"src", "action", "srcset", "style", "onload", "onclick", "xlink:href"} & page.attributes.keys()
+    assert all(re.fullmatch("#[a-z]+", place) and f'id="{place[1:]}"' in source for place in page.attributes["href"])
+    [policy] = (text for text in page.attributes["content"] if "default-src" in text)
+    assert not re.search(r"https?:|//|@import|url\(", source.replace(policy, ""))
+
+
+def test_policy_allows_the_page_s_own_style_and_script_and_nothing_else(manifest):
+    source = render_html(manifest)
+    policy = dict(part.split(" ", 1) for part in re.findall(r'content="(default-src[^"]*)"', source)[0].split("; "))
+    policy = {name: html.unescape(value) for name, value in policy.items()}
+    for name, tag in (("style-src", "style"), ("script-src", "script")):
+        text = re.findall(f"(?s)<{tag}>(.*?)</{tag}>", source)
+        digest = base64.b64encode(hashlib.sha256(text[0].encode()).digest()).decode()
+        assert len(text) == 1 and policy.pop(name) == f"'sha256-{digest}'"
+    assert policy == {"default-src": "'none'", "base-uri": "'none'", "form-action": "'none'"}
 
 
 def test_page_is_what_the_manifest_renders(quickstart):
@@ -108,10 +132,10 @@ def test_figures_on_the_page_are_the_manifest_s(manifest):
         "4321 hold-out images", "Drop +1.23 points", "-0.45 to +3.21", "98.76 %", "77 images only the dense", "66 only",
         "read 9 times", "seven +12.34 56", "allows 2.25 points", "not proven at 97.00 %", "8765 images",
         "2.345 M", "5.432 M", "45.67 M", "98.76 M", "43.17 %", "46.24 %", "1000 877 123 removed", "17 steps",
-        "layer1.conv1 80 30", "Opset 21", "IR version 9", "432 nodes (543", "13 real images", "2.34e-06", "123.4 dB",
+        "layer1.conv1 30 of 80", "Opset 21", "IR version 9", "432 nodes (543", "13 real images", "2.34e-06", "123.4 dB",
     ]  # fmt: skip
     assert [figure for figure in shown if figure not in text] == []
-    assert "width:37.5%" in render_html(manifest)
+    assert 'class="mark kept" x="0.00%" width="37.50%"' in render_html(manifest)
 
 
 def timing(p50: float) -> dict[str, Any]:
@@ -129,7 +153,7 @@ def test_latency_and_its_conditions_are_on_the_page(manifest):
     page = render_html(manifest)
     text = Page(page).text
     shown = [
-        "7.125 ms", "4.75 ms", "8.125 ms", "9.125 ms", "1.51 x as fast", "1.49 to 1.53", "int8, batch 3", "4321", "77 MB",
+        "7.125 ms", "4.75 ms", "8.125 ms", "9.125 ms", "1.51 (95 %: 1.49 to 1.53) times as fast", "int8, batch 3", "4321", "77 MB",
         "Not stable", "dense: it drifts", "ssh: <b>Board</b>", "onnxruntime 1.99, 2 threads", "power_mode unknown",
         "load 0.25 before, 1.5 after", "cores 6",
     ]  # fmt: skip
@@ -158,7 +182,7 @@ def test_variants_and_the_engine_are_on_the_page(manifest):
 def test_verdict_and_every_reason_are_at_the_top(manifest, verdict):
     manifest |= {"verdict": verdict, "reasons": ["first reason", "second reason"] if verdict == "fail" else []}
     top = Page(render_html(manifest).split("<h2>")[0]).text
-    assert verdict in top and ("first reason · second reason" in top) == (verdict == "fail")
+    assert verdict in top and ("first reason second reason" in top) == (verdict == "fail")
 
 
 def test_a_gate_that_is_off_is_said_to_be(manifest):
@@ -168,7 +192,7 @@ def test_a_gate_that_is_off_is_said_to_be(manifest):
 
 def test_a_network_without_groups_has_a_page(manifest):
     manifest["pruned"] |= {"groups": [], "units": 0, "units_removed": 0, "steps": 0}
-    assert "Units per group" not in render_html(manifest)
+    assert "Nothing was pruned" in render_html(manifest)
 
 
 # --- README
@@ -198,3 +222,157 @@ def test_a_manifest_without_a_key_is_not_rendered_in_silence(manifest):
     del manifest["accuracy"]["agreement"], manifest["onnx"]["opset"]
     with pytest.raises(jinja2.UndefinedError, match=r"agreement|opset"):
         render_html(manifest)
+
+
+# --- Markdown and JUnit XML
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """Rows of all tables, split where GitHub splits them: at each | that no backslash precedes, code or not."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+@pytest.fixture
+def large(manifest) -> dict[str, Any]:
+    return reports.of(manifest, "resnet50", reports.resnet50())
+
+
+def test_markdown_holds_the_facts_of_the_page(large):
+    text = render_markdown(large)
+    rows = {row[0]: row[1:] for row in cells(text)}
+    assert text.startswith("## ❌ `resnet50`: FAIL\n") and large["reasons"][0] in text
+    assert rows["top-1"][:2] == [f"{100 * large['accuracy']['source']['top1']:.2f} %", "97.33 %"]
+    assert rows["multiply-accumulates"] == ["4.089 G", "2.454 G", "60.00 % kept"]
+    assert rows["file"] == ["97.80 MiB", "16.79 MiB", "17.16 %"]
+    assert (
+        rows["latency, p50"][1] == f"{large['latency']['pruned']['p50_ms']:.4g} ms"
+        and "times as fast" in rows["latency, p50"][2]
+    )
+    assert rows["`brown bear, Ursus arctos`"] == ["+8.33", "60"] and rows["`int8`"][0] == "`model.int8.onnx`"
+    for group in large["pruned"]["groups"]:
+        assert rows[f"`{group['name']}`"][:2] == [str(group["units"]), str(group["kept"])]
+
+
+def test_markdown_of_a_small_bundle_says_what_is_missing(manifest):
+    text = render_markdown(manifest)
+    assert "Latency was not measured." in text and "not known" in text and ": PASS" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "name", [HOSTILE, "a | b", "`|`", "[x](y)", "@team", "line\nbreak", "</details><h1>", "\u202egnp"]
+)
+def test_names_mean_nothing_in_markdown(large, name):
+    plain = [len(row) for row in cells(render_markdown(large))]
+    hostile = {**strings(large), "verdict": "fail", "reasons": [name], "name": name}
+    hostile["accuracy"]["worst_classes"] = [{"label": name, "drop_pp": 3.0, "images": 9} for _ in range(4)]
+    hostile["onnx"]["variants"], hostile["accuracy"]["variants"] = (
+        large["onnx"]["variants"],
+        large["accuracy"]["variants"],
+    )
+    text = render_markdown(hostile)
+    assert [len(row) for row in cells(text)] == plain
+    outside = re.sub(r"(?s)(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", text)
+    assert outside.count("<") == 4 and not re.search(r"alert|@|\]\(|h1|gnp", outside)  # details, summary and their ends
+
+
+def test_junit_has_a_failure_for_each_reason(large):
+    large["reasons"] = ["accuracy: it drops", "engine: no TensorRT", "int8: no such operator", "accuracy: again"]
+    large["engine"] = {"built": False, "reason": "no TensorRT"}
+    suite = ElementTree.fromstring(render_junit(large)).find("testsuite")
+    failed = [
+        (case.get("name"), case.find("failure").get("message")) for case in suite if case.find("failure") is not None
+    ]
+    assert sorted(failed) == sorted(zip(("accuracy", "engine", "build", "accuracy"), large["reasons"]))
+    assert suite.get("failures") == "4" and suite.get("tests") == str(len(suite.findall("testcase"))) == "6"
+    values = {item.get("name"): item.get("value") for item in suite.iter("property")}
+    assert values["verdict"] == "fail" and float(values["drop_pp"]) == 1.83
+    assert float(values["pruned.p99_ms"]) == pytest.approx(large["latency"]["pruned"]["p99_ms"], rel=1e-5)
+
+
+def test_junit_of_a_bundle_that_passed(manifest):
+    root = ElementTree.fromstring(render_junit(manifest))
+    skipped = {case.get("name"): case.find("skipped") is not None for case in root.iter("testcase")}
+    assert skipped == {"accuracy": False, "parity": False, "latency": True} and root.get("failures") == "0"
+    manifest["accuracy"]["gate"] |= {"verdict": "off", "max_drop_pp": None}
+    root = ElementTree.fromstring(render_junit(manifest))
+    assert [case.get("name") for case in root.iter("testcase") if case.find("skipped") is not None] == [
+        "accuracy",
+        "latency",
+    ]
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "a\x00\x0b\x1b[31m", "\ud800", "]]>", "\u202e\n"])
+def test_junit_survives_any_name(large, name):
+    large |= {"name": name, "reasons": [f"accuracy: {name}"], "shipped": name}
+    text = render_junit(large)
+    assert text.isascii() and ElementTree.fromstring(text).get("failures") == "1"
+
+
+def test_show_prints_each_format(quickstart, copy):
+    for form in FORMATS:
+        done = run("-m", "cswap_deploy", "show", copy, "--format", form, PYTHONIOENCODING="utf-8")
+        assert done.returncode == 0 and done.stdout == render(quickstart.manifest, form)
+    page = run("-m", "cswap_deploy", "show", copy, "--format", "html", PYTHONIOENCODING="ascii").stdout
+    assert html.unescape(page) == html.unescape(render_html(quickstart.manifest))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("pdf", "'pdf' is not a format"), ("html --json", "exclude"), ("html --unit a:1", "exclude")],
+)
+def test_show_refuses_what_is_no_format(copy, options, message):
+    done = run("-m", "cswap_deploy", "show", copy, "--format", *options.split())
+    assert done.returncode == 2 and message in done.stderr + done.stdout
+
+
+def test_a_format_must_be_known(manifest):
+    with pytest.raises(UsageError, match="choose one of markdown, junit, html"):
+        render(manifest, "yaml")
+
+
+def test_figures_that_cannot_be_are_the_bundle_s_fault(copy, manifest):
+    manifest["pruned"]["groups"][0]["units"] = 0
+    (copy / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    done = run("-m", "cswap_deploy", "show", copy, "--format", "html")
+    assert done.returncode == 9 and "cannot be shown as html: " in done.stderr and not done.stdout
+    del manifest["accuracy"]["drop_interval"], manifest["pruned"]["groups"]
+    with pytest.raises(VerifyError, match=r"cannot be shown as html: .*drop_interval"):
+        render(manifest, "html")
+
+
+# --- what the charts are drawn from
+
+
+def test_layers_add_up_to_the_network(quickstart):
+    model, pruned = quickstart.manifest["model"], quickstart.manifest["pruned"]
+    for key in ("macs", "params"):
+        whole = sum(layer[key] for layer in pruned["layers"]), sum(layer[f"{key}_kept"] for layer in pruned["layers"])
+        assert whole == pytest.approx((model[key], pruned[key]), rel=0 if key == "macs" else 0.02)
+    assert pruned["trace"][-1]["macs"] == pytest.approx(pruned["macs"] / model["macs"])
+    assert sum(step["units_removed"] for step in pruned["trace"]) == pruned["units_removed"]
+
+
+def test_histogram_counts_every_sample_once():
+    found = reports.latency()
+    spreads = found["distribution"]
+    for place, key in enumerate(("source", "pruned")):
+        assert sum(spreads[key]) + spreads["above"][place] == found[key]["samples"]
+        assert len(spreads[key]) == details.BINS and spreads["max_ms"][place] >= found[key]["p99_ms"]
+        edges = np.geomspace(spreads["from_ms"], spreads["to_ms"], details.BINS + 1)
+        below = sum(count for count, edge in zip(spreads[key], edges[1:]) if edge <= found[key]["p50_ms"])
+        assert 0.4 < below / found[key]["samples"] <= 0.5
+    assert len(found["course"]["source"]) == len(found["course"]["pruned"]) == details.POINTS
+    assert np.median(found["course"]["pruned"]) == pytest.approx(found["pruned"]["p50_ms"], rel=0.01)
+
+
+def test_histogram_of_equal_samples_is_a_histogram():
+    spreads = details.distribution(Samples.of([[[1000, 1000], [1000]], [[1000], [1000]]]))
+    assert sum(spreads["source"]) == 3 and sum(spreads["pruned"]) == 2 and spreads["above"] == [0, 0]
+
+
+def test_quantiles_are_those_of_the_effects(quickstart):
+    for group in quickstart.manifest["pruned"]["groups"]:
+        low, high = group["dense"]["effect"]
+        values = group["dense"]["quantiles"]
+        assert low <= values[0] <= values[2] <= values[4] <= high and values == sorted(values)

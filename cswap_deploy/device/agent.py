@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import median
 from typing import Any, Dict
 
 SCHEMA = "cswap-deploy/agent/1"
@@ -405,9 +406,7 @@ class OnnxModel:
                 key = event["name"][: -len("_kernel_time")], event["args"]["op_name"]
                 times.setdefault(key, []).append(event["dur"] / 1000)
         written.unlink()
-        return {
-            "layers": [{"name": name, "op": op, "ms": sum(ms[1:]) / (len(ms) - 1)} for (name, op), ms in times.items()]
-        }
+        return {"layers": [{"name": name, "op": op, "ms": median(ms[1:])} for (name, op), ms in times.items()]}
 
 
 def infer(request: Json, files: Store) -> Json:
@@ -431,7 +430,7 @@ def infer(request: Json, files: Store) -> Json:
 
 
 def layers(request: Json, files: Store) -> Json:
-    """Mean milliseconds of each layer over PROFILED_RUNS inferences, in order of execution; its operator where known."""
+    """Median milliseconds of each layer over PROFILED_RUNS inferences, in order of execution; its operator where known."""
     with files.alone(request):
         model = MODELS[request["runtime"]]({**request, "profile": str(files.scratch())}, request["model"], files)
         for _ in range(PROFILED_RUNS):
@@ -555,7 +554,7 @@ class EngineModel:
             self.run()
         inspector = self.engine.create_engine_inspector()
         facts = json.loads(inspector.get_engine_information(self.trt.LayerInformationFormat.JSON))
-        return {"layers": [{"name": n, "op": "", "ms": sum(ms) / len(ms)} for n, ms in times.items()], "engine": facts}
+        return {"layers": [{"name": n, "op": "", "ms": median(ms)} for n, ms in times.items()], "engine": facts}
 
 
 def build(request: Json, files: Store) -> Json:

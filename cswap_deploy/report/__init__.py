@@ -1,26 +1,88 @@
-"""The manifest as a page for people: one self-contained HTML file, and the README of the bundle."""
+"""The manifest for people and for other programs: one self-contained HTML page, Markdown, JUnit XML, the bundle's README."""
 
 from __future__ import annotations
 
-import re
+import base64
+import hashlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
+from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.manifest import VERDICTS
+from cswap_deploy.report import figures, words
+from cswap_deploy.report.junit import render_junit
+
+__all__ = ["FORMATS", "render", "render_html", "render_junit", "render_markdown", "render_readme"]
+
+FILTERS = (
+    "percent",
+    "share",
+    "count",
+    "size",
+    "points",
+    "code",
+    "cell",
+    "ms",
+    "fact",
+    "effects",
+    "times",
+    "plural",
+    "unbroken",
+)
+
+
+def render(manifest: dict[str, Any], form: str) -> str:
+    """The manifest of a bundle, which is not trusted, in one of FORMATS; HTML in ASCII, for any locale.
+
+    Errors: UsageError for another format, VerifyError where figures are missing or cannot be.
+    """
+    if form not in FORMATS:
+        raise UsageError(f"--format: {form!r} is not a format", f"choose one of {', '.join(FORMATS)}")
+    try:
+        text = FORMATS[form](manifest)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.UndefinedError) as error:
+        raise VerifyError(f"the manifest cannot be shown as {form}: {error}", "build the bundle again") from error
+    return text.encode("ascii", "xmlcharrefreplace").decode("ascii") if form == "html" else text
 
 
 def render_html(manifest: dict[str, Any]) -> str:
-    """A page that opens offline; every name in it is escaped."""
+    """A page that opens offline and may load nothing: its policy allows its own style and script alone, by digest.
+
+    Every name in it is escaped.
+    """
     from cswap_deploy.prune.verdicts import NEUTRAL_MARGIN
 
-    return _environment().get_template("report.html").render(m=manifest, verdicts=VERDICTS, margin=NEUTRAL_MARGIN)
+    style, script = _asset("style.css"), _asset("script.js")
+    policy = (
+        f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    page = _environment().get_template("report.html")
+    return page.render(
+        m=manifest, verdicts=VERDICTS, margin=NEUTRAL_MARGIN, figures=figures, words=words,
+        style=style, script=script, policy=policy,
+    )  # fmt: skip
+
+
+def render_markdown(manifest: dict[str, Any]) -> str:
+    """The same facts for a pull request."""
+    return _environment().get_template("report.md").render(m=manifest, verdicts=VERDICTS, words=words)
 
 
 def render_readme(manifest: dict[str, Any]) -> str:
     """How to run the model in ten lines of code."""
     return _environment().get_template("bundle_readme.md").render(m=manifest)
+
+
+FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "markdown": render_markdown,
+    "junit": render_junit,
+    "html": render_html,
+}
 
 
 @cache
@@ -33,54 +95,18 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": _percent,
-        "count": _count,
-        "points": _points,
-        "code": _code,
-        "ms": _ms,
-        "fact": _fact,
-        "effects": _effects,
-    }
+    environment.filters |= {name: getattr(words, name) for name in FILTERS}
     return environment
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
+@cache
+def _asset(name: str) -> Markup:
+    """Style or script of the page, which are no templates."""
+    environment = _environment()
+    assert environment.loader
+    return Markup(environment.loader.get_source(environment, name)[0])
 
 
-def _ms(value: float) -> str:
-    return f"{value:.4g} ms" if value < 1000 else f"{value:.0f} ms"
-
-
-def _fact(value: Any) -> str:
-    """A condition of a measurement; of two values, the one before and the one after."""
-    if isinstance(value, list):
-        return "unknown" if None in value else " before, ".join(map(_fact, value)) + " after"
-    return "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _effects(bounds: list[float] | None) -> str:
-    """From the lowest to the highest, nats as thousandths; empty where there is no unit."""
-    values = [1000 * value for value in bounds or ()]
-    return " to ".join(f"{value:+.0f}" if abs(value) >= 100 else f"{value:+.2g}" for value in values)
-
-
-def _points(value: float) -> str:
-    return f"{value:+.2f}"
-
-
-def _code(text: str) -> str:
-    """A Markdown code span, in which no character of a name means anything."""
-    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    fence = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
-    space = " " if "`" in plain else ""
-    return f"{fence}{space}{plain}{space}{fence}"
-
-
-def _count(number: float) -> str:
-    """1234567 → 1.235 M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:g}"
+def _digest(text: str) -> str:
+    """As a content security policy names an inline style or script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

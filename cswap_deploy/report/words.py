@@ -1,0 +1,122 @@
+"""Figures and sentences as the page, the Markdown and the README spell them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+Facts = dict[str, Any]
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def share(fraction: float) -> str:
+    """Short, for a bar or a headline."""
+    return f"{100 * fraction:.1f} %"
+
+
+def ms(value: float) -> str:
+    return f"{value:.4g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+def points(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def count(number: float) -> str:
+    """1234567 → 1.235 M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.4g}"
+
+
+def size(number: float) -> str:
+    for limit, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if number >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return f"{number:g} bytes"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def unbroken(text: str) -> str:
+    """A sentence whose lines do not end between a number and its %."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def faster(latency: Facts) -> str:
+    """The speed-up in words, with its interval."""
+    low, high = latency["speedup_ci95"]
+    return f"{times(latency['speedup'])} (95 %: {times(low)} to {times(high)}) times as fast"
+
+
+def plural(number: int, noun: str) -> str:
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{ending}"
+
+
+def fact(value: Any) -> str:
+    """A condition of a measurement; of two values, the one before and the one after."""
+    if isinstance(value, list):
+        return "unknown" if None in value else " before, ".join(map(fact, value)) + " after"
+    return "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def effects(bounds: list[float] | None) -> str:
+    """From the lowest to the highest, nats as thousandths; empty where there is no unit."""
+    values = [1000 * value for value in bounds or ()]
+    return " to ".join(f"{value:+.0f}" if abs(value) >= 100 else f"{value:+.2g}" for value in values)
+
+
+def code(text: str) -> str:
+    """A Markdown code span, in which no character of a name means anything."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+    fence = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
+    space = " " if "`" in plain else ""
+    return f"{fence}{space}{plain}{space}{fence}"
+
+
+def cell(text: str) -> str:
+    """A code span in a table of GitHub's Markdown, which looks for | before it looks for code."""
+    return code(text).replace("|", "\\|")
+
+
+def verdict(manifest: Facts) -> str:
+    """pass, fail, or, where nothing was to be passed, no gate."""
+    off = manifest["accuracy"]["gate"]["verdict"] == "off"
+    return "no gate" if off and manifest["verdict"] == "pass" else str(manifest["verdict"])
+
+
+def headline(manifest: Facts) -> str:
+    """What came out, in one sentence."""
+    accuracy, latency = manifest["accuracy"], manifest["latency"]
+    kept = manifest["pruned"]["macs"] / manifest["model"]["macs"]
+    low, high = accuracy["drop_ci95_pp"]
+    fast = f"{times(latency['speedup'])} times as fast, {share(kept)}" if latency else share(kept)
+    return (
+        f"{fast} of the multiply-accumulates, top-1 drop {points(accuracy['drop_pp'])} points "
+        f"(95 %: {points(low)} to {points(high)}) on {accuracy['images']} hold-out images"
+    )
+
+
+def gate(accuracy: Facts) -> str:
+    """What the gate demands and whether that is proven."""
+    asked = accuracy["gate"]
+    if asked["verdict"] == "off":
+        return "No gate was set."
+    proof = f"{'proven' if asked['proven'] else 'not proven'} at {percent(asked['confidence'])}"
+    more = f"; about {asked['images_to_prove']} images would prove it" if asked["images_to_prove"] else ""
+    more = "" if asked["proven"] else more
+    limit = f"{asked['max_drop_pp']:g} point{'' if asked['max_drop_pp'] == 1 else 's'}"
+    return f"The gate allows {limit} (rule {asked['rule']}): {asked['verdict']}, {proof}{more}."
+
+
+def pace(latency: Facts) -> str:
+    """good, bad or even: whether the interval of the speed-up lies above or below 1."""
+    low, high = latency["speedup_ci95"]
+    return "good" if low > 1 else "bad" if high < 1 else "even"
