@@ -10,7 +10,7 @@ from oneshot_nets import Case
 from torch import nn
 
 from cswap_deploy import recipe
-from cswap_deploy.artifacts import Curve, Group, GroupScores, PruningStep
+from cswap_deploy.artifacts import Curve, Group, GroupScores
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer

@@ -22,7 +22,7 @@ FLOORS = {
     "prepared units onnx_file preprocess runtime manifest details report report.* "
     "prune.batches prune.groups prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
-    "prune.search prune.settle prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
+    "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune export variants accuracy engine latency bundle",
     3: "pipeline checks measuring verify doctor schemas",

@@ -62,7 +62,9 @@ class _Options:
 def _options(groups: Groups, curve: Curve, now: int, round_to: int) -> _Options:
     group = groups.by_name[curve.group]
     stride = step_of(group, round_to) * max(1, group.units // CHOICES // step_of(group, round_to))
-    allowed = [width for width in range(floor_of(group, round_to), now, stride) if width >= min(curve.widths, default=now)]
+    allowed = [
+        width for width in range(floor_of(group, round_to), now, stride) if width >= min(curve.widths, default=now)
+    ]
     widths = sorted({*allowed, *curve.widths, now})
     damage = [max(value, LEAST_DAMAGE * (now - width)) for value, width in zip(between(curve, now, widths), widths)]
     return _Options(tuple(widths), tuple(damage))

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Axis, CostTerm, Curve, Groups, GroupScores, PruningStep
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.allocate import Widths, choose_widths
+from cswap_deploy.prune.allocate import choose_widths
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import with_systems
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
 from cswap_deploy.prune.curves import Gauge, leaving_order
 from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.refit import Structure, examine
+from cswap_deploy.prune.renewed import renewed
 from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest, ranking
-from cswap_deploy.prune.settle import settled
 from cswap_deploy.prune.systems import Systems
 from cswap_deploy.recipe import (
     AllocationSettings,
@@ -208,18 +208,13 @@ class Search:
     def _by_curves(
         self, state: State, scores: tuple[GroupScores, ...], kind: CostKind, fraction: float, damage: Damage
     ) -> tuple[Kept, tuple[Curve, ...]]:
-        """The first time the stored curves decide; later those widths are measured that earlier curves speak for."""
-        bench = self.bench
-        now = {name: len(units) for name, units in state.keep.items()}
-
-        def choose(curves: Sequence[Curve]) -> Widths:
-            return choose_widths(bench.priced, curves, now, kind, fraction, bench.round_to)
-
+        """The first time the stored curves decide, later what they have become."""
+        bench, curves = self.bench, state.curves
         if state.steps:
             gauge = bench.gauge(state.module, state.systems, state.keep, scores, damage)
-            widths, curves = settled(gauge, state.curves, choose)
-        else:
-            widths, curves = choose(state.curves), state.curves
+            curves = renewed(gauge, state.curves, bench.round_to)
+        now = {name: len(units) for name, units in state.keep.items()}
+        widths = choose_widths(bench.priced, curves, now, kind, fraction, bench.round_to)
         kept = {item.group: tuple(sorted(item.order[len(item.order) - widths[item.group] :])) for item in curves}
         return kept, curves
 
