@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +26,10 @@ from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
-from cswap_deploy import progress
+from cswap_deploy import interrupts, progress
 from cswap_deploy.artifacts import File, decode, encode, sha256_of
 from cswap_deploy.digests import Digests, digest_of, load_json, write_atomically
-from cswap_deploy.errors import WorkdirError
+from cswap_deploy.errors import CswapError, WorkdirError
 from cswap_deploy.keys import changes, ingredients
 
 P = ParamSpec("P")
@@ -37,7 +38,7 @@ T = TypeVar("T")
 FORMAT = 1
 RUNS_KEPT = 4
 """Results that none of this many last runs used are removed."""
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def stage(
         return Stage(name, returns, function, libraries, reads_holdout)
 
     return wrap
+
+
+def disk_fault(text: str) -> str | None:
+    """What an error's text says of a disk that takes no more; native writers raise it under types of their own."""
+    return next((os.strerror(code) for code in DISK if os.strerror(code) in text), None)
 
 
 class WouldRun(Exception):
@@ -228,6 +234,7 @@ class Workdir:
         start = time.monotonic()
         out = self._scratch(stage.name)
         value = stage.function(out, *args, **kwargs)
+        interrupts.require_none()  # a library may have swallowed it and returned something else
         seconds = time.monotonic() - start
         data = encode(value, out)
         files = {path.relative_to(out).as_posix(): sha256_of(path) for path in sorted(out.rglob("*")) if path.is_file()}
@@ -290,7 +297,7 @@ class Workdir:
                 f"cannot lock work folder {self.root}: {error.strerror}", "choose one on a local disk with --work"
             ) from error
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
+        lock.write(f"{os.getpid()} on {platform.node()}\n")
         lock.flush()
 
     def _check(self) -> None:
@@ -319,14 +326,17 @@ class Workdir:
 
     @contextmanager
     def _full_disk_named(self) -> Iterator[None]:
-        """A full or read-only disk ends the run with a message; as a bare OSError it would name no place."""
+        """A full or read-only disk ends the run with a message; as a bare error it would name no place."""
         try:
             yield
-        except OSError as error:
-            if error.errno not in DISK:
+        except CswapError:
+            raise
+        except Exception as error:
+            fault = disk_fault(str(error))
+            if fault is None:
                 raise
             raise WorkdirError(
-                f"cannot go on in work folder {self.root}: {error.strerror}",
+                f"cannot go on in work folder {self.root}: {fault}",
                 "make room, or choose another folder with --work; the stages that have ended are kept",
             ) from error
 

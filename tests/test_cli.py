@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pty
-import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, faults, run, start_build, wait_until
+from conftest import ROOT, faults, run
 from typer.testing import CliRunner
 
 import cswap_deploy
@@ -346,23 +344,3 @@ def test_default_work_folder_is_runs_and_the_name(project, monkeypatch, cheap_ex
     result = call("prepare", "recipe.yaml", "--set=prune.target=null", "--json")
     assert document(result)["work"] == "runs/colours"
     assert (project.folder / "runs" / "colours" / "work.json").exists()
-
-
-# --- interruption
-
-
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGINT, "source"), (signal.SIGTERM, "exported")])
-def test_an_interrupted_build_ends_with_130_soon_and_resumes(project, cheap_export, number, stage):
-    work = project.folder / "work"
-    process = start_build(project.recipe, work, "--json")
-    wait_until(lambda: (work / "tmp" / f"{stage}-0").exists(), process)
-    process.send_signal(number)
-    sent = time.monotonic()
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert time.monotonic() - sent < 10, "about 1 s on an idle machine; importing a library cannot be interrupted"
-    assert json.loads(stdout)["error"]["exit_code"] == 130
-    assert "error: interrupted" in stderr and "Traceback" not in stderr
-    result = call("build", project.recipe, "--work", work)
-    assert result.exit_code == 0, result.stderr
-    assert ("source     up to date" in result.stderr) == (stage != "source")
