@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from cswap_deploy import interrupts, progress
 from cswap_deploy.artifacts import File, decode, encode, sha256_of
-from cswap_deploy.digests import Digests, digest_of, load_json, write_atomically
+from cswap_deploy.digests import Digests, digest_of, is_sealed, load_json, sealed, write_atomically
 from cswap_deploy.errors import CswapError, WorkdirError
 from cswap_deploy.keys import changes, ingredients
 
@@ -199,7 +199,7 @@ class Workdir:
         age = {reference: -run for run, used in enumerate(self._earlier) for reference in used}
         others = [e for e in (self.root / "stages" / name).glob("*") if f"{name}/{e.name}" not in self._used]
         entries = sorted(others, key=lambda entry: age.get(f"{name}/{entry.name}", 1))
-        stored = [record.ingredients for entry in entries if (record := load_json(entry / "stage.json", _Record))]
+        stored = [record.ingredients for entry in entries if (record := _record(entry))]
         if not stored:
             return "not run yet"
         closest = min((changes(old, parts) for old in stored), key=len)
@@ -207,8 +207,8 @@ class Workdir:
         return ", ".join(closest[:3]) + more
 
     def _damage(self, entry: Path) -> str | None:
-        record = load_json(entry / "stage.json", _Record)
-        if record is None or not record.is_whole():
+        record = _record(entry)
+        if record is None:
             return "stored result is damaged"
         for name, digest in record.files.items():
             if not (entry / name).is_file():
@@ -220,7 +220,7 @@ class Workdir:
     # --- reading and committing
 
     def _read(self, stage: Stage[P, T], entry: Path) -> tuple[T, int]:
-        record = load_json(entry / "stage.json", _Record)
+        record = _record(entry)
         assert record is not None, "just written or just checked"
         try:
             value = decode(stage.returns, record.value, entry)
@@ -238,8 +238,8 @@ class Workdir:
         seconds = time.monotonic() - start
         data = encode(value, out)
         files = {path.relative_to(out).as_posix(): sha256_of(path) for path in sorted(out.rglob("*")) if path.is_file()}
-        record = _Record(parts, files, data, digest_of(data), seconds)
-        (out / "stage.json").write_text(json.dumps(asdict(record), indent=1))
+        record = _Record(parts, files, data, seconds)
+        (out / "stage.json").write_text(json.dumps(sealed(asdict(record)), indent=1))
         for path in [*(out / name for name in files), out / "stage.json"]:
             _sync(path)
         if entry.exists():
@@ -368,13 +368,14 @@ class _Record:
     files: dict[str, str]
     """sha256 by path below the result's folder."""
     value: Any
-    value_sha256: str
     seconds: float
 
-    def is_whole(self) -> bool:
-        with suppress(ValueError):
-            return digest_of(self.value) == self.value_sha256
-        return False
+
+def _record(entry: Path) -> _Record | None:
+    """The record of a stored result; None when it is absent or not as it was written."""
+    path = entry / "stage.json"
+    document = load_json(path, dict[str, Any])
+    return load_json(path, _Record) if document is not None and is_sealed(document) else None
 
 
 def _sync(path: Path) -> None:

@@ -65,7 +65,9 @@ def main() -> int:
             lost = {result for result, record in kept.items() if whole_results(folder / "work").get(result) != record}
             assert not lost, f"seed {seed}: made again although they were whole: {lost}"
             assert products(folder / "work" / "bundle") == wanted, f"seed {seed}: the bundle differs"
-            print(f"{number + 1}/{asked.builds} seed {seed}: {len(kept)} results kept, bundle as undisturbed", flush=True)
+            print(
+                f"{number + 1}/{asked.builds} seed {seed}: {len(kept)} results kept, bundle as undisturbed", flush=True
+            )
             shutil.rmtree(folder / "work")
             seed += 1
     print(f"{asked.builds} builds killed, {asked.builds} complete bundles with the bytes of the undisturbed one")
