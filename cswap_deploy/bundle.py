@@ -28,6 +28,7 @@ from cswap_deploy.artifacts import (
     Reason,
     sha256_of,
 )
+from cswap_deploy.digests import is_sealed, sealed
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
 from cswap_deploy.preprocess import preprocess
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings, Precision, PruneSettings, Recipe
@@ -100,6 +101,15 @@ class Bundle:
         for entry in document["files"]:
             _require_plain(entry["path"])
         return Bundle(folder, document)
+
+    def require_sealed(self) -> Bundle:
+        """This bundle. Errors: VerifyError when a value of the manifest is not the one that was written."""
+        if not is_sealed(self.manifest):
+            raise VerifyError(
+                f"{self.folder / MANIFEST} is not as it was written: its sha256 differs",
+                "copy the bundle again, or build it again",
+            )
+        return self
 
     @property
     def verdict(self) -> str:
@@ -208,7 +218,7 @@ def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdo
     document["files"] = [
         {"path": file.path.relative_to(out).as_posix(), "sha256": file.sha256, "bytes": file.bytes} for file in listed
     ]
-    (out / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+    (out / MANIFEST).write_text(json.dumps(sealed(document), indent=1, ensure_ascii=False), encoding="utf-8")
     manifest = File.of(out / MANIFEST)
     return BundleFiles(manifest, (*listed, manifest))
 

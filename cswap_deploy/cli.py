@@ -236,7 +236,7 @@ def show(
         from cswap_deploy.bundle import Bundle
         from cswap_deploy.console import bundle_lines, file_lines, left_lines, unit_lines
 
-        opened = Bundle.read(bundle)
+        opened = Bundle.read(bundle).require_sealed()
         if unit is None:
             answer.document = {"manifest": opened.manifest}
             answer.lines = [*bundle_lines(opened), *left_lines(opened), "", *file_lines(opened)]

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import ROOT, Built, Project, build, make_project, run, tree
 from cswap_deploy import load_pruned
 from cswap_deploy.artifacts import File, Network, decode, sha256_of
 from cswap_deploy.bundle import SAFE_KWARGS, Bundle
+from cswap_deploy.digests import sealed
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError
 from cswap_deploy.prune.cut import restore
 
@@ -43,6 +45,8 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "manifest.json"
     document = json.loads(path.read_text("utf-8"))
     change(document)
+    with suppress(ValueError):  # what is no number cannot be sealed
+        document = sealed(document)
     path.write_text(json.dumps(document), "utf-8")
 
 

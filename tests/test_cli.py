@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import cswap_deploy
 from cswap_deploy import cli, pipeline, schemas
 from cswap_deploy.console import WIDTH
+from cswap_deploy.digests import sealed
 from cswap_deploy.errors import (
     CswapError,
     DataError,
@@ -180,7 +181,7 @@ def test_names_in_a_bundle_cannot_drive_the_terminal(copy):
     manifest["name"] = "\x1b[2J\x1b]0;title\x07\r\u202e"
     manifest |= {"verdict": "fail", "reasons": ["\x9b31m"]}
     manifest["model"]["name"] = "[bold]x[/bold]"
-    (copy / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)), "utf-8")
     result = call("show", copy)
     assert result.exit_code == 0
     assert not set(result.stdout) & set("\x1b\x07\r\x9b\u202e")
