@@ -97,7 +97,7 @@ class Bundle:
         if schema != facts.SCHEMA:
             raise VerifyError(f"{path} has schema {schema!r}, expected {facts.SCHEMA!r}", "update cswap-deploy")
         if fault := next(facts.faults(document, facts.schema()), None):
-            raise VerifyError(f"{path} is not a manifest: {fault}", "build the bundle again")
+            raise VerifyError(f"{path} is not a manifest: {fault.removeprefix(': ')}", "build the bundle again")
         for entry in document["files"]:
             _require_plain(entry["path"])
         return Bundle(folder, document)

@@ -157,8 +157,8 @@ class Workdir:
     def holdout_reads(self) -> int:
         """How often stages of this work folder have read the hold-out images."""
         path = self.root / "holdout_reads"
-        text = path.read_text() if path.exists() else "0"
-        if not text.strip().isdecimal():
+        text = path.read_bytes() if path.exists() else b"0"
+        if not text.strip().isdigit() or len(text) > 20:
             raise WorkdirError(
                 f"{path} does not hold a number, so how often the hold-out was read is lost",
                 "write the number that the last bundle's manifest gives as holdout_reads into it",
@@ -308,7 +308,7 @@ class Workdir:
         if marker.exists():
             try:
                 found = json.loads(marker.read_text())["format"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 found = "unreadable"
             if found != FORMAT:
                 raise WorkdirError(
