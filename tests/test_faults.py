@@ -2,7 +2,7 @@
 the run after it with the bytes of an undisturbed one.
 
 Disks are real file systems where this process may mount them (root with CAP_SYS_ADMIN), else those tests are skipped; a limit on
-the size of files, which every user may set, stands in for a full disk everywhere. Clocks are libfaketime's (Debian: faketime).
+the size of files, which every user may set, stands in for a full disk everywhere.
 """
 
 from __future__ import annotations
@@ -245,53 +245,110 @@ def test_a_truncated_artefact_is_made_again_and_never_used(
 # --- clocks
 
 
-def faketime() -> str:
-    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
-    if not found:
-        pytest.skip("libfaketime is not installed (Debian: apt-get install faketime)")
-    return str(found[0])
+CLOCK = """
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static long shift(void) {
+    char text[32] = {0};
+    int file = open(getenv("CLOCK_SHIFT"), O_RDONLY | O_CLOEXEC);
+    if (file < 0 || read(file, text, sizeof text - 1) < 0) abort();
+    close(file);
+    return atol(text);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int fault = syscall(SYS_clock_gettime, clock, now);
+    if (!fault && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) now->tv_sec += shift();
+    return fault;
+}
+
+time_t time(time_t *kept) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (kept) *kept = now.tv_sec;
+    return now.tv_sec;
+}
+
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec exact;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    now->tv_sec = exact.tv_sec;
+    now->tv_usec = exact.tv_nsec / 1000;
+    return 0;
+}
+"""
+"""The wall clock, moved by as many seconds as a file says, also when it changes meanwhile. What waits and what measures a
+duration goes by other clocks, as on a machine whose clock is set; libfaketime breaks clock_nanosleep there."""
+DAY = 86400
 
 
-def build_at(own: Built, when: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A build whose clock is what the file says, also when it changes meanwhile; waiting and file times stay real."""
-    surroundings = {
-        **os.environ, "LD_PRELOAD": faketime(), "FAKETIME_TIMESTAMP_FILE": str(when), "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1", "FAKETIME_DONT_RESET": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "cswap_deploy", "build", str(own.recipe), "--work", str(own.work), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings)
+@pytest.fixture(scope="module")
+def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed, which makes the library that moves the clock")
+    folder = tmp_path_factory.mktemp("clock")
+    (folder / "clock.c").write_text(CLOCK)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", folder / "clock.so", folder / "clock.c"], check=True)
+    set_clock(folder / "clock.so", 0)
+    return folder / "clock.so"
 
 
-def test_a_clock_that_was_set_makes_nothing_stale_and_nothing_fresh(own: Built, tmp_path: Path) -> None:
+def set_clock(clock: Path, days: int) -> None:
+    clock.with_name("next").write_text(str(days * DAY))
+    clock.with_name("next").rename(clock.with_name("shift"))
+
+
+def start_under(clock: Path, *line: str) -> subprocess.Popen[str]:
+    surroundings = {**os.environ, "LD_PRELOAD": str(clock), "CLOCK_SHIFT": str(clock.with_name("shift"))}
+    return subprocess.Popen(
+        [sys.executable, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings
+    )
+
+
+def build_under(clock: Path, recipe: Path, work: Path) -> subprocess.Popen[str]:
+    return start_under(clock, "-m", "cswap_deploy", "build", str(recipe), "--work", str(work))
+
+
+def test_the_clock_of_these_tests_moves(clock: Path) -> None:
+    set_clock(clock, -3650)
+    said, _ = start_under(clock, "-c", "import time; print(time.time())").communicate()
+    assert abs(float(said) - time.time() + 3650 * DAY) < 60
+
+
+def test_a_clock_that_was_set_makes_nothing_stale_and_nothing_fresh(own: Built, clock: Path) -> None:
     """Ten years back nothing is to be done; ten years ahead a changed image is still found."""
-    (tmp_path / "when").write_text("-3650d")
-    process = build_at(own, tmp_path / "when")
+    set_clock(clock, -3650)
+    process = build_under(clock, own.recipe, own.work)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stderr.count("up to date") == 11 and "done in" not in stderr, stderr
     image = own.recipe.parent / "images" / "holdout" / "red" / "0.png"
     shutil.copy(image.with_name("1.png"), image)
-    (tmp_path / "when").write_text("+3650d")
-    process = build_at(own, tmp_path / "when")
+    set_clock(clock, 3650)
+    process = build_under(clock, own.recipe, own.work)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0 and "accuracy   done in" in stderr, stderr
 
 
 def test_a_clock_that_goes_back_while_a_build_runs_changes_nothing(
-    project: Project, colours: Built, tmp_path: Path
+    project: Project, colours: Built, clock: Path
 ) -> None:
-    own, when = Built(project.recipe, (), project.folder / "work", colours.bundle), tmp_path / "when"
-    when.write_text("+10d")
-    process = build_at(own, when)
-    for stage, clock in (("source", "+0d"), ("scores", "-100d"), ("pruned", "-9000d")):
-        wait_until(lambda: any((own.work / "stages").glob(f"{stage}/*")), process)  # noqa: B023
-        (tmp_path / "next").write_text(clock)
-        (tmp_path / "next").rename(when)
+    work = project.folder / "work"
+    set_clock(clock, 10)
+    process = build_under(clock, project.recipe, work)
+    for stage, days in (("source", 0), ("scores", -100), ("pruned", -9000)):
+        wait_until(lambda: any((work / "stages").glob(f"{stage}/*")), process)  # noqa: B023
+        set_clock(clock, days)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
-    assert " in -" not in stderr, "no stage took negative time"
-    built = build(project.recipe, (), own.work)
-    assert ran(events(project.recipe, (), own.work)) == set()
+    assert "done in -" not in stderr, "no stage took negative time"
+    built = build(project.recipe, (), work)
+    assert ran(events(project.recipe, (), work)) == set()
     require_same(built, colours, "model.onnx")
 
 

@@ -30,7 +30,7 @@ from cswap_deploy.recipe import Recipe, load
 from cswap_deploy.stage import Workdir
 
 RECIPES, RECORDS, BY_COMMAND = 2000, 500, 25
-"""Examples inside this process, and of those how many more go through the command line."""
+"""Mutated recipes; mutated manifests and stage records, half of each; and how many of a kind go through a whole command."""
 FULL = """
 name: full
 seed: 3
@@ -251,8 +251,8 @@ def parsed(text: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundle(quickstart: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shutil.copytree(quickstart.bundle.folder, tmp_path_factory.mktemp("fuzz") / "bundle")
+def bundle(colours: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(colours.bundle.folder, tmp_path_factory.mktemp("fuzz") / "bundle")
 
 
 def require_answers(bundle: Path, text: str, said: str, *commands: str) -> None:
@@ -269,11 +269,11 @@ def require_answers(bundle: Path, text: str, said: str, *commands: str) -> None:
 
 
 @given(data=st.data())
-@settings(LONG, max_examples=RECORDS)
+@settings(LONG, max_examples=RECORDS // 2)
 def test_show_and_verify_never_take_another_manifest_for_the_one_that_was_written(
-    data: st.DataObject, quickstart: Built, bundle: Path
+    data: st.DataObject, colours: Built, bundle: Path
 ) -> None:
-    said = (quickstart.bundle.folder / "manifest.json").read_text("utf-8")
+    said = (colours.bundle.folder / "manifest.json").read_text("utf-8")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_onnx", "_pytorch"):  # the networks take seconds, and what is read of the manifest comes before
             patch.setattr(f"cswap_deploy.verify.{name}", lambda *_: "not run")
@@ -282,8 +282,8 @@ def test_show_and_verify_never_take_another_manifest_for_the_one_that_was_writte
 
 @given(data=st.data())
 @settings(LONG, max_examples=3)
-def test_verify_as_a_whole_answers_as_well(data: st.DataObject, quickstart: Built, bundle: Path) -> None:
-    said = (quickstart.bundle.folder / "manifest.json").read_text("utf-8")
+def test_verify_as_a_whole_answers_as_well(data: st.DataObject, colours: Built, bundle: Path) -> None:
+    said = (colours.bundle.folder / "manifest.json").read_text("utf-8")
     require_answers(bundle, data.draw(damaged(said)), said, "verify")
 
 
@@ -302,7 +302,7 @@ def status(own: Built) -> dict[str, str]:
 
 
 @given(data=st.data())
-@settings(LONG, max_examples=RECORDS)
+@settings(LONG, max_examples=RECORDS // 2)
 def test_a_rerun_never_uses_a_stage_record_that_was_changed(data: st.DataObject, own: Built) -> None:
     path = data.draw(st.sampled_from(sorted(own.work.glob("stages/*/*/stage.json"))))
     stage, said = path.parent.parent.name, path.read_text()
