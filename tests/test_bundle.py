@@ -277,7 +277,7 @@ def test_an_unknown_registry_name_is_refused(copy):
         (b"[]", "has schema None"),
         (b'"x"', "has schema None"),
         (b'{"schema": "cswap-deploy/manifest/2"}', "schema 'cswap-deploy/manifest/2', expected"),
-        (b'{"schema": "cswap-deploy/manifest/1"}', "not a manifest: : 'name' is missing"),
+        (b'{"schema": "cswap-deploy/manifest/1"}', "not a manifest: 'name' is missing"),
     ],
 )
 def test_garbage_in_place_of_a_manifest_is_refused(copy, content, message):
