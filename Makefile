@@ -24,8 +24,9 @@ bench: $(INSTALLED)  ## the benchmarks; they write JSON beside themselves
 	test -f runs/quickstart/bundle/model.onnx || $(BIN)/cswap-deploy build recipes/quickstart.yaml
 	$(BIN)/python benchmarks/measuring.py runs/quickstart/bundle/model.onnx
 
-soak: $(INSTALLED)  ## the long tests
+soak: $(INSTALLED)  ## the long tests, and 60 builds killed at random moments (one to two hours)
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python tests/soak.py --builds 60
 
 docs: $(INSTALLED)  ## regenerate what is generated under docs/
 	$(BIN)/python docs/generate_recipe.py

@@ -28,6 +28,7 @@ from cswap_deploy.artifacts import (
     Reason,
     sha256_of,
 )
+from cswap_deploy.digests import is_sealed, sealed
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
 from cswap_deploy.preprocess import preprocess
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings, Precision, PruneSettings, Recipe
@@ -96,10 +97,19 @@ class Bundle:
         if schema != facts.SCHEMA:
             raise VerifyError(f"{path} has schema {schema!r}, expected {facts.SCHEMA!r}", "update cswap-deploy")
         if fault := next(facts.faults(document, facts.schema()), None):
-            raise VerifyError(f"{path} is not a manifest: {fault}", "build the bundle again")
+            raise VerifyError(f"{path} is not a manifest: {fault.removeprefix(': ')}", "build the bundle again")
         for entry in document["files"]:
             _require_plain(entry["path"])
         return Bundle(folder, document)
+
+    def require_sealed(self) -> Bundle:
+        """This bundle. Errors: VerifyError when a value of the manifest is not the one that was written."""
+        if not is_sealed(self.manifest):
+            raise VerifyError(
+                f"{self.folder / MANIFEST} is not as it was written: its sha256 differs",
+                "copy the bundle again, or build it again",
+            )
+        return self
 
     @property
     def verdict(self) -> str:
@@ -208,7 +218,7 @@ def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdo
     (out / "report.html").write_text(render_html(document), encoding="utf-8")  # it names all files but itself
     listed.append(File.of(out / "report.html"))
     document["files"] = _entries(listed, out)
-    (out / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+    (out / MANIFEST).write_text(json.dumps(sealed(document), indent=1, ensure_ascii=False), encoding="utf-8")
     manifest = File.of(out / MANIFEST)
     return BundleFiles(manifest, (*listed, manifest))
 

@@ -6,17 +6,18 @@ import io
 import json
 import os
 import re
-import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from cswap_deploy import interrupts
 from cswap_deploy.errors import CswapError, UsageError
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ OnOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result only")]
 
-INTERRUPTED = 130
 LONGEST_S = 86400
 """Of a warm-up or of sampling: a day."""
-STOPPED = ("Interrupted", "interrupted", "run the same command again; a build goes on where it stopped", INTERRUPTED)
-_interrupted: list[bool] = []
-"""Not empty once a signal asked this process to stop."""
+STOPPED = ("Interrupted", "interrupted", "run the same command again; a build goes on where it stopped")
+UNHEARD = "run the command again, its output to where there is room; what was built is kept"
+_telling, _told = threading.Lock(), threading.Event()
+"""Held while an error is printed; set once one was."""
 ParserError: Any = typer.BadParameter.__mro__[1]
 """UsageError of click, whichever copy of click typer carries."""
 
@@ -241,7 +242,7 @@ def show(
 
         if form is not None and (as_json or unit is not None):
             raise UsageError("--format, --json and --unit exclude each other", "ask for one of them")
-        opened = Bundle.read(bundle)
+        opened = Bundle.read(bundle).require_sealed()
         if form is not None:
             answer.lines = report.render(opened.manifest, form).rstrip("\n").split("\n")
         elif unit is None:
@@ -291,19 +292,34 @@ def schema(
 
 def main() -> NoReturn:
     """Entry point of the console script; click's own usage errors end with exit code 2 as ours do."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    interrupts.arm(_say_interrupted)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two runs on one machine starve each other
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
             errors="backslashreplace"
         )  # a class name must not end a run in a locale without its letters
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(INTERRUPTED)
+        code = interrupts.EXIT_CODE
     except ParserError as error:
         _refuse_arguments(error)
+    except OSError as error:  # of the help; commands answer for themselves
+        _print([f"error: cannot write to standard output: {error.strerror}", f"  hint: {UNHEARD}"], sys.stderr)
+        os._exit(UsageError.exit_code)
+    if code == interrupts.EXIT_CODE:
+        _say_interrupted()
+        os._exit(code)  # libraries take seconds to shut down
+    interrupts.disarm()
+    sys.exit(code)
+
+
+def _say_interrupted() -> None:
+    """Unless an error, this or another, was told before."""
+    with _telling:
+        if not _told.is_set():
+            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "cswap-deploy")
+            _tell(command, "--json" in sys.argv[1:], *STOPPED, interrupts.EXIT_CODE)
 
 
 def _refuse_arguments(error: Any) -> NoReturn:
@@ -334,33 +350,42 @@ def _session(command: str, as_json: bool) -> Iterator[_Answer]:
     answer = _Answer()
     try:
         yield answer
+        if as_json:
+            _print_json(command, answer.document)
+        else:
+            _print(answer.lines)
     except CswapError as error:
         _fail(command, as_json, type(error).__name__, error.message, error.hint, error.exit_code)
     except KeyboardInterrupt:
-        _fail(command, as_json, *STOPPED)
+        _fail(command, as_json, *STOPPED, interrupts.EXIT_CODE)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         hint = "check space and permissions of the work folder; what was committed is kept"
         _fail(command, as_json, "OSError", f"{error.strerror or error}{where}", hint, UsageError.exit_code)
     except Exception as error:
-        if _interrupted:  # native code turns the interrupt into an error of its own
-            _fail(command, as_json, *STOPPED)
-        traceback.print_exc(file=sys.stderr)
+        if not interrupts.asked():
+            traceback.print_exc(file=sys.stderr)
         _fail(command, as_json, type(error).__name__, f"internal error: {error}", "please report the lines above", 1)
-    if as_json:
-        _print_json(command, answer.document)
-    else:
-        _print(answer.lines)
     if answer.code:
         raise typer.Exit(answer.code)
 
 
 def _fail(command: str, as_json: bool, kind: str, message: str, hint: str, code: int) -> NoReturn:
+    """Print an error and end; after an interrupt that is the reason, since native code makes errors of its own of it."""
+    if interrupts.asked():
+        kind, message, hint, code = *STOPPED, interrupts.EXIT_CODE
+    with _telling:
+        _tell(command, as_json, kind, message, hint, code)
+    raise typer.Exit(code)
+
+
+def _tell(command: str, as_json: bool, kind: str, message: str, hint: str, code: int) -> None:
+    _told.set()
     if as_json:
         error = {"type": kind, "message": message, "hint": hint, "exit_code": code}
-        _print_json(command, {"error": error})
+        with suppress(UsageError):  # the error itself is the news
+            _print_json(command, {"error": error})
     _print([f"error: {message}", *([f"  hint: {hint}"] if hint else ())], sys.stderr)
-    raise typer.Exit(code)
 
 
 def _print_json(command: str, body: dict[str, Any]) -> None:
@@ -369,21 +394,23 @@ def _print_json(command: str, body: dict[str, Any]) -> None:
 
 
 def _print(lines: Sequence[str], stream: TextIO | None = None) -> None:
-    """A reader that has gone, as in `show | head`, changes nothing about how the command ended."""
+    """A reader that has gone, as in `show | head`, changes nothing about how the command ended; a full disk does.
+
+    Errors: UsageError where standard output cannot be written.
+    """
     from cswap_deploy.console import printable
 
     stream = stream or sys.stdout
+    if stream is None:  # closed by the caller
+        return
     try:
         for line in lines:
             print(*map(printable, line.split("\n")), sep="\n", file=stream)
         stream.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    _interrupted.append(True)
-    raise KeyboardInterrupt
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise UsageError(f"cannot write to standard output: {error.strerror}", UNHEARD) from error
 
 
 def _answer_bundle(answer: _Answer, bundle: Bundle) -> None:

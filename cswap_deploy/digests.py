@@ -75,6 +75,23 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256(canonical(data).encode(errors="surrogatepass")).hexdigest()
 
 
+SEAL = "sha256"
+"""Key under which a JSON object carries the digest of the rest of it."""
+
+
+def sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """The object with its seal: later damage to any value of it can be told, spelling and order do not count."""
+    return {**document, SEAL: digest_of({key: value for key, value in document.items() if key != SEAL})}
+
+
+def is_sealed(document: dict[str, Any]) -> bool:
+    """Whether the object is as it was when it was sealed."""
+    try:
+        return bool(document.get(SEAL) == sealed(document)[SEAL])
+    except (ValueError, RecursionError):  # not a number
+        return False
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old text or the new one, never a part."""
     fresh = path.with_name(path.name + ".new")

@@ -19,7 +19,7 @@ from cswap_deploy.preprocess import INPUT, OUTPUT, preprocess
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import OnnxSettings
 from cswap_deploy.runtime import Session
-from cswap_deploy.stage import stage
+from cswap_deploy.stage import disk_fault, stage
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +30,10 @@ TOLERANCE = 1e-3
 VECTORS = 4
 """Images in the bundle's test vectors."""
 SIMPLIFY = """
-import sys, onnx, onnxsim
+import ctypes, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: whoever is killed leaves nobody behind to write into his folder
+import onnx, onnxsim
 model, ok = onnxsim.simplify(onnx.load(sys.argv[1]))
 onnx.save(model, sys.argv[2])
 """
@@ -123,7 +126,10 @@ def _describe(model: onnx.ModelProto, spec: InputSpec, labels: tuple[str, ...]) 
 
 
 def _run_onnxsim(source: Path, target: Path) -> str | None:
-    """None, or why there is no simplified file. A process of its own: onnxsim has crashed and hung its callers."""
+    """None, or why there is no simplified file. A process of its own: onnxsim has crashed and hung its callers.
+
+    Errors: OSError where the disk is full.
+    """
     command = [sys.executable, "-c", SIMPLIFY, str(source), str(target)]
     try:
         done = subprocess.run(
@@ -135,6 +141,8 @@ def _run_onnxsim(source: Path, target: Path) -> str | None:
         return f"onnxsim was ended by signal {-done.returncode} ({signal.strsignal(-done.returncode)})"
     if done.returncode > 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if fault := disk_fault(last):
+            raise OSError(fault)  # not the graph's fault: it must not ship unsimplified for that
         return f"onnxsim failed with exit code {done.returncode}: {last}"
     return None if target.exists() else "onnxsim wrote no file"
 

@@ -283,7 +283,10 @@ def scored_schema() -> Schema:
 
 
 def schema() -> Schema:
-    """manifest.json: fractions in 0..1, milliseconds, percentage points where a key ends in `_pp`."""
+    """manifest.json: fractions in 0..1, milliseconds, percentage points where a key ends in `_pp`.
+
+    `sha256` is of the rest as JSON with sorted keys and without spaces: whether a value was changed or damaged since.
+    """
     network_input = record(
         shape={"type": "array", "items": INTEGER, "minItems": 3, "maxItems": 3},
         mean={"type": "array", "items": NUMBER},
@@ -317,6 +320,7 @@ def schema() -> Schema:
         engine=nullable(_engine()),
         files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
         environment={"type": "object", "additionalProperties": TEXT},
+        sha256=TEXT,
     )
     return with_optional(required, sizes=record(dense=nullable(POSITIVE), shipped=POSITIVE))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cswap_deploy.artifacts import Prepared, decode, encode
-from cswap_deploy.digests import write_atomically
+from cswap_deploy.digests import is_sealed, sealed, write_atomically
 from cswap_deploy.errors import UsageError, WorkdirError
 from cswap_deploy.recipe import Recipe
 from cswap_deploy.stage import Workdir
@@ -25,7 +25,7 @@ def keep(work: Workdir, recipe: Recipe, ready: Prepared) -> None:
         "ready": encode(ready, work.root),
         "results": list(work.used),
     }
-    write_atomically(work.root / NAME, json.dumps(document))
+    write_atomically(work.root / NAME, json.dumps(sealed(document)))
 
 
 def require(folder: Path) -> None:
@@ -45,6 +45,8 @@ def find(work: Workdir) -> tuple[Recipe, Prepared]:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise WorkdirError(f"{path} has schema {document['schema']!r}, expected {SCHEMA!r}", "run prepare again")
+        if not is_sealed(document):
+            raise ValueError("it is not as it was written")
         recipe = Recipe.model_validate_json(json.dumps(document["recipe"]))
         ready, results = decode(Prepared, document["ready"], work.root), [str(name) for name in document["results"]]
     except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:

@@ -290,7 +290,7 @@ def _wrong_value(schema: Schema, loc: Sequence[str | int], document: Document) -
     key = _dotted(path)
     if f"{key}.kind" in document.places:
         key = f"{key}.kind"
-    value = document.place(key).value
+    value = document.place(key).value or "a block without kind"
     choices = [str(choice) for choice in _choices(node)]
     near = _nearest(value.strip("'\""), choices)
     text = f"{node.get('errorMessage') or f'expected {expected(schema, node)}'}, got {value}"

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +26,10 @@ from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
-from cswap_deploy import progress
+from cswap_deploy import interrupts, progress
 from cswap_deploy.artifacts import File, decode, encode, sha256_of
-from cswap_deploy.digests import Digests, digest_of, load_json, write_atomically
-from cswap_deploy.errors import WorkdirError
+from cswap_deploy.digests import Digests, digest_of, is_sealed, load_json, sealed, write_atomically
+from cswap_deploy.errors import CswapError, WorkdirError
 from cswap_deploy.keys import changes, ingredients
 
 P = ParamSpec("P")
@@ -37,7 +38,7 @@ T = TypeVar("T")
 FORMAT = 1
 RUNS_KEPT = 4
 """Results that none of this many last runs used are removed."""
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def stage(
         return Stage(name, returns, function, libraries, reads_holdout)
 
     return wrap
+
+
+def disk_fault(text: str) -> str | None:
+    """What an error's text says of a disk that takes no more; native writers raise it under types of their own."""
+    return next((os.strerror(code) for code in DISK if os.strerror(code) in text), None)
 
 
 class WouldRun(Exception):
@@ -151,8 +157,8 @@ class Workdir:
     def holdout_reads(self) -> int:
         """How often stages of this work folder have read the hold-out images."""
         path = self.root / "holdout_reads"
-        text = path.read_text() if path.exists() else "0"
-        if not text.strip().isdecimal():
+        text = path.read_bytes() if path.exists() else b"0"
+        if not text.strip().isdigit() or len(text) > 20:
             raise WorkdirError(
                 f"{path} does not hold a number, so how often the hold-out was read is lost",
                 "write the number that the last bundle's manifest gives as holdout_reads into it",
@@ -193,7 +199,7 @@ class Workdir:
         age = {reference: -run for run, used in enumerate(self._earlier) for reference in used}
         others = [e for e in (self.root / "stages" / name).glob("*") if f"{name}/{e.name}" not in self._used]
         entries = sorted(others, key=lambda entry: age.get(f"{name}/{entry.name}", 1))
-        stored = [record.ingredients for entry in entries if (record := load_json(entry / "stage.json", _Record))]
+        stored = [record.ingredients for entry in entries if (record := _record(entry))]
         if not stored:
             return "not run yet"
         closest = min((changes(old, parts) for old in stored), key=len)
@@ -201,8 +207,8 @@ class Workdir:
         return ", ".join(closest[:3]) + more
 
     def _damage(self, entry: Path) -> str | None:
-        record = load_json(entry / "stage.json", _Record)
-        if record is None or not record.is_whole():
+        record = _record(entry)
+        if record is None:
             return "stored result is damaged"
         for name, digest in record.files.items():
             if not (entry / name).is_file():
@@ -214,7 +220,7 @@ class Workdir:
     # --- reading and committing
 
     def _read(self, stage: Stage[P, T], entry: Path) -> tuple[T, int]:
-        record = load_json(entry / "stage.json", _Record)
+        record = _record(entry)
         assert record is not None, "just written or just checked"
         try:
             value = decode(stage.returns, record.value, entry)
@@ -228,11 +234,12 @@ class Workdir:
         start = time.monotonic()
         out = self._scratch(stage.name)
         value = stage.function(out, *args, **kwargs)
+        interrupts.require_none()  # a library may have swallowed it and returned something else
         seconds = time.monotonic() - start
         data = encode(value, out)
         files = {path.relative_to(out).as_posix(): sha256_of(path) for path in sorted(out.rglob("*")) if path.is_file()}
-        record = _Record(parts, files, data, digest_of(data), seconds)
-        (out / "stage.json").write_text(json.dumps(asdict(record), indent=1))
+        record = _Record(parts, files, data, seconds)
+        (out / "stage.json").write_text(json.dumps(sealed(asdict(record)), indent=1))
         for path in [*(out / name for name in files), out / "stage.json"]:
             _sync(path)
         if entry.exists():
@@ -290,7 +297,7 @@ class Workdir:
                 f"cannot lock work folder {self.root}: {error.strerror}", "choose one on a local disk with --work"
             ) from error
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
+        lock.write(f"{os.getpid()} on {platform.node()}\n")
         lock.flush()
 
     def _check(self) -> None:
@@ -301,7 +308,7 @@ class Workdir:
         if marker.exists():
             try:
                 found = json.loads(marker.read_text())["format"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 found = "unreadable"
             if found != FORMAT:
                 raise WorkdirError(
@@ -319,14 +326,17 @@ class Workdir:
 
     @contextmanager
     def _full_disk_named(self) -> Iterator[None]:
-        """A full or read-only disk ends the run with a message; as a bare OSError it would name no place."""
+        """A full or read-only disk ends the run with a message; as a bare error it would name no place."""
         try:
             yield
-        except OSError as error:
-            if error.errno not in DISK:
+        except CswapError:
+            raise
+        except Exception as error:
+            fault = disk_fault(str(error))
+            if fault is None:
                 raise
             raise WorkdirError(
-                f"cannot go on in work folder {self.root}: {error.strerror}",
+                f"cannot go on in work folder {self.root}: {fault}",
                 "make room, or choose another folder with --work; the stages that have ended are kept",
             ) from error
 
@@ -358,13 +368,14 @@ class _Record:
     files: dict[str, str]
     """sha256 by path below the result's folder."""
     value: Any
-    value_sha256: str
     seconds: float
 
-    def is_whole(self) -> bool:
-        with suppress(ValueError):
-            return digest_of(self.value) == self.value_sha256
-        return False
+
+def _record(entry: Path) -> _Record | None:
+    """The record of a stored result; None when it is absent or not as it was written."""
+    path = entry / "stage.json"
+    document = load_json(path, dict[str, Any])
+    return load_json(path, _Record) if document is not None and is_sealed(document) else None
 
 
 def _sync(path: Path) -> None:

@@ -188,6 +188,7 @@ def _with_required(checks: Sequence[Check], require: Sequence[str]) -> tuple[Che
 
 
 def _manifest(bundle: Bundle) -> str:
+    bundle.require_sealed()
     unknown = sorted(set(_variants(bundle)) - set(VARIANTS))
     more = f"; variants that this version does not know and cannot check: {', '.join(unknown[:5])}" if unknown else ""
     made = f"made by cswap-deploy {bundle.manifest['tool']['version']} at {bundle.manifest['created']}"

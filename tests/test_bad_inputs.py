@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from cswap_deploy import pipeline
 from cswap_deploy.cli import app
+from cswap_deploy.digests import sealed
 from cswap_deploy.factory import call_factory
 
 USAGE, DATA, MODEL, DEVICE, EXPORT = 2, 3, 4, 5, 6
@@ -106,6 +107,7 @@ RECIPES = [
     recipe("missing file", lambda p: p.recipe.unlink(), "cannot read the recipe: no such file", "path of a YAML file"),
     recipe("a folder", lambda p: (p.recipe.unlink(), p.recipe.mkdir()), "cannot read the recipe: is a directory", "YAML"),
     override("unknown --set key", "prune.stepz=3", "--set prune.stepz=3: prune.stepz: unknown key; did you mean 'steps'?"),
+    override("--set into a block without kind", "prune.allocation.images=32", "expected one of curves, global, got a block"),
     override("--set without value", "prune.steps", "expected KEY.PATH=VALUE, such as prune.steps=4"),
     override("--set into a value", "name.first=x", "name is 'colours' there, not a block of keys"),
     recipe("a target in ms", text("target: {macs: 0.5}", MILLISECONDS), "recipe.yaml:11: prune.target: what it", ABSENT),
@@ -144,6 +146,7 @@ LINE = [
     Case("idle --force", nothing, "--force: 'latency' does not run for this recipe", "this recipe runs", "UsageError",
          ("--force", "latency")),
     work(foreign, "is not a work folder: it holds 'thesis.tex'", "choose an empty or a new folder"),
+    work(of_version('{"format": 0}'), "has format 0; this version of cswap-deploy reads format 1", "choose another folder"),
     work(of_version('{"format": 99}'), "has format 99; this version of cswap-deploy reads", "or delete this one"),
     work(of_version("?"), "has format unreadable", "choose another folder"),
     work(lambda p: (p.folder / "work").write_text("notes"), "work is a file", "choose another with --work"),
@@ -395,7 +398,7 @@ def require_document(result: Result, case: Case) -> None:
 
 
 def test_table_is_long_and_without_repetition() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) >= 30
+    assert len({case.name for case in CASES}) == len(CASES) >= 80
     assert {case.code for case in CASES} == {2, 3, 4, 5, 6}
 
 
@@ -434,6 +437,114 @@ def test_images_that_vanish_or_change_after_they_were_indexed(
     assert (result.exit_code, result.stdout) == (DATA, ""), result.output
     assert ("changed since it was indexed" if code else "cannot read ") in result.stderr
     assert "  hint: r" in result.stderr
+
+
+# --- bundles, prepared folders and models
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A fault of a bundle or of a work folder, and what the command that meets it ends with."""
+
+    name: str
+    command: tuple[str, ...]
+    """`BUNDLE` and `WORK` stand for the folders."""
+    harm: Callable[[Path], object]
+    """Takes the work folder; the bundle is below it."""
+    code: int
+    message: str
+    hint: str
+
+
+def wrote(name: str, content: str) -> Callable[[Path], object]:
+    return lambda work: (work / name).write_text(content)
+
+
+def cut(name: str, size: int = 100) -> Callable[[Path], object]:
+    return lambda work: (work / name).write_bytes((work / name).read_bytes()[:size])
+
+
+def manifest(change: Callable[[dict[str, Any]], object], seal: bool = True) -> Callable[[Path], object]:
+    """Another value in the manifest; `seal`: of one who wants it to be believed."""
+
+    def harm(work: Path) -> None:
+        path = work / "bundle" / "manifest.json"
+        document = json.loads(path.read_text("utf-8"))
+        change(document)
+        path.write_text(json.dumps(sealed(document) if seal else document), "utf-8")
+
+    return harm
+
+
+SHOW, VERIFY, DEPLOY = ("show", "BUNDLE"), ("verify", "BUNDLE"), ("deploy", "WORK")
+AGAIN, COPY = "build the bundle again", "copy the whole work folder again"
+FOREIGN = {"path": "../../secret", "sha256": "0" * 64, "bytes": 1}
+DAMAGES = [
+    Damage("no manifest", SHOW, lambda w: (w / "bundle/manifest.json").unlink(), 2, "is not a bundle", "give the bundle folder"),
+    Damage("manifest cut off", SHOW, cut("bundle/manifest.json"), 9, "is not valid JSON", AGAIN),
+    Damage("manifest of a later version", SHOW, manifest(lambda m: m.update(schema="cswap-deploy/manifest/2")), 9,
+           "has schema 'cswap-deploy/manifest/2', expected", "update cswap-deploy"),
+    Damage("a figure changed", SHOW, manifest(lambda m: m["accuracy"].update(drop_pp=-1.0), seal=False), 9,
+           "is not as it was written", "copy the bundle again"),
+    Damage("a verdict changed", SHOW, manifest(lambda m: m.update(verdict="fail"), seal=False), 9, "its sha256 differs", "copy"),
+    Damage("a key removed", SHOW, manifest(lambda m: m.pop("model")), 9, "is not a manifest: 'model' is missing", AGAIN),
+    Damage("a type changed", SHOW, manifest(lambda m: m["onnx"].update(opset="x")), 9, "onnx.opset: expected integer", AGAIN),
+    Damage("a path out of the bundle", SHOW, manifest(lambda m: m["files"].append(FOREIGN)), 9, "lies outside the bundle", AGAIN),
+    Damage("unit of no group", (*SHOW, "--unit", "conv9:1"), lambda w: None, 2, "no group is called 'conv9'", "the nearest are"),
+    Damage("plan cut off", (*SHOW, "--unit", "conv1:1"), cut("bundle/plan.json"), 9, "is not what the manifest says", "copy"),
+    Damage("unknown check", (*VERIFY, "--require", "onxn"), lambda w: None, 2, "this bundle has no check 'onxn'", "choose from"),
+    Damage("a bundle given to deploy", ("deploy", "BUNDLE"), lambda w: None, 2, "holds no prepared model", "its work folder is"),
+    Damage("not prepared", DEPLOY, lambda w: (w / "prepared.json").unlink(), 2, "holds no prepared model", "prepare RECIPE"),
+    Damage("prepared cut off", DEPLOY, cut("prepared.json"), 2, "prepared.json cannot be read", COPY.replace("whole ", "")),
+    Damage("prepared by an older version", DEPLOY, wrote("prepared.json", '{"schema": "cswap-deploy/prepared/0"}'), 2,
+           "has schema 'cswap-deploy/prepared/0', expected", "run prepare again"),
+    Damage("a stage lost in copying", DEPLOY, lambda w: shutil.rmtree(w / "stages/simplified"), 2, "stages/simplified", COPY),
+    Damage("hold-out count lost", DEPLOY, wrote("holdout_reads", "many"), 2, "does not hold a number", "write the number"),
+    Damage("measure no file", ("measure", "WORK/gone.onnx"), lambda w: None, 2, "gone.onnx is not a file", "give a .onnx file"),
+    Damage("measure a recipe", ("measure", "WORK/../recipe.yaml"), lambda w: None, 2, "ends in .yaml", ".onnx"),
+    Damage("measure text", ("measure", "WORK/text.onnx"), wrote("text.onnx", "404: Not Found"), 5, "text.onnx", ""),
+    Damage("measure nowhere", ("measure", "BUNDLE/model.onnx", "--on", "ssh://-x"), lambda w: None, 2, "is no target", "give local"),
+    Damage("schema of no command", ("schema", "--command", "biuld"), lambda w: None, 2, "'biuld' has no --json", "choose one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_damage_is_refused(damage: Damage, colours: Built, tmp_path: Path) -> None:
+    work = shutil.copytree(colours.recipe.parent, tmp_path / "copy") / "work"
+    damage.harm(work)
+    before = tree(work)
+    line = [word.replace("BUNDLE", str(work / "bundle")).replace("WORK", str(work)) for word in damage.command]
+    result = CliRunner().invoke(app, line)
+    assert (result.exit_code, result.stdout) == (damage.code, ""), result.output
+    lines = result.stderr.splitlines()
+    assert sum(line.startswith("error: ") for line in lines) == 1 and "Traceback" not in result.stderr
+    assert damage.message in result.stderr, result.stderr
+    assert damage.hint in "".join(line for line in lines if line.startswith("  hint: ")), result.stderr
+    after = tree(work)
+    assert {name for name, content in before.items() if after.get(name) != content} <= {"lock", "history.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "check", "detail"),
+    [
+        ("a file cut off", cut("bundle/model.onnx"), "files", "model.onnx: has 100 bytes instead of"),
+        ("a file gone", lambda w: (w / "bundle/weights.safetensors").unlink(), "files", "weights.safetensors: is missing"),
+        ("a byte flipped", wrote("bundle/labels.txt", "blue\ncyan\ngreen\nmagenta\nrad\nyellow\n"), "files", "labels.txt"),
+        ("a file too many", wrote("bundle/extra.txt", "x"), "unlisted", "extra.txt"),
+        ("a figure changed", manifest(lambda m: m["model"].update(macs=1), seal=False), "manifest", "sha256 differs"),
+    ],
+)  # fmt: skip
+def test_verify_names_what_is_wrong_and_ends_with_9(
+    name: str, harm: Callable[[Path], object], check: str, detail: str, colours: Built, tmp_path: Path
+) -> None:
+    work = shutil.copytree(colours.work, tmp_path / "work")
+    harm(work)
+    result = CliRunner().invoke(app, ["verify", str(work / "bundle"), "--json"])
+    assert result.exit_code == 9 and "Traceback" not in result.output
+    failed = {
+        found["name"]: found["detail"] for found in json.loads(result.stdout)["checks"] if found["outcome"] == "failed"
+    }
+    assert detail in failed[check], failed
 
 
 def test_attack_would_work(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from cswap_deploy import cli, pipeline, progress, schemas, variants
 from cswap_deploy.artifacts import File, OnnxModel, sha256_of
 from cswap_deploy.bundle import FILES, Bundle
 from cswap_deploy.device.target import AWAY, Probe, reach
+from cswap_deploy.digests import sealed
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.stage import Workdir
 
@@ -376,7 +377,7 @@ def test_prepare_and_deploy_make_the_bundle_of_build(own):
     found = json.loads(result.stdout)
     assert list(faults(found, schemas.of(command="deploy"))) == [] and found["schema"] == "cswap-deploy/deploy/1"
     manifest = require_complete(work / "bundle")
-    undated = {"created": own.manifest["created"], "files": own.manifest["files"]}
+    undated = {key: own.manifest[key] for key in ("created", "files", "sha256")}
     assert found["manifest"] == manifest and {**manifest, **undated} == own.manifest
     again = call("deploy", work)
     assert again.exit_code == 0 and "\nPASS: " in again.stdout
@@ -492,7 +493,7 @@ def test_deploy_on_a_target_where_the_default_measurement_does_not_fit_is_refuse
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads(path.read_text())
     change(document)
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(sealed(document)))
 
 
 def test_deploy_on_a_target_needs_a_folder_that_was_prepared_for_it(colours, tmp_path):

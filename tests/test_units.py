@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from cswap_deploy import cli, schemas, units
 from cswap_deploy.console import WIDTH, left_lines
+from cswap_deploy.digests import sealed
 from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.intervals import mean_interval
 from cswap_deploy.manifest import VERDICTS
@@ -60,7 +61,7 @@ def changed(folder: Path, change: Change) -> Path:
     manifest = json.loads(path.read_text("utf-8"))
     entry = next(entry for entry in manifest["files"] if entry["path"] == "plan.json")
     entry |= {"sha256": sha256(content).hexdigest(), "bytes": len(content)}
-    path.write_text(json.dumps(manifest), "utf-8")
+    path.write_text(json.dumps(sealed(manifest)), "utf-8")
     return folder
 
 

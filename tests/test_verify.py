@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cswap_deploy import external_data
 from cswap_deploy import verify as module
 from cswap_deploy.artifacts import File, sha256_of
+from cswap_deploy.digests import sealed
 from cswap_deploy.errors import UsageError
 from cswap_deploy.external_data import TENSORS, refers_to_other_files
 from cswap_deploy.verify import ALWAYS, Check, verify
@@ -57,6 +59,8 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "manifest.json"
     document = json.loads(path.read_text("utf-8"))
     change(document)
+    with suppress(ValueError):  # what is no number cannot be sealed
+        document = sealed(document)
     path.write_text(json.dumps(document), "utf-8")
 
 

@@ -13,7 +13,7 @@ from cswap_deploy.prune.allocate import between
 from cswap_deploy.prune.curves import Gauge
 from cswap_deploy.prune.select import floor_of, step_of
 
-SHARE = 0.2
+SHARE = 0.3
 """Part of a group's present units that the new measurement is about."""
 SMALLEST = 1e-5
 """Nats: smaller damages count as this much where two are compared."""
