@@ -24,6 +24,7 @@ from cswap_deploy.artifacts import (
     Evaluation,
     File,
     LatencyReport,
+    OnnxModel,
     Prepared,
     Reason,
     sha256_of,
@@ -243,6 +244,7 @@ def _manifest(
         "accuracy": facts.accuracy_block(
             ready.accuracy, deployed.on_engine, shipped, verdict, ready.labels, holdout_reads
         ),
+        "size": facts.size_block(ready.source, ready.pruned, *_sizes(name, ready, deployed)),
         "onnx": facts.onnx_block(ready.exported, ready.models, FILES),
         "latency": facts.latency_block(latency, terms.latency, terms.ship, terms.remote)
         if latency and terms.latency
@@ -266,6 +268,14 @@ def _shipped(terms: Terms, ready: Prepared, deployed: Deployed) -> tuple[str, Ev
     if terms.ships_engine and deployed.engine and deployed.on_engine:
         return ENGINE, deployed.on_engine
     return FILES[nearest], ready.accuracy.models[nearest]
+
+
+def _sizes(name: str, ready: Prepared, deployed: Deployed) -> tuple[OnnxModel | None, int]:
+    """The dense twin of the file that ships, and that file's bytes; a dense engine does not leave the target."""
+    if name == ENGINE and deployed.engine:
+        return None, deployed.engine.file.bytes
+    nearest = next(key for key in ready.models if FILES[key] == name)
+    return ready.dense.get(nearest), ready.models[nearest].graph.bytes
 
 
 def _one_a_line(labels: tuple[str, ...]) -> str:

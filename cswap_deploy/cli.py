@@ -1,4 +1,4 @@
-"""The command line: the only file that prints or exits."""
+"""The command line: one function per command; what it answers is printed by its session."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from cswap_deploy.errors import CswapError, UsageError
+from cswap_deploy.errors import UsageError
+from cswap_deploy.session import INTERRUPTED, Answer, interrupt, refuse_arguments, session
 
 if TYPE_CHECKING:
     from cswap_deploy.bundle import Bundle
@@ -47,12 +47,8 @@ OnOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result only")]
 
-INTERRUPTED = 130
 LONGEST_S = 86400
 """Of a warm-up or of sampling: a day."""
-STOPPED = ("Interrupted", "interrupted", "run the same command again; a build goes on where it stopped", INTERRUPTED)
-_interrupted: list[bool] = []
-"""Not empty once a signal asked this process to stop."""
 ParserError: Any = typer.BadParameter.__mro__[1]
 """UsageError of click, whichever copy of click typer carries."""
 
@@ -68,7 +64,7 @@ def build(
     quiet: QuietOption = False,
 ) -> None:
     """Do everything the recipe asks for; ends with the bundle in <work>/bundle."""
-    with _session("build", as_json) as answer:
+    with session("build", as_json) as answer:
         from cswap_deploy import pipeline
 
         settings, folder = _load(recipe, work, overrides, on)
@@ -88,7 +84,7 @@ def prepare(
     quiet: QuietOption = False,
 ) -> None:
     """The host's half: load, prune, export, make variants, judge them; `deploy` goes on, here or on the device."""
-    with _session("prepare", as_json) as answer:
+    with session("prepare", as_json) as answer:
         from cswap_deploy import pipeline
         from cswap_deploy.console import prepared_lines
 
@@ -109,7 +105,7 @@ def deploy(
     quiet: QuietOption = False,
 ) -> None:
     """The device's half: build and measure what `prepare` has made, and assemble the bundle. Needs no PyTorch."""
-    with _session("deploy", as_json) as answer:
+    with session("deploy", as_json) as answer:
         from cswap_deploy import pipeline, prepared
         from cswap_deploy.console import Console
         from cswap_deploy.progress import reporting
@@ -153,7 +149,7 @@ def measure(
     as_json: JsonOption = False,
 ) -> None:
     """Latency of a model on a target; with --against, of two in turn and their ratio."""
-    with _session("measure", as_json) as answer:
+    with session("measure", as_json) as answer:
         from cswap_deploy import measuring
         from cswap_deploy.console import measured_lines
         from cswap_deploy.recipe import LatencySettings
@@ -171,7 +167,7 @@ def measure(
 @app.command()
 def doctor(on: OnOption = None, as_json: JsonOption = False) -> None:
     """What this machine and the target can do, what is missing, and how to fix it."""
-    with _session("doctor", as_json) as answer:
+    with session("doctor", as_json) as answer:
         from cswap_deploy import doctor as examination
         from cswap_deploy.console import finding_lines
         from cswap_deploy.device.target import Probe, reach
@@ -202,7 +198,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Validate the recipe, the images and the model's name; say which stages would run, and why."""
-    with _session("check", as_json) as answer:
+    with session("check", as_json) as answer:
         from cswap_deploy import checks
         from cswap_deploy.console import check_lines, group_lines
 
@@ -215,9 +211,7 @@ def check(
             "groups": checks.groups_document(found) if found else None,
         }
         answer.lines = [*check_lines(report), *(group_lines(found) if found else ())]
-        if report.fault:
-            _print([] if as_json else answer.lines)
-            raise report.fault
+        answer.fault = report.fault
 
 
 @app.command()
@@ -230,7 +224,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """What is in a bundle: the table before and after, the verdict, the files; with --unit, why a unit left or stayed."""
-    with _session("show", as_json) as answer:
+    with session("show", as_json) as answer:
         from cswap_deploy import units
         from cswap_deploy.bundle import Bundle
         from cswap_deploy.console import bundle_lines, file_lines, left_lines, unit_lines
@@ -253,7 +247,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle: sha256 of every file, test vectors through ONNX Runtime, reload in PyTorch where it is."""
-    with _session("verify", as_json) as answer:
+    with session("verify", as_json) as answer:
         from cswap_deploy import verify as checks
         from cswap_deploy.console import verified_lines
         from cswap_deploy.errors import VerifyError
@@ -274,7 +268,7 @@ def schema(
     agent: Annotated[bool, typer.Option("--agent", help="of the device agent's requests and documents")] = False,
 ) -> None:
     """JSON Schema of the recipe, for editors and programs."""
-    with _session("schema", as_json=False) as answer:
+    with session("schema", as_json=False) as answer:
         from cswap_deploy import schemas
 
         document = schemas.of(manifest=manifest, command=command, agent=agent)
@@ -284,7 +278,7 @@ def schema(
 def main() -> NoReturn:
     """Entry point of the console script; click's own usage errors end with exit code 2 as ours do."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two runs on one machine starve each other
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
@@ -295,90 +289,13 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except ParserError as error:
-        _refuse_arguments(error)
+        refuse_arguments(error)
 
 
-def _refuse_arguments(error: Any) -> NoReturn:
-    """What the parser of the command line refuses; asked for --json, it is answered in JSON as well."""
-    if "--json" in sys.argv[1:]:
-        command = error.ctx.info_name if error.ctx else "cswap-deploy"
-        fault = {"type": "UsageError", "message": error.format_message(), "hint": "", "exit_code": error.exit_code}
-        _print_json(command, {"error": fault})
-    error.show()
-    sys.exit(error.exit_code)
+# --- what commands share
 
 
-# --- what all commands share
-
-
-class _Answer:
-    """What a command has to say at its end: lines for people, or the document for --json."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.document: dict[str, Any] = {}
-        self.code = 0
-
-
-@contextmanager
-def _session(command: str, as_json: bool) -> Iterator[_Answer]:
-    """Run a command's body, then print its answer, or its error with the documented exit code."""
-    answer = _Answer()
-    try:
-        yield answer
-    except CswapError as error:
-        _fail(command, as_json, type(error).__name__, error.message, error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        _fail(command, as_json, *STOPPED)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        hint = "check space and permissions of the work folder; what was committed is kept"
-        _fail(command, as_json, "OSError", f"{error.strerror or error}{where}", hint, UsageError.exit_code)
-    except Exception as error:
-        if _interrupted:  # native code turns the interrupt into an error of its own
-            _fail(command, as_json, *STOPPED)
-        traceback.print_exc(file=sys.stderr)
-        _fail(command, as_json, type(error).__name__, f"internal error: {error}", "please report the lines above", 1)
-    if as_json:
-        _print_json(command, answer.document)
-    else:
-        _print(answer.lines)
-    if answer.code:
-        raise typer.Exit(answer.code)
-
-
-def _fail(command: str, as_json: bool, kind: str, message: str, hint: str, code: int) -> NoReturn:
-    if as_json:
-        error = {"type": kind, "message": message, "hint": hint, "exit_code": code}
-        _print_json(command, {"error": error})
-    _print([f"error: {message}", *([f"  hint: {hint}"] if hint else ())], sys.stderr)
-    raise typer.Exit(code)
-
-
-def _print_json(command: str, body: dict[str, Any]) -> None:
-    """One line of ASCII: every terminal and every locale can carry it."""
-    _print([json.dumps({"schema": f"cswap-deploy/{command}/1", **body})])
-
-
-def _print(lines: Sequence[str], stream: TextIO | None = None) -> None:
-    """A reader that has gone, as in `show | head`, changes nothing about how the command ended."""
-    from cswap_deploy.console import printable
-
-    stream = stream or sys.stdout
-    try:
-        for line in lines:
-            print(*map(printable, line.split("\n")), sep="\n", file=stream)
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    _interrupted.append(True)
-    raise KeyboardInterrupt
-
-
-def _answer_bundle(answer: _Answer, bundle: Bundle) -> None:
+def _answer_bundle(answer: Answer, bundle: Bundle) -> None:
     """How a run ended is in the manifest, so a second run that finds all up to date ends as the first did."""
     from cswap_deploy.console import bundle_lines, next_commands
 

@@ -230,7 +230,9 @@ def test_check_says_what_would_run_and_writes_nothing(quickstart, tmp_path):
     assert sorted(quickstart.work.rglob("*")) == before
 
 
-def test_a_run_that_ends_in_the_midst_of_a_live_line_says_why_on_a_line_of_its_own(tmp_path):
+def test_a_run_that_ends_in_the_midst_of_a_live_line_says_why_on_a_line_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
     code = (
         "import sys\nfrom cswap_deploy import cli, errors, pipeline, progress\n"
         "def build(recipe, work):\n"
