@@ -215,6 +215,45 @@ def check(
 
 
 @app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="the recipe to write")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="timm name, or file.py:function")] = None,
+    images: Annotated[Path | None, typer.Option("--images", metavar="DIR", help="one folder per class")] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", metavar="FILE", help="class names of the outputs")] = None,
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", metavar="FILE", help="your weights")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="KEY=VALUE", help="such as macs=0.7, max_drop=0.5; or none")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="of the run and of its bundle")] = None,
+    on: OnOption = None,
+    force: Annotated[bool, typer.Option("--force", help="replace files that are there")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a commented recipe to start from; on a terminal and without options, after a few questions."""
+    with session("init", as_json) as answer:
+        from cswap_deploy import starter
+        from cswap_deploy.console.answers import starter_lines
+        from cswap_deploy.console.questions import ask, on_a_terminal
+
+        _require_target(on)
+        given: dict[str, Any] = {
+            "model": model,
+            "images": images,
+            "labels": labels,
+            "checkpoint": checkpoint,
+            "target": target,
+        }
+        given |= {"name": name, "on": on}
+        wishes = starter.Wishes(path, **{key: value for key, value in given.items() if value is not None})
+        if not as_json and set(given.values()) == {None} and on_a_terminal():
+            starter.require_free(path, force)
+            wishes = ask(wishes)
+        made = starter.write(wishes, force)
+        answer.document = {"recipe": str(made.recipe), "editor_schema": str(made.schema), "notes": list(made.notes)}
+        answer.lines = [*starter_lines(made)]
+
+
+@app.command()
 def show(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="a bundle folder")],
     unit: Annotated[

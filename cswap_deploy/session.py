@@ -39,7 +39,7 @@ def session(command: str, as_json: bool) -> Iterator[Answer]:
         yield answer
     except CswapError as error:
         _refuse(command, as_json, error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # the latter: end of input where a question was asked
         _fail(command, as_json, *STOPPED)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

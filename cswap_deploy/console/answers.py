@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cswap_deploy.artifacts import Groups, Prepared
     from cswap_deploy.checks import CheckReport
     from cswap_deploy.doctor import Finding
+    from cswap_deploy.starter import Starter
     from cswap_deploy.verify import Check
 
 SLOWEST = 15
@@ -82,6 +83,16 @@ def check_lines(report: CheckReport) -> Iterator[str]:
     yield ""
     for name, status in report.stages:
         yield from wrapped(status, first=f"{name:<12} ", rest=f"{'':13}")
+
+
+def starter_lines(made: Starter) -> Iterator[str]:
+    """What was written, what was seen, what to do with it."""
+    yield f"recipe   {made.recipe}"
+    yield f"schema   {made.schema}, for editors"
+    for note in made.notes:
+        yield from wrapped(note, rest=" " * 9)
+    yield f"next     {shlex.join(['cswap-deploy', 'check', str(made.recipe)])}"
+    yield f"         {shlex.join(['cswap-deploy', 'build', str(made.recipe)])}"
 
 
 def group_lines(groups: Groups) -> Iterator[str]:
