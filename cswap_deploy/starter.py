@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -253,22 +252,29 @@ def target_block(text: str) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """One YAML scalar on one line, in quotes where it needs them."""
+    """One YAML scalar on one line of printable letters: text that means itself is plain, other text in double quotes."""
     from ruamel.yaml import YAML
 
-    yaml, stream = YAML(), StringIO()
-    yaml.width = 1 << 20
-    yaml.default_flow_style = True
-    yaml.dump([value], stream)
-    return stream.getvalue().strip()[1:-1]
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./+@:-]*(?<!:)", value) and YAML(typ="safe", pure=True).load(value) == value:
+        return value
+    return f'"{"".join(map(_escaped, value))}"'
+
+
+def _escaped(letter: str) -> str:
+    if letter in '\\"':
+        return f"\\{letter}"
+    return letter if letter.isprintable() else f"\\U{ord(letter):08x}"
 
 
 def _path(path: Path, file: Path) -> str:
-    """Absolute as it is, else relative to the recipe's folder."""
+    """Absolute as it is, else relative to the recipe's folder; one that starts with ~ would be taken for a home folder."""
+    here = path.parent.resolve() / path.name
+    text = os.path.relpath(here, file.parent.resolve())
     if path.is_absolute():
         return _scalar(str(path))
-    text = os.path.relpath(path.parent.resolve() / path.name, file.parent.resolve())
-    return _scalar(f"./{text}" if text.startswith("~") or text != text.strip() else text)
+    return _scalar(str(here) if text.startswith("~") else text if text.strip() else f"./{text}")
 
 
 def _printable(text: str) -> str:

@@ -30,7 +30,7 @@ from cswap_deploy.errors import (
     VerifyError,
 )
 
-COMMANDS = ("build", "prepare", "deploy", "measure", "check", "doctor", "show", "verify", "schema")
+COMMANDS = ("build", "prepare", "deploy", "measure", "check", "init", "doctor", "show", "verify", "schema")
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 HEAVY = ("torch", "timm", "numpy", "pydantic", "onnx", "onnxruntime", "scipy", "PIL", "jinja2", "ruamel", "safetensors")
 
