@@ -6,7 +6,6 @@ NEEDS fails here; so does an option, a `--set` key, a file name or a link that d
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
 import shutil
@@ -40,7 +39,6 @@ NEEDS = {
     r"^(\.venv/bin/)?python3? benchmarks/": "images, weights and hours; its options are looked up in its source",
     r"^(\.venv/bin/)?python3? calibration/": "minutes of training; it is there",
     r"^\.ci/": "minutes; it is there",
-    r"^(\.venv/bin/)?python3? -c": "run as Python below",
     r"^(trtexec|git|ssh|docker) ": "a program of somebody else's",
 }
 """Commands that do not run here (a pattern) and what they need that is absent here. They are still looked up."""
@@ -127,13 +125,18 @@ def _program(line: str) -> bool:
     return first in PROGRAMS or first.startswith(".ci/") or line.startswith("$ ")
 
 
+def _installed(line: str) -> bool:
+    """The line begins with a program of this machine: a command that PROGRAMS does not know."""
+    return bool(re.match(r"[a-z][\w.-]+ ", line)) and shutil.which(line.split(" ")[0]) is not None
+
+
 def commands(path: Path) -> Iterator[Command]:
     for block in blocks(path):
         if block.language in ("", "sh", "bash", "console"):
             lines = block.text.replace("\\\n", " ").splitlines()
             prompts = any(line.startswith("$ ") for line in lines)
             for line in lines:
-                if line.startswith("$ ") if prompts else _program(line):
+                if line.startswith("$ ") if prompts else _program(line) or _installed(line):
                     yield Command(str(block), line.removeprefix("$ "))
     for place, text in spans(path):
         if _program(text) and len(text.split()) > 1 and "..." not in text:
@@ -257,13 +260,6 @@ def test_python_examples_run(block: Block, world: Path, monkeypatch: pytest.Monk
     exec(compile(block.text, str(block), "exec"), {})
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if " -c " in c.text and "python" in c.program], ids=str)
-def test_python_on_a_command_line_runs(command: Command, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(world)
-    with contextlib.redirect_stdout(None):
-        exec(command.words[command.words.index("-c") + 1], {})
-
-
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml" and b.page != EXAMPLE], ids=str)
 def test_recipes_in_pages_load(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
@@ -369,6 +365,7 @@ def test_the_code_map_names_every_module() -> None:
     [
         ("```\ncswap-deploy biuld x.yaml\n```", "cswap-deploy biuld x.yaml"),
         ("```\nmake demo\ndocker run x\n```", "docker run x"),
+        ("```\nmake demo\nsort x\n```", "sort x"),
         ("Then `make frobnicate` it.", "make frobnicate"),
         ("$ no program\n\n    python benchmarks/x.py --y", "python benchmarks/x.py --y"),
         ("```\n[ 1/2] x\n$ cswap-deploy show x \\\n  --json\nPASS\n```", "cswap-deploy show x    --json"),
