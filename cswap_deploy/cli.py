@@ -5,23 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from cswap_deploy import running
 from cswap_deploy.errors import UsageError
 from cswap_deploy.session import INTERRUPTED, Answer, interrupt, refuse_arguments, session
 
 if TYPE_CHECKING:
     from cswap_deploy.bundle import Bundle
-    from cswap_deploy.recipe import Recipe
 
 app = typer.Typer(
     name="cswap-deploy",
@@ -67,9 +65,9 @@ def build(
     with session("build", as_json) as answer:
         from cswap_deploy import pipeline
 
-        settings, folder = _load(recipe, work, overrides, on)
-        with _run(settings, folder, force, quiet or as_json) as opened:
-            bundle = pipeline.build(settings, opened)
+        settings, folder = running.load(recipe, work, overrides, on)
+        with running.opened(settings, folder, force, quiet or as_json) as work_folder:
+            bundle = pipeline.build(settings, work_folder)
         _answer_bundle(answer, bundle)
 
 
@@ -88,9 +86,9 @@ def prepare(
         from cswap_deploy import pipeline
         from cswap_deploy.console import prepared_lines
 
-        settings, folder = _load(recipe, work, overrides, on)
-        with _run(settings, folder, force, quiet or as_json) as opened:
-            ready = pipeline.prepare(settings, opened)
+        settings, folder = running.load(recipe, work, overrides, on)
+        with running.opened(settings, folder, force, quiet or as_json) as work_folder:
+            ready = pipeline.prepare(settings, work_folder)
         answer.document = {"work": str(folder), "onnx": str(ready.models["fp32"].graph.path), "macs": ready.pruned.macs}
         answer.document["reasons"] = [reason.text for reason in ready.reasons]
         answer.lines = [*prepared_lines(ready, folder)]
@@ -113,12 +111,12 @@ def deploy(
 
         if not work.is_dir():
             raise UsageError(f"{work} is not a folder", "give the work folder of a run, such as runs/<recipe name>")
-        _require_target(on)
+        running.require_target(on)
         prepared.require(work)
         with Workdir(work, force or ()).open() as opened:
             recipe, ready = prepared.find(opened)
-            recipe = _moved(recipe, on) if on else recipe
-            _require_known_stages(force or [], pipeline.device_stages(recipe))
+            recipe = running.moved(recipe, on) if on else recipe
+            running.require_known_stages(force or [], pipeline.device_stages(recipe))
             console = Console(pipeline.device_stages(recipe), silent=quiet or as_json)
             with closing(console), reporting(console):
                 bundle = pipeline.deploy(recipe, ready, opened)
@@ -154,7 +152,7 @@ def measure(
         from cswap_deploy.console import measured_lines
         from cswap_deploy.recipe import LatencySettings
 
-        _require_target(on)
+        running.require_target(on)
         paths = [model, *([against] if against else [])]
         settings = LatencySettings(
             runtime=measuring.runtime_of(paths), target=on or "local", batch=batch, threads=threads,
@@ -173,7 +171,7 @@ def doctor(on: OnOption = None, as_json: JsonOption = False) -> None:
         from cswap_deploy.device.target import Probe, reach
         from cswap_deploy.errors import DeviceError
 
-        _require_target(on)
+        running.require_target(on)
         name = on or "local"
         here = examination.host()
         try:
@@ -202,7 +200,7 @@ def check(
         from cswap_deploy import checks
         from cswap_deploy.console import check_lines, group_lines
 
-        settings, folder = _load(recipe, work, overrides, on)
+        settings, folder = running.load(recipe, work, overrides, on)
         report = checks.check(settings, folder)
         found = checks.provable_groups(settings) if groups else None
         answer.document = {
@@ -235,7 +233,7 @@ def init(
         from cswap_deploy.console.answers import starter_lines
         from cswap_deploy.console.questions import ask, on_a_terminal
 
-        _require_target(on)
+        running.require_target(on)
         given: dict[str, Any] = {
             "model": model,
             "images": images,
@@ -341,55 +339,3 @@ def _answer_bundle(answer: Answer, bundle: Bundle) -> None:
     answer.document = {"bundle": str(bundle.folder), "verdict": bundle.verdict, "manifest": bundle.manifest}
     answer.lines = [*bundle_lines(bundle), "", *next_commands(bundle)]
     answer.code = bundle.manifest["exit_code"]
-
-
-def _require_target(name: str | None) -> None:
-    from cswap_deploy.recipe import TARGET
-
-    if name is not None and not re.fullmatch(TARGET, name):
-        raise UsageError(
-            f"--on: {name!r} is no target", "give local or ssh://[user@]host[:port]; no user or host starts with '-'"
-        )
-
-
-def _load(path: Path, work: Path | None, overrides: list[str] | None, on: str | None) -> tuple[Recipe, Path]:
-    from cswap_deploy.recipe import load
-
-    _require_target(on)
-    recipe = load(path, [*(overrides or ()), *([f"latency.target={json.dumps(on)}"] if on else ())])
-    return recipe, work or Path("runs") / recipe.name
-
-
-def _moved(recipe: Recipe, target: str) -> Recipe:
-    """The recipe on this target. Errors: UsageError where a measurement with the defaults does not fit it."""
-    try:
-        return recipe.on(target)
-    except ValueError as error:  # pydantic's
-        faults = "; ".join(fault["msg"] for fault in getattr(error, "errors", list)()) or str(error)
-        raise UsageError(
-            f"--on {target}: {faults}", "add a latency block to the recipe and run prepare again"
-        ) from error
-
-
-@contextmanager
-def _run(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) -> Iterator[Any]:
-    """An open work folder whose stages are reported on standard error."""
-    from cswap_deploy import pipeline
-    from cswap_deploy.console import Console
-    from cswap_deploy.progress import reporting
-    from cswap_deploy.stage import Workdir
-
-    _require_known_stages(force or [], pipeline.stages(recipe))
-    pipeline.require_available(recipe)
-    work = Workdir(folder, force or ())
-    with closing(Console(pipeline.stages(recipe), silent=silent)) as console, reporting(console), work.open():
-        yield work
-
-
-def _require_known_stages(force: list[str], stages: Sequence[str]) -> None:
-    from cswap_deploy.pipeline import STAGES
-
-    for name in force:
-        if name not in stages:
-            known = "does not run for this recipe" if name in STAGES else "is not a stage"
-            raise UsageError(f"--force: {name!r} {known}", f"this recipe runs {', '.join(stages)}")

@@ -85,10 +85,19 @@ def _print(lines: Sequence[str], stream: TextIO | None = None) -> None:
     shown = painted if takes_colour(stream) else str
     try:
         for line in lines:
-            print(*(shown(printable(part)) for part in line.split("\n")), sep="\n", file=stream)
+            print(*(shown(printable(part)) for part in _written(line, stream).split("\n")), sep="\n", file=stream)
         stream.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _written(line: str, stream: TextIO) -> str:
+    """The rule of a table in letters that the stream has."""
+    try:
+        "─".encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return line.replace("─", "-")
+    return line
 
 
 def interrupt(_signal: int, _frame: object) -> NoReturn:

@@ -174,6 +174,7 @@ def test_show_in_a_pipe_is_plain_and_within_80_columns(quickstart):
 def test_show_in_a_locale_without_the_letters(quickstart):
     done = run("-m", "cswap_deploy", "show", quickstart.bundle.folder, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "PASS" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= WIDTH and f" {'-' * 60}" in done.stdout
 
 
 def test_names_in_a_bundle_cannot_drive_the_terminal(copy):
