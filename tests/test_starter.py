@@ -6,7 +6,9 @@ import io
 import json
 import os
 import pty
+import select
 import shutil
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -310,13 +312,19 @@ def dialogue(folder: Path, *answers: str) -> tuple[int, str]:
         os.environ |= {"NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
         os.execv(sys.executable, [sys.executable, "-m", "cswap_deploy", "init"])
     sent, waiting = b"", [*answers]
-    with suppress(OSError):  # how Linux says that the other side has closed
-        while block := os.read(terminal, 4096):
-            sent += block
-            if waiting and sent.rstrip(b"\r\n").endswith((b"]: ", b"): ")):
-                os.write(terminal, waiting.pop(0).encode())
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), sent.decode()
+    try:
+        while select.select([terminal], [], [], 120)[0]:
+            with suppress(OSError):  # how Linux says that the other side has closed
+                sent += os.read(terminal, 4096)
+                if sent.endswith((b"]: ", b"): ")) and waiting:  # not an echo, which ends its line
+                    os.write(terminal, waiting.pop(0).encode())
+                continue
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), sent.decode()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        pytest.fail(f"no further word in two minutes after:\n{sent.decode()}\nstill to be typed: {waiting}")
+    finally:
+        os.close(terminal)
 
 
 def test_a_terminal_is_asked_until_the_answers_can_be_used(tmp_path):
