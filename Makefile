@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench soak docs clean help
+.PHONY: demo test coverage check bench soak docs clean help
 
 demo: $(INSTALLED)  ## install, prune the embedded digit classifier, show before and after
 	$(BIN)/cswap-deploy build recipes/quickstart.yaml
 
 test: $(INSTALLED)  ## the tests (under 4 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+coverage: $(INSTALLED)  ## the tests, and which lines of the package they do not reach
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 check: $(INSTALLED)  ## format, lint, types, architecture
 	$(BIN)/ruff format --check .

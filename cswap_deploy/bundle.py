@@ -24,6 +24,7 @@ from cswap_deploy.artifacts import (
     Evaluation,
     File,
     LatencyReport,
+    OnnxModel,
     Prepared,
     Reason,
     sha256_of,
@@ -259,6 +260,7 @@ def _manifest(
         "accuracy": facts.accuracy_block(
             ready.accuracy, deployed.on_engine, shipped, verdict, ready.labels, holdout_reads
         ),
+        "size": facts.size_block(ready.source, ready.pruned, *_sizes(name, ready, deployed)),
         "onnx": facts.onnx_block(ready.exported, ready.models, FILES),
         "latency": facts.latency_block(latency, terms.latency, terms.ship, terms.remote)
         if latency and terms.latency
@@ -266,17 +268,7 @@ def _manifest(
         "budget": None,
         "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine) if terms.engine else None,
         "environment": ready.environment,
-        "sizes": _sizes(ready, deployed, name),
     }
-
-
-def _sizes(ready: Prepared, deployed: Deployed, shipped: str) -> dict[str, Any]:
-    """Bytes of the file that ships, and of its dense twin where something was measured, so that there is one."""
-    if shipped == ENGINE and deployed.engine:
-        return {"dense": None, "shipped": deployed.engine.file.bytes}
-    model = next(name for name, file in FILES.items() if file == shipped)
-    dense = ready.dense.get(model)
-    return {"dense": dense.graph.bytes if dense else None, "shipped": ready.models[model].graph.bytes}
 
 
 def _placed(recipe: str, terms: Terms, deployed: Deployed) -> str:
@@ -292,6 +284,14 @@ def _shipped(terms: Terms, ready: Prepared, deployed: Deployed) -> tuple[str, Ev
     if terms.ships_engine and deployed.engine and deployed.on_engine:
         return ENGINE, deployed.on_engine
     return FILES[nearest], ready.accuracy.models[nearest]
+
+
+def _sizes(name: str, ready: Prepared, deployed: Deployed) -> tuple[OnnxModel | None, int]:
+    """The dense twin of the file that ships, and that file's bytes; a dense engine does not leave the target."""
+    if name == ENGINE and deployed.engine:
+        return None, deployed.engine.file.bytes
+    nearest = next(key for key in ready.models if FILES[key] == name)
+    return ready.dense.get(nearest), ready.models[nearest].graph.bytes
 
 
 def _one_a_line(labels: tuple[str, ...]) -> str:

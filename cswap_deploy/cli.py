@@ -1,28 +1,24 @@
-"""The command line: the only file that prints or exits."""
+"""The command line: one function per command; what it answers is printed by its session."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import re
 import sys
-import threading
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from cswap_deploy import interrupts
-from cswap_deploy.errors import CswapError, UsageError
+from cswap_deploy import interrupts, running
+from cswap_deploy.errors import UsageError
+from cswap_deploy.session import Answer, refuse_arguments, refuse_output, say_interrupted, session
 
 if TYPE_CHECKING:
     from cswap_deploy.bundle import Bundle
-    from cswap_deploy.recipe import Recipe
 
 app = typer.Typer(
     name="cswap-deploy",
@@ -50,10 +46,6 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result onl
 
 LONGEST_S = 86400
 """Of a warm-up or of sampling: a day."""
-STOPPED = ("Interrupted", "interrupted", "run the same command again; a build goes on where it stopped")
-UNHEARD = "run the command again, its output to where there is room; what was built is kept"
-_telling, _told = threading.Lock(), threading.Event()
-"""Held while an error is printed; set once one was."""
 ParserError: Any = typer.BadParameter.__mro__[1]
 """UsageError of click, whichever copy of click typer carries."""
 
@@ -69,12 +61,12 @@ def build(
     quiet: QuietOption = False,
 ) -> None:
     """Do everything the recipe asks for; ends with the bundle in <work>/bundle."""
-    with _session("build", as_json) as answer:
+    with session("build", as_json) as answer:
         from cswap_deploy import pipeline
 
-        settings, folder = _load(recipe, work, overrides, on)
-        with _run(settings, folder, force, quiet or as_json) as opened:
-            bundle = pipeline.build(settings, opened)
+        settings, folder = running.load(recipe, work, overrides, on)
+        with running.opened(settings, folder, force, quiet or as_json) as work_folder:
+            bundle = pipeline.build(settings, work_folder)
         _answer_bundle(answer, bundle)
 
 
@@ -89,13 +81,13 @@ def prepare(
     quiet: QuietOption = False,
 ) -> None:
     """The host's half: load, prune, export, make variants, judge them; `deploy` goes on, here or on the device."""
-    with _session("prepare", as_json) as answer:
+    with session("prepare", as_json) as answer:
         from cswap_deploy import pipeline
         from cswap_deploy.console import prepared_lines
 
-        settings, folder = _load(recipe, work, overrides, on)
-        with _run(settings, folder, force, quiet or as_json) as opened:
-            ready = pipeline.prepare(settings, opened)
+        settings, folder = running.load(recipe, work, overrides, on)
+        with running.opened(settings, folder, force, quiet or as_json) as work_folder:
+            ready = pipeline.prepare(settings, work_folder)
         answer.document = {"work": str(folder), "onnx": str(ready.models["fp32"].graph.path), "macs": ready.pruned.macs}
         answer.document["reasons"] = [reason.text for reason in ready.reasons]
         answer.lines = [*prepared_lines(ready, folder)]
@@ -110,7 +102,7 @@ def deploy(
     quiet: QuietOption = False,
 ) -> None:
     """The device's half: build and measure what `prepare` has made, and assemble the bundle. Needs no PyTorch."""
-    with _session("deploy", as_json) as answer:
+    with session("deploy", as_json) as answer:
         from cswap_deploy import pipeline, prepared
         from cswap_deploy.console import Console
         from cswap_deploy.progress import reporting
@@ -118,12 +110,12 @@ def deploy(
 
         if not work.is_dir():
             raise UsageError(f"{work} is not a folder", "give the work folder of a run, such as runs/<recipe name>")
-        _require_target(on)
+        running.require_target(on)
         prepared.require(work)
         with Workdir(work, force or ()).open() as opened:
             recipe, ready = prepared.find(opened)
-            recipe = _moved(recipe, on) if on else recipe
-            _require_known_stages(force or [], pipeline.device_stages(recipe))
+            recipe = running.moved(recipe, on) if on else recipe
+            running.require_known_stages(force or [], pipeline.device_stages(recipe))
             console = Console(pipeline.device_stages(recipe), silent=quiet or as_json)
             with closing(console), reporting(console):
                 bundle = pipeline.deploy(recipe, ready, opened)
@@ -154,12 +146,12 @@ def measure(
     as_json: JsonOption = False,
 ) -> None:
     """Latency of a model on a target; with --against, of two in turn and their ratio."""
-    with _session("measure", as_json) as answer:
+    with session("measure", as_json) as answer:
         from cswap_deploy import measuring
         from cswap_deploy.console import measured_lines
         from cswap_deploy.recipe import LatencySettings
 
-        _require_target(on)
+        running.require_target(on)
         paths = [model, *([against] if against else [])]
         settings = LatencySettings(
             runtime=measuring.runtime_of(paths), target=on or "local", batch=batch, threads=threads,
@@ -172,13 +164,13 @@ def measure(
 @app.command()
 def doctor(on: OnOption = None, as_json: JsonOption = False) -> None:
     """What this machine and the target can do, what is missing, and how to fix it."""
-    with _session("doctor", as_json) as answer:
+    with session("doctor", as_json) as answer:
         from cswap_deploy import doctor as examination
         from cswap_deploy.console import finding_lines
         from cswap_deploy.device.target import Probe, reach
         from cswap_deploy.errors import DeviceError
 
-        _require_target(on)
+        running.require_target(on)
         name = on or "local"
         here = examination.host()
         try:
@@ -203,11 +195,11 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Validate the recipe, the images and the model's name; say which stages would run, and why."""
-    with _session("check", as_json) as answer:
+    with session("check", as_json) as answer:
         from cswap_deploy import checks
         from cswap_deploy.console import check_lines, group_lines
 
-        settings, folder = _load(recipe, work, overrides, on)
+        settings, folder = running.load(recipe, work, overrides, on)
         report = checks.check(settings, folder)
         found = checks.provable_groups(settings) if groups else None
         answer.document = {
@@ -216,9 +208,46 @@ def check(
             "groups": checks.groups_document(found) if found else None,
         }
         answer.lines = [*check_lines(report), *(group_lines(found) if found else ())]
-        if report.fault:
-            _print([] if as_json else answer.lines)
-            raise report.fault
+        answer.fault = report.fault
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="the recipe to write")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="timm name, or file.py:function")] = None,
+    images: Annotated[Path | None, typer.Option("--images", metavar="DIR", help="one folder per class")] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", metavar="FILE", help="class names of the outputs")] = None,
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", metavar="FILE", help="your weights")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="KEY=VALUE", help="such as macs=0.7, max_drop=0.5; or none")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="of the run and of its bundle")] = None,
+    on: OnOption = None,
+    force: Annotated[bool, typer.Option("--force", help="replace files that are there")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a commented recipe to start from; on a terminal and without options, after a few questions."""
+    with session("init", as_json) as answer:
+        from cswap_deploy import starter
+        from cswap_deploy.console.answers import starter_lines
+        from cswap_deploy.console.questions import ask, on_a_terminal
+
+        running.require_target(on)
+        given: dict[str, Any] = {
+            "model": model,
+            "images": images,
+            "labels": labels,
+            "checkpoint": checkpoint,
+            "target": target,
+        }
+        given |= {"name": name, "on": on}
+        wishes = starter.Wishes(path, **{key: value for key, value in given.items() if value is not None})
+        if not as_json and set(given.values()) == {None} and on_a_terminal():
+            starter.require_free(path, force)
+            wishes = ask(wishes)
+        made = starter.write(wishes, force)
+        answer.document = {"recipe": str(made.recipe), "editor_schema": str(made.schema), "notes": list(made.notes)}
+        answer.lines = [*starter_lines(made)]
 
 
 @app.command()
@@ -235,7 +264,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """What is in a bundle: the table before and after, the verdict, the files; with --unit, why a unit left or stayed."""
-    with _session("show", as_json) as answer:
+    with session("show", as_json) as answer:
         from cswap_deploy import report, units
         from cswap_deploy.bundle import Bundle
         from cswap_deploy.console import bundle_lines, file_lines, left_lines, unit_lines
@@ -262,7 +291,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle: sha256 of every file, test vectors through ONNX Runtime, reload in PyTorch where it is."""
-    with _session("verify", as_json) as answer:
+    with session("verify", as_json) as answer:
         from cswap_deploy import verify as checks
         from cswap_deploy.console import verified_lines
         from cswap_deploy.errors import VerifyError
@@ -283,7 +312,7 @@ def schema(
     agent: Annotated[bool, typer.Option("--agent", help="of the device agent's requests and documents")] = False,
 ) -> None:
     """JSON Schema of the recipe, for editors and programs."""
-    with _session("schema", as_json=False) as answer:
+    with session("schema", as_json=False) as answer:
         from cswap_deploy import schemas
 
         document = schemas.of(manifest=manifest, command=command, agent=agent)
@@ -292,7 +321,7 @@ def schema(
 
 def main() -> NoReturn:
     """Entry point of the console script; click's own usage errors end with exit code 2 as ours do."""
-    interrupts.arm(_say_interrupted)
+    interrupts.arm(say_interrupted)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two runs on one machine starve each other
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
@@ -303,172 +332,23 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = interrupts.EXIT_CODE
     except ParserError as error:
-        _refuse_arguments(error)
+        refuse_arguments(error)
     except OSError as error:  # of the help; commands answer for themselves
-        _print([f"error: cannot write to standard output: {error.strerror}", f"  hint: {UNHEARD}"], sys.stderr)
-        os._exit(UsageError.exit_code)
+        refuse_output(error)
     if code == interrupts.EXIT_CODE:
-        _say_interrupted()
+        say_interrupted()
         os._exit(code)  # libraries take seconds to shut down
     interrupts.disarm()
     sys.exit(code)
 
 
-def _say_interrupted() -> None:
-    """Unless an error, this or another, was told before."""
-    with _telling:
-        if not _told.is_set():
-            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "cswap-deploy")
-            _tell(command, "--json" in sys.argv[1:], *STOPPED, interrupts.EXIT_CODE)
+# --- what commands share
 
 
-def _refuse_arguments(error: Any) -> NoReturn:
-    """What the parser of the command line refuses; asked for --json, it is answered in JSON as well."""
-    if "--json" in sys.argv[1:]:
-        command = error.ctx.info_name if error.ctx else "cswap-deploy"
-        fault = {"type": "UsageError", "message": error.format_message(), "hint": "", "exit_code": error.exit_code}
-        _print_json(command, {"error": fault})
-    error.show()
-    sys.exit(error.exit_code)
-
-
-# --- what all commands share
-
-
-class _Answer:
-    """What a command has to say at its end: lines for people, or the document for --json."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.document: dict[str, Any] = {}
-        self.code = 0
-
-
-@contextmanager
-def _session(command: str, as_json: bool) -> Iterator[_Answer]:
-    """Run a command's body, then print its answer, or its error with the documented exit code."""
-    answer = _Answer()
-    try:
-        yield answer
-        if as_json:
-            _print_json(command, answer.document)
-        else:
-            _print(answer.lines)
-    except CswapError as error:
-        _fail(command, as_json, type(error).__name__, error.message, error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        _fail(command, as_json, *STOPPED, interrupts.EXIT_CODE)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        hint = "check space and permissions of the work folder; what was committed is kept"
-        _fail(command, as_json, "OSError", f"{error.strerror or error}{where}", hint, UsageError.exit_code)
-    except Exception as error:
-        if not interrupts.asked():
-            traceback.print_exc(file=sys.stderr)
-        _fail(command, as_json, type(error).__name__, f"internal error: {error}", "please report the lines above", 1)
-    if answer.code:
-        raise typer.Exit(answer.code)
-
-
-def _fail(command: str, as_json: bool, kind: str, message: str, hint: str, code: int) -> NoReturn:
-    """Print an error and end; after an interrupt that is the reason, since native code makes errors of its own of it."""
-    if interrupts.asked():
-        kind, message, hint, code = *STOPPED, interrupts.EXIT_CODE
-    with _telling:
-        _tell(command, as_json, kind, message, hint, code)
-    raise typer.Exit(code)
-
-
-def _tell(command: str, as_json: bool, kind: str, message: str, hint: str, code: int) -> None:
-    _told.set()
-    if as_json:
-        error = {"type": kind, "message": message, "hint": hint, "exit_code": code}
-        with suppress(UsageError):  # the error itself is the news
-            _print_json(command, {"error": error})
-    _print([f"error: {message}", *([f"  hint: {hint}"] if hint else ())], sys.stderr)
-
-
-def _print_json(command: str, body: dict[str, Any]) -> None:
-    """One line of ASCII: every terminal and every locale can carry it."""
-    _print([json.dumps({"schema": f"cswap-deploy/{command}/1", **body})])
-
-
-def _print(lines: Sequence[str], stream: TextIO | None = None) -> None:
-    """A reader that has gone, as in `show | head`, changes nothing about how the command ended; a full disk does.
-
-    Errors: UsageError where standard output cannot be written.
-    """
-    from cswap_deploy.console import printable
-
-    stream = stream or sys.stdout
-    if stream is None:  # closed by the caller
-        return
-    try:
-        for line in lines:
-            print(*map(printable, line.split("\n")), sep="\n", file=stream)
-        stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-            raise UsageError(f"cannot write to standard output: {error.strerror}", UNHEARD) from error
-
-
-def _answer_bundle(answer: _Answer, bundle: Bundle) -> None:
+def _answer_bundle(answer: Answer, bundle: Bundle) -> None:
     """How a run ended is in the manifest, so a second run that finds all up to date ends as the first did."""
     from cswap_deploy.console import bundle_lines, next_commands
 
     answer.document = {"bundle": str(bundle.folder), "verdict": bundle.verdict, "manifest": bundle.manifest}
     answer.lines = [*bundle_lines(bundle), "", *next_commands(bundle)]
     answer.code = bundle.manifest["exit_code"]
-
-
-def _require_target(name: str | None) -> None:
-    from cswap_deploy.recipe import TARGET
-
-    if name is not None and not re.fullmatch(TARGET, name):
-        raise UsageError(
-            f"--on: {name!r} is no target", "give local or ssh://[user@]host[:port]; no user or host starts with '-'"
-        )
-
-
-def _load(path: Path, work: Path | None, overrides: list[str] | None, on: str | None) -> tuple[Recipe, Path]:
-    from cswap_deploy.recipe import load
-
-    _require_target(on)
-    recipe = load(path, [*(overrides or ()), *([f"latency.target={json.dumps(on)}"] if on else ())])
-    return recipe, work or Path("runs") / recipe.name
-
-
-def _moved(recipe: Recipe, target: str) -> Recipe:
-    """The recipe on this target. Errors: UsageError where a measurement with the defaults does not fit it."""
-    try:
-        return recipe.on(target)
-    except ValueError as error:  # pydantic's
-        faults = "; ".join(fault["msg"] for fault in getattr(error, "errors", list)()) or str(error)
-        raise UsageError(
-            f"--on {target}: {faults}", "add a latency block to the recipe and run prepare again"
-        ) from error
-
-
-@contextmanager
-def _run(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) -> Iterator[Any]:
-    """An open work folder whose stages are reported on standard error."""
-    from cswap_deploy import pipeline
-    from cswap_deploy.console import Console
-    from cswap_deploy.progress import reporting
-    from cswap_deploy.stage import Workdir
-
-    _require_known_stages(force or [], pipeline.stages(recipe))
-    pipeline.require_available(recipe)
-    work = Workdir(folder, force or ())
-    with closing(Console(pipeline.stages(recipe), silent=silent)) as console, reporting(console), work.open():
-        yield work
-
-
-def _require_known_stages(force: list[str], stages: Sequence[str]) -> None:
-    from cswap_deploy.pipeline import STAGES
-
-    for name in force:
-        if name not in stages:
-            known = "does not run for this recipe" if name in STAGES else "is not a stage"
-            raise UsageError(f"--force: {name!r} {known}", f"this recipe runs {', '.join(stages)}")

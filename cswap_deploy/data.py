@@ -53,6 +53,15 @@ def scan(folder: Path, labels: Path | None, outputs: int) -> Listing:
     return Listing(names, found[0], found[1] if parts else None)
 
 
+def survey(folder: Path, labels: Path | None = None) -> Listing:
+    """As `scan`, for as many classes as there are folders or labels."""
+    if labels is not None:
+        return scan(folder, labels, len(labels_of(labels)))
+    top = _Folder.top(folder)
+    pool = next((child for child in top.children()[0] if child.path.name == "scoring"), top)
+    return scan(folder, None, len(_class_folders(pool)))
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """Every image that may take part, by content; `holdout` None: one pool, still to be divided."""
@@ -121,7 +130,18 @@ def require_learned(correct: int, images: int, outputs: int, what: str, *, gated
 
 
 def read_labels(file: Path, outputs: int) -> tuple[str, ...]:
-    """One class name per model output and line; UTF-8, blank lines at the end do not count."""
+    """The labels of a model with so many outputs."""
+    names = labels_of(file)
+    if len(names) != outputs:
+        raise DataError(
+            f"label file {file} names {len(names)} classes and the model has {outputs} outputs",
+            hint="write one class name per model output, in the order of the outputs",
+        )
+    return names
+
+
+def labels_of(file: Path) -> tuple[str, ...]:
+    """One class name per line; UTF-8, blank lines at the end do not count."""
     try:
         text = file.read_text("utf-8-sig")
     except OSError as fault:
@@ -137,11 +157,6 @@ def read_labels(file: Path, outputs: int) -> tuple[str, ...]:
             raise DataError(f"{file}:{line}: {what}", hint="give each model output a name of its own")
         _require_one_line(name, file)
         line_of[name] = line
-    if len(names) != outputs:
-        raise DataError(
-            f"label file {file} names {len(names)} classes and the model has {outputs} outputs",
-            hint="write one class name per model output, in the order of the outputs",
-        )
     return tuple(names)
 
 

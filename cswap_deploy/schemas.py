@@ -47,6 +47,7 @@ def _of_command(name: str) -> Schema:
             "stages": {"type": "array", "items": record(name=TEXT, status=TEXT)},
             "groups": nullable({"type": "object"}),
         },
+        "init": {"recipe": TEXT, "editor_schema": TEXT, "notes": {"type": "array", "items": TEXT}},
         "show": {"manifest": facts.schema()},
         "deploy": {"bundle": TEXT, "verdict": {"enum": ["pass", "fail"]}, "manifest": facts.schema()},
         "measure": {

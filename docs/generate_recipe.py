@@ -74,8 +74,9 @@ stand in, and a block is replaced whole: `--set 'prune.target={macs: 0.5}'`.
 
 **Faults** are listed all at once, each with file, line, key, value and what was expected; the exit code is 2.
 
-**Editors** complete and check a recipe with the schema that `cswap-deploy schema` prints: save it as `recipe.schema.json`
-and begin the recipe with `# yaml-language-server: $schema=recipe.schema.json`.
+**Editors** complete and check a recipe with its schema. `cswap-deploy init` puts one beside the recipe that it writes, so that it works
+offline and travels with the recipe; for another recipe save what `cswap-deploy schema` prints as `recipe.schema.json` and begin
+the recipe with `# yaml-language-server: $schema=recipe.schema.json`.
 
 A recipe is trusted like code: a factory is imported and called.
 

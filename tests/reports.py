@@ -64,7 +64,7 @@ def of(manifest: dict[str, Any], name: str, groups: list[tuple[str, int]], seed:
         for label, drop in (("brown bear, Ursus arctos", 8.33), ("seven", 5.0), ("nine", 3.33), ("one", 1.67))
     ]
     made["latency"] = latency(seed)
-    made["sizes"] = {"dense": 102_546_000, "shipped": 17_600_500}
+    made["size"] |= {"source_bytes": 102_546_000, "shipped_bytes": 17_600_500}
     return made
 
 

@@ -25,8 +25,8 @@ FLOORS = {
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune export variants accuracy engine latency bundle",
-    3: "pipeline checks measuring verify doctor schemas",
-    4: "cli console __main__",
+    3: "pipeline checks measuring verify doctor schemas starter",
+    4: "cli session running console console.* __main__",
 }
 """Modules by floor: values, nouns, stages, the line, the command line. A stage imports no other stage."""
 
@@ -153,7 +153,7 @@ def danger_faults(module: Module) -> list[str]:
         place = f"{module.name}:{call.lineno}"
         if name in forbidden:
             faults.append(f"{place} calls {name}")
-        if name == "print" and module.name not in ("cli", "device.agent"):
+        if name == "print" and module.name not in ("session", "device.agent"):
             faults.append(f"{place} prints; use progress.note")
         if given.get("shell", "False") != "False":
             faults.append(f"{place} runs a shell; pass a list of arguments")
@@ -277,7 +277,7 @@ def test_check_refuses(check: object, name: str, source: str, words: str) -> Non
     [
         (floor_faults, "pipeline", "from cswap_deploy import prune, export\nfrom cswap_deploy.data import index"),
         (heavy_faults, "data", "def f():\n    import torch\nif TYPE_CHECKING:\n    from torch import nn"),
-        (danger_faults, "cli", "print(1)\nmodel.eval()\ntorch.load(path, weights_only=True)"),
+        (danger_faults, "session", "print(1)\nmodel.eval()\ntorch.load(path, weights_only=True)"),
         (size_faults, "data", "def _f():\n" + "    pass\n" * 59),
     ],
 )

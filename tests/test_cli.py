@@ -30,7 +30,7 @@ from cswap_deploy.errors import (
     VerifyError,
 )
 
-COMMANDS = ("build", "prepare", "deploy", "measure", "check", "doctor", "show", "verify", "schema")
+COMMANDS = ("build", "prepare", "deploy", "measure", "check", "init", "doctor", "show", "verify", "schema")
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 HEAVY = ("torch", "timm", "numpy", "pydantic", "onnx", "onnxruntime", "scipy", "PIL", "jinja2", "ruamel", "safetensors")
 
@@ -174,6 +174,7 @@ def test_show_in_a_pipe_is_plain_and_within_80_columns(quickstart):
 def test_show_in_a_locale_without_the_letters(quickstart):
     done = run("-m", "cswap_deploy", "show", quickstart.bundle.folder, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "PASS" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= WIDTH and f" {'-' * 60}" in done.stdout
 
 
 def test_names_in_a_bundle_cannot_drive_the_terminal(copy):
@@ -230,7 +231,9 @@ def test_check_says_what_would_run_and_writes_nothing(quickstart, tmp_path):
     assert sorted(quickstart.work.rglob("*")) == before
 
 
-def test_a_run_that_ends_in_the_midst_of_a_live_line_says_why_on_a_line_of_its_own(tmp_path):
+def test_a_run_that_ends_in_the_midst_of_a_live_line_says_why_on_a_line_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
     code = (
         "import sys\nfrom cswap_deploy import cli, errors, pipeline, progress\n"
         "def build(recipe, work):\n"

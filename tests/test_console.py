@@ -6,18 +6,22 @@ import errno
 import io
 import os
 import pty
+import re
 import shlex
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from cswap_deploy import console
 from cswap_deploy.artifacts import Group, Groups, Refusal
 from cswap_deploy.bundle import Bundle
-from cswap_deploy.console import WIDTH, Console
+from cswap_deploy.console import WIDTH, Console, live
+from cswap_deploy.console import text as words
 
 STAGES = ("source", "plan", "bundle")
 
@@ -79,20 +83,34 @@ def a_run(talk: Console) -> None:
 LINES = [
     "[ 1/3] source     not run yet",
     "warning: 2 exact copies",
-    "        source     done in 1.2 s, 2.0 KiB in runs/x/stages/source/1",
+    "        1.2 s, 2.0 KiB, runs/x/stages/source/1",
     "[ 2/3] plan       seed: 0 -> 1",
     "        59.8% of the MACs",
-    "        plan       done in 0.5 s",
+    "        0.5 s, 0 B, runs/x/stages/plan/1",
     "[ 3/3] bundle     up to date",
     "",
 ]
 
 
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever terminal the tests run in: one that can, whose user wants no colour."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(live, "monotonic", lambda: self.now)
+
+
 def test_a_pipe_gets_plain_lines():
     text = in_a_pipe(a_run)
-    assert [line.replace(" " * 8, "", 1) if line.startswith("       ") else line for line in text.split("\n")] == [
-        line.removeprefix(" " * 8) for line in LINES
-    ]
+    assert text.split("\n") == LINES
     assert "\x1b" not in text and "\r" not in text
 
 
@@ -100,7 +118,116 @@ def test_a_terminal_shows_progress_and_is_left_with_the_same_lines():
     sent = on_a_terminal(a_run)
     for progress in ("source     images 1/3", "images 2/3", "images 3/3"):
         assert progress in sent
-    assert screen(sent) == in_a_pipe(a_run).split("\n")
+    assert screen(sent) == LINES
+
+
+def test_a_dumb_terminal_gets_the_lines_of_a_pipe(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert on_a_terminal(a_run).replace("\r\n", "\n") == in_a_pipe(a_run)
+
+
+def test_the_live_line_tells_for_how_long_still(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def speak(talk: Console) -> None:
+        talk.stage_started("plan", "not run yet")
+        clock.now += 30
+        talk.note("found 9 groups")  # what came before does not count for what is counted now
+        for _ in range(3):
+            clock.now += 10
+            talk.advance("curves", 1 + _, 9)
+        clock.now += 1
+        talk.advance("curves", 1, 4)  # begins anew
+        talk.close()
+
+    sent = on_a_terminal(speak)
+    assert "plan       curves 1/9, about 1 min 20 s left, 40 s so far" in sent
+    assert "plan       curves 3/9, about 1 min 0 s left, 1 min 0 s so far" in sent
+    assert "plan       curves 1/4, about 3.0 s left, 1 min 1 s so far" in sent
+
+
+def test_the_clock_moves_while_a_stage_says_nothing(monkeypatch):
+    monkeypatch.setattr(live, "TICK_S", 0.01)
+    clock = Clock(monkeypatch)
+
+    def speak(talk: Console) -> None:
+        talk.stage_started("source", "not run yet")
+        clock.now += 12
+        time.sleep(0.2)
+        talk.stage_finished("source", 12.0, "runs/x", 10)
+        clock.now += 100
+        time.sleep(0.1)
+        talk.close()
+
+    sent = on_a_terminal(speak)
+    assert "source     12 s so far" in sent and "112 s" not in sent and "1 min" not in sent
+    assert screen(sent) == ["[ 1/3] source     not run yet", f"{'':8}12 s, 10 B, runs/x", ""]
+    assert [thread for thread in threading.enumerate() if thread.name == live.CLOCK] == []
+
+
+@pytest.mark.parametrize(
+    ("no_color", "term", "coloured"), [("", "xterm", True), ("1", "xterm", False), ("", "dumb", False)]
+)
+def test_colour_is_for_terminals_whose_user_wants_it(monkeypatch, no_color, term, coloured):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", term)
+    sent = on_a_terminal(lambda talk: talk.warn("error: of somebody"))
+    assert sent == ("\x1b[1;33mwarning\x1b[0m" if coloured else "warning") + ": error: of somebody\r\n"
+
+
+def test_a_colour_says_nothing_that_the_word_does_not():
+    for line in ("PASS: x", "FAIL: x", "NO GATE: x", "UNSTABLE: x", "passed   sha256", "missing  x"):
+        assert re.sub(r"\x1b\[[0-9;]*m", "", words.painted(line)) == line != words.painted(line)
+    for line in ("PASSED", "the verdict is PASS: x", "okay", "source       not run yet"):
+        assert words.painted(line) == line
+
+
+def test_long_lines_are_folded_on_a_terminal_and_whole_in_a_pipe(monkeypatch):
+    reason = ", ".join(f"settings.key{number}: 0 -> 1" for number in range(6))
+
+    def speak(talk: Console) -> None:
+        talk.stage_started("plan", reason)
+        talk.stage_finished("plan", 75.0, "runs/" + "n" * 60, 1 << 20)
+        talk.close()
+
+    shown = screen(on_a_terminal(speak))
+    assert max(map(len, shown)) <= WIDTH and all(line.startswith(" " * 18) for line in shown[1:3])
+    assert shown[-3:] == [f"{'':8}1 min 15 s, 1.0 MiB", f"{'':8}runs/{'n' * 60}", ""]
+    assert in_a_pipe(speak).split("\n")[:2] == [
+        f"[ 2/3] plan       {reason}",
+        f"{'':8}1 min 15 s, 1.0 MiB, runs/{'n' * 60}",
+    ]
+    monkeypatch.setenv("COLUMNS", "50")
+    assert max(map(len, screen(on_a_terminal(speak))[:-3])) <= 50
+
+
+def test_letters_of_two_columns_count_twice():
+    lines = words.wrapped("名前 " * 40, rest="  ")
+    assert max(map(cell_len, lines)) <= WIDTH and "".join("".join(lines).split()) == "名前" * 40
+    assert cell_len(words.cut_to(9, "a" + "名" * 20)) == 9
+
+
+def test_wrapping_keeps_words_whole_and_loses_none():
+    path = "/x" * 60
+    assert words.wrapped(f"in {path} and more", first="ok       ", rest=" " * 9) == [
+        "ok       in",
+        f"{'':9}{path}",
+        f"{'':9}and more",
+    ]
+    assert words.wrapped("") == [""] and words.wrapped("a\nb") == ["a b"]
+
+
+def test_a_result_without_files_has_the_size_of_its_record(tmp_path):
+    (tmp_path / "stage.json").write_text("x" * 300)
+    assert "0.5 s, 300 B, " in in_a_pipe(lambda talk: talk.stage_finished("plan", 0.5, str(tmp_path), 0))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3725, "1 h 2 min")],
+)
+def test_durations(seconds, expected):
+    assert words.duration_text(seconds) == expected
 
 
 def test_live_lines_come_at_most_every_tenth_of_a_second_but_the_last_always():
@@ -169,9 +296,15 @@ def test_the_table_holds_the_manifest_s_figures(quickstart):
     manifest = quickstart.manifest
     assert f"{100 * manifest['accuracy']['source']['top1']:.2f} %" in text
     assert f"drop {manifest['accuracy']['drop_pp']:+.2f} points" in text
+    sizes = manifest["size"]
+    assert (
+        sizes["source_bytes"] is None
+        and sizes["shipped_bytes"] == (quickstart.bundle.folder / "model.onnx").stat().st_size
+    )
+    assert f"{100 * sizes['pruned_weights_bytes'] / sizes['source_weights_bytes']:.1f} % kept" in text
     for key in ("params", "macs"):
         assert f"{100 * manifest['pruned'][key] / manifest['model'][key]:.1f} % kept" in text
-        assert console.count_text(manifest["pruned"][key]) in text
+        assert words.count_text(manifest["pruned"][key]) in text
     assert f"PASS: the drop is within 1 point on {manifest['accuracy']['images']} hold-out images" in text
 
 
@@ -197,8 +330,9 @@ def test_the_verdict_comes_with_one_sentence_of_why(quickstart):
 @pytest.mark.parametrize("name", ["plain", "with space", "it's", '"$HOME"; rm x', "a`b`"])
 def test_next_commands_can_be_pasted(quickstart, tmp_path, name):
     folder = tmp_path / name
-    _, _, show, code = console.next_commands(Bundle(folder, quickstart.manifest))
+    _, _, show, verify, code = console.next_commands(Bundle(folder, quickstart.manifest))
     assert shlex.split(show)[1:] == ["cswap-deploy", "show", str(folder)]
+    assert shlex.split(verify) == ["cswap-deploy", "verify", str(folder)]
     program, option, text = shlex.split(code)
     names: list[object] = []
     exec(text, {"__builtins__": {"print": lambda _: None, "__import__": lambda *_: _Loader(names)}})
@@ -223,23 +357,24 @@ def test_groups_are_listed_with_what_stays_whole_and_why():
 
 
 def test_long_names_fold_within_the_table():
-    lines = list(console.table(("name", "n"), [("layer." * 40, "1")], "title " * 30))
+    lines = list(words.table(("name", "n"), [("layer." * 40, "1")], "title " * 30))
     assert max(map(len, lines)) <= WIDTH
     assert "".join(line.split("  ")[0].strip() for line in lines).count("layer.") >= 39
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.0 GiB")]
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.0 GiB"), (859_000, "839 KiB")],
 )
 def test_sizes(size, text):
-    assert console.size_text(size) == text
+    assert words.size_text(size) == text
 
 
 @pytest.mark.parametrize(
     ("number", "text"), [(999, "999"), (1000, "1.00 k"), (2.5e6, "2.50 M"), (1.23e9, "1.23 G"), (999_999, "1.00 M")]
 )
 def test_counts(number, text):
-    assert console.count_text(number) == text
+    assert words.count_text(number) == text
 
 
 def test_the_path_of_a_result_is_not_folded(tmp_path: Path):

@@ -23,13 +23,13 @@ NAMES = {"source": "dense", "pruned": "ships"}
 
 def halves(m: Facts) -> Iterator[Row]:
     """What shrank: `title`, `dense` and `shipped` as text, `kept` in 0..1 or None, `chart`."""
-    sizes, latency = m.get("sizes"), m["latency"]
+    files, latency = m.get("size"), m["latency"]
     pairs: list[tuple[str, float | None, float, Any]] = [
         ("multiply-accumulates", m["model"]["macs"], m["pruned"]["macs"], count),
         ("parameters", m["model"]["params"], m["pruned"]["params"], count),
     ]
-    if sizes:
-        pairs.append(("file", sizes["dense"], sizes["shipped"], size))
+    if files:
+        pairs.append(("file", files["source_bytes"], files["shipped_bytes"], size))
     if latency:
         pairs.insert(0, ("latency, p50", latency["source"]["p50_ms"], latency["pruned"]["p50_ms"], ms))
         dense, shipped = (latency[key].get("peak_memory_mb") for key in NAMES)

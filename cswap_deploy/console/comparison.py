@@ -1,0 +1,177 @@
+"""A bundle in a table: dense and shipped, the verdict with its reason, what to do next."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.console.answers import conditions, unstable_lines
+from cswap_deploy.console.text import (
+    count_text,
+    from_here,
+    mb,
+    ms,
+    ms_interval,
+    percent,
+    plural,
+    size_text,
+    table,
+    wrapped,
+)
+from cswap_deploy.console.unit import ATTRIBUTION
+from cswap_deploy.errors import DeviceError
+from cswap_deploy.manifest import VERDICTS
+
+if TYPE_CHECKING:
+    from cswap_deploy.bundle import Bundle
+
+
+def bundle_lines(bundle: Bundle) -> Iterator[str]:
+    """The table before and after, the verdict and one sentence of reason."""
+    manifest = bundle.manifest
+    accuracy, model, pruned = manifest["accuracy"], manifest["model"], manifest["pruned"]
+    dense, shipped = accuracy["source"], accuracy["shipped"]
+    rows = [
+        ("top-1", percent(dense["top1"]), percent(shipped["top1"]), f"drop {accuracy['drop_pp']:+.2f} points"),
+        ("  95 % interval", _interval(dense["top1_ci95"]), _interval(shipped["top1_ci95"]), _drop_interval(accuracy)),
+        ("top-5", percent(dense["top5"]), percent(shipped["top5"]), ""),
+        (
+            "parameters",
+            count_text(model["params"]),
+            count_text(pruned["params"]),
+            _kept(model["params"], pruned["params"]),
+        ),
+        ("MACs", count_text(model["macs"]), count_text(pruned["macs"]), _kept(model["macs"], pruned["macs"])),
+        *_size_rows(manifest.get("size")),
+    ]
+    if latency := manifest["latency"]:
+        rows += _latency_rows(latency)
+    yield from table(("", "dense", "shipped", ""), rows, f"{manifest['name']}: {model['name']}")
+    word = (
+        "NO GATE"
+        if accuracy["gate"]["verdict"] == "off" and manifest["verdict"] == "pass"
+        else manifest["verdict"].upper()
+    )
+    yield from wrapped(f"{word}: {_sentence(manifest)}")
+    if manifest["reasons"] and accuracy["gate"]["verdict"] == "pass":
+        yield from wrapped(f"accuracy passed: {_accuracy_sentence(accuracy)}")
+    if latency:
+        yield from _slower(latency)
+        yield from unstable_lines(latency["unstable_because"], " Measure again with --force latency.")
+        yield from wrapped(f"latency of {manifest['shipped']} and its dense twin, on {conditions(latency)}")
+
+
+def next_commands(bundle: Bundle) -> Iterator[str]:
+    """Where things are and what to try, ready to paste into the shell that this program was started from."""
+    folder = from_here(bundle.folder)
+    yield f"bundle   {folder}"
+    yield f"report   {folder / 'report.html'}"
+    program = from_here(Path(sys.argv[0])) if os.sep in sys.argv[0] else Path("cswap-deploy")
+    if program.name != "cswap-deploy":
+        program = Path("cswap-deploy")
+    if bundle.manifest["exit_code"] == DeviceError.exit_code:
+        yield f"finish   {shlex.join([str(program), 'deploy', str(folder.parent)])} --on TARGET"
+    yield f"next     {shlex.join([str(program), 'show', str(folder)])}"
+    yield f"         {shlex.join([str(program), 'verify', str(folder)])}"
+    if bundle.manifest["model"]["source"] == "timm":
+        code = f"import cswap_deploy; print(cswap_deploy.load_pruned({str(folder)!r}))"
+        python = str(program.with_name("python")) if program.parent != Path() else "python"
+        plain = re.fullmatch(r"[\w./-]+", str(folder)) and " " not in python
+        quoted = f'{python} -c "{code}"' if plain else shlex.join([python, "-c", code])
+        yield f"         {quoted}"
+
+
+def file_lines(bundle: Bundle) -> Iterator[str]:
+    for entry in bundle.manifest["files"]:
+        yield f"{entry['path']:<28} {size_text(entry['bytes']):>9}  sha256 {entry['sha256'][:16]}"
+
+
+def left_lines(bundle: Bundle) -> Iterator[str]:
+    """How many units left, and what the dense network's scores said of them."""
+    pruned = bundle.manifest["pruned"]
+    count, scores = pruned["units_removed"], pruned.get("scores")
+    text = f"{count} of {plural(pruned['units'], 'unit')} left"
+    judged = [group["left"] for group in pruned.get("groups", ()) if group.get("left")]
+    if count and judged:
+        totals = {verdict: sum(group[verdict] for group in judged) for verdict in VERDICTS}
+        said = ", ".join(f"{total} {verdict}" for verdict, total in totals.items() if total)
+        text += f"; on the dense network: {said}"
+        text += f" (by attribution: {ATTRIBUTION})" if scores and scores["estimator"] == "attribution" else ""
+    elif count and scores:
+        text += f"; criterion {scores['criterion']} gives no verdicts"
+    yield from wrapped(text)
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
+
+
+def _drop_interval(accuracy: dict[str, Any]) -> str:
+    low, high = accuracy["drop_ci95_pp"]
+    return f"{low:+.2f} to {high:+.2f}"
+
+
+def _kept(dense: int, shipped: int) -> str:
+    return f"{100 * shipped / dense:.1f} % kept"
+
+
+def _size_rows(size: dict[str, Any] | None) -> Iterator[tuple[str, str, str, str]]:
+    """Of the file that ships and its dense twin; where that was not made, the weights' speak for both."""
+    if size and size["source_bytes"]:
+        dense, shipped = size["source_bytes"], size["shipped_bytes"]
+        yield "file size", size_text(dense), size_text(shipped), _kept(dense, shipped)
+    elif size:
+        dense, pruned = size["source_weights_bytes"], size["pruned_weights_bytes"]
+        yield "size of the weights", size_text(dense), size_text(pruned), _kept(dense, pruned)
+        yield "  of the file", "", size_text(size["shipped_bytes"]), ""
+
+
+def _latency_rows(latency: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    dense, shipped = latency["source"], latency["pruned"]
+    low, high = latency["speedup_ci95"]
+    both = "" if latency["precision"] == "fp32" else f", both {latency['precision']}"
+    yield (
+        f"p50{both}",
+        f"{ms(dense['p50_ms'])} ms",
+        f"{ms(shipped['p50_ms'])} ms",
+        f"{latency['speedup']:.2f} x as fast",
+    )
+    yield "  95 % interval", ms_interval(dense), ms_interval(shipped), f"{low:.2f} to {high:.2f}"
+    yield "p99", f"{ms(dense['p99_ms'])} ms", f"{ms(shipped['p99_ms'])} ms", ""
+    if "p99_ci95_ms" in dense:  # not in bundles of earlier versions
+        yield "  95 % interval", ms_interval(dense, 99), ms_interval(shipped, 99), ""
+    if shipped["peak_memory_mb"]:
+        yield "peak memory", f"{mb(dense)} MB", f"{mb(shipped)} MB", ""
+
+
+def _slower(latency: dict[str, Any]) -> Iterator[str]:
+    """What helps most where cuts have bought no time: widths that fill the blocks in which runtimes work."""
+    if latency["speedup_ci95"][0] <= 1:
+        word = "SLOWER" if latency["speedup_ci95"][1] < 1 else "NOT FASTER"
+        advice = "runtimes work in blocks of channels, and cuts within a block buy no time"
+        yield from wrapped(f"{word} than the dense model: {advice}; try --set prune.round_to=8, 16 or 32")
+
+
+def _sentence(manifest: dict[str, Any]) -> str:
+    if manifest["reasons"]:
+        return "; ".join(manifest["reasons"])
+    return _accuracy_sentence(manifest["accuracy"])
+
+
+def _accuracy_sentence(accuracy: dict[str, Any]) -> str:
+    gate = accuracy["gate"]
+    if gate["verdict"] == "off":
+        return f"the recipe sets no accuracy gate; {accuracy['images']} hold-out images"
+    proof = f"proven at {gate['confidence']:.0%}" if gate["proven"] else f"not proven at {gate['confidence']:.0%}"
+    more = (
+        f" (about {gate['images_to_prove']} images would prove it)"
+        if not gate["proven"] and gate["images_to_prove"]
+        else ""
+    )
+    limit = f"{gate['max_drop_pp']:g} point{'' if gate['max_drop_pp'] == 1 else 's'}"
+    return f"the drop is within {limit} on {accuracy['images']} hold-out images, {proof}{more}"
