@@ -15,6 +15,7 @@ from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
 from cswap_deploy.prune.cut import cut_copy
+from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.refit import Structure, examine
 from cswap_deploy.prune.search import SEARCH_IMAGES, Bench, Search, State
 from cswap_deploy.prune.select import CostKind, Kept
@@ -36,7 +37,8 @@ class How:
     fit: int = 1 << 30
     """Images to fit on at most."""
     without: str = ""
-    """An ingredient of the refit that is left out: `all layers` (the groups' consumers only) or `rectifier`."""
+    """What is left out: of the refit `all layers` (the groups' consumers only) or `rectifier`; or `scaled curves`, so that all
+    widths of all groups are measured in each step."""
 
 
 ORDERED = recipe.MagnitudeCriterion()
@@ -50,6 +52,7 @@ ABLATIONS: dict[str, How] = {
     "no compensation": How(compensate=recipe.NoCompensation()),
     "consumers only": How(without="all layers"),
     "no rectifier": How(without="rectifier"),
+    "all curves anew": How(without="scaled curves"),
     "one step": How(),
     "temperature 1": How(allocation=recipe.CurvesAllocation(temperature=1.0)),
     "128 curve images": How(allocation=recipe.CurvesAllocation(images=128)),
@@ -75,10 +78,20 @@ class Passing(Search):
     """The pipeline's search, stopped at every cut; a peer may score between its steps."""
 
     peer: Scorer | None = None
+    anew: bool = False
+    """Measure all curves in each step."""
 
     @property
     def criterion(self) -> Scorer:
         return self.peer or scorer(between_steps(self.bench.criterion), self.seed)
+
+    def _by_curves(
+        self, state: State, scores: tuple[GroupScores, ...], kind: CostKind, fraction: float, damage: Damage
+    ) -> tuple[Kept, tuple[Curve, ...]]:
+        if self.anew and state.steps:
+            gauge = self.bench.gauge(state.module, state.systems, state.keep, scores, damage)
+            state = replace(state, curves=gauge.curves(self.bench.round_to), steps=())
+        return super()._by_curves(state, scores, kind, fraction, damage)
 
     def through(self, kind: CostKind, stride: float, cuts: Sequence[float]) -> Iterator[tuple[float, State]]:
         """(cut, state) of each cut in turn. Errors: PruningError."""
@@ -112,7 +125,7 @@ def passing(case: Case, how: How) -> Passing:
         structure,
     )
     peer = PeerOnFew(peers.PeerScorer(how.peer, case.seed)) if how.peer else None
-    return Passing(bench, case.selection, (), (), case.seed, peer)
+    return Passing(bench, case.selection, (), (), case.seed, peer, how.without == "scaled curves")
 
 
 def begun(search: Passing, how: How) -> Passing:
