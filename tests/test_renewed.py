@@ -56,10 +56,13 @@ def test_a_point_that_was_never_measured_is_added() -> None:
     assert found.widths == (7, 6, 2) and found.damage == pytest.approx((0.6, 0.8, 1.6))
 
 
-def test_a_gain_scales_to_next_to_nothing() -> None:
-    """A network that got better by losing units promises nothing about the next ones: neither does it turn the curve round."""
-    found = curve_after(10, curve(10, {7: 0.1, 1: 2.0}), {7: -0.01})
-    assert found.damage[0] == -0.01 and 0 < found.damage[1] < 1e-3
+@pytest.mark.parametrize(
+    ("before", "now", "growth"), [(0.1, -0.01, 0.5), (0.0, 0.01, 5.0), (0.1, 0.2, 2.0), (0.0, 0.0, 1.0)]
+)
+def test_a_point_next_to_zero_does_not_turn_the_far_end_round(before: float, now: float, growth: float) -> None:
+    """Whether a network seems to gain by losing units, or lost nothing before: the narrowest width stays dear, and affordable."""
+    found = curve_after(10, curve(10, {7: before, 1: 2.0}), {7: now})
+    assert found.damage == pytest.approx((now, 2.0 * growth))
 
 
 def test_the_narrowest_group_is_not_measured() -> None:

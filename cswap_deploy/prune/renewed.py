@@ -17,6 +17,8 @@ SHARE = 0.3
 """Part of a group's present units that the new measurement is about."""
 SMALLEST = 1e-5
 """Nats: smaller damages count as this much where two are compared."""
+LEAST_GROWTH, MOST_GROWTH = 0.5, 5.0
+"""Of a curve in one step: a point that is all but 0, before or now, says little about the far end."""
 
 
 def renewed(gauge: Gauge, earlier: Sequence[Curve], round_to: int) -> tuple[Curve, ...]:
@@ -47,4 +49,5 @@ def _grown(earlier: Curve, order: tuple[int, ...], measured: dict[int, float]) -
     growth = 1.0
     for width, damage in measured.items():
         growth = max(damage, SMALLEST) / max(ahead[width], SMALLEST)
+        growth = min(MOST_GROWTH, max(LEAST_GROWTH, growth))
     return Curve(earlier.group, order, widths, tuple(measured.get(width, growth * ahead[width]) for width in widths))
