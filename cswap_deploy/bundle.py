@@ -29,7 +29,7 @@ from cswap_deploy.artifacts import (
     Reason,
     sha256_of,
 )
-from cswap_deploy.digests import is_sealed, sealed
+from cswap_deploy.digests import SEAL, is_sealed, sealed
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
 from cswap_deploy.preprocess import preprocess
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings, Precision, PruneSettings, Recipe
@@ -104,8 +104,8 @@ class Bundle:
         return Bundle(folder, document)
 
     def require_sealed(self) -> Bundle:
-        """This bundle. Errors: VerifyError when a value of the manifest is not the one that was written."""
-        if not is_sealed(self.manifest):
+        """This bundle. Errors: VerifyError when a value of the manifest is not the one that was written; earlier versions kept no seal."""
+        if SEAL in self.manifest and not is_sealed(self.manifest):
             raise VerifyError(
                 f"{self.folder / MANIFEST} is not as it was written: its sha256 differs",
                 "copy the bundle again, or build it again",

@@ -335,9 +335,9 @@ def main() -> NoReturn:
         refuse_arguments(error)
     except OSError as error:  # of the help; commands answer for themselves
         refuse_output(error)
-    if code == interrupts.EXIT_CODE:
+    if interrupts.asked() or code == interrupts.EXIT_CODE:
         say_interrupted()
-        os._exit(code)  # libraries take seconds to shut down
+        os._exit(interrupts.EXIT_CODE)  # libraries take seconds to shut down
     interrupts.disarm()
     sys.exit(code)
 

@@ -24,12 +24,14 @@ _asked = threading.Event()
 
 
 def arm(say: Callable[[], object]) -> None:
-    """From now on these signals end this process; `say` is called before it ends without the main thread's help."""
+    """From now on these signals end this process, unless its caller had them ignored; `say` is called before it ends without the
+    main thread's help."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in SIGNALS:
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of what a script runs in the background
+            signal.signal(number, _interrupt)
     threading.Thread(target=_watch, args=(reading, say), daemon=True).start()
 
 

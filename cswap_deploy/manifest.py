@@ -334,10 +334,9 @@ def schema() -> Schema:
         engine=nullable(_engine()),
         files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
         environment={"type": "object", "additionalProperties": TEXT},
-        sha256=TEXT,
     )
     size = record(source_bytes=nullable(POSITIVE), **dict.fromkeys(SIZES, POSITIVE))
-    return with_optional(manifest, size=size)
+    return with_optional(manifest, size=size, sha256=TEXT)
 
 
 def _pruned() -> Schema:

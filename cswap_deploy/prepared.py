@@ -13,7 +13,7 @@ from cswap_deploy.errors import UsageError, WorkdirError
 from cswap_deploy.recipe import Recipe
 from cswap_deploy.stage import Workdir
 
-SCHEMA = "cswap-deploy/prepared/1"
+SCHEMA = "cswap-deploy/prepared/2"
 NAME = "prepared.json"
 
 

@@ -15,11 +15,13 @@ import typer
 
 from cswap_deploy import interrupts
 from cswap_deploy.errors import CswapError, UsageError
+from cswap_deploy.terminal import painted, takes_colour
+from cswap_deploy.wording import printable
 
 STOPPED = ("Interrupted", "interrupted", "run the same command again; a build goes on where it stopped")
 UNHEARD = "run the command again, its output to where there is room; what was built is kept"
-_telling, _told = threading.Lock(), threading.Event()
-"""Held while an error is printed; set once one was."""
+_telling, _told, _answering = threading.Lock(), threading.Event(), threading.Event()
+"""Held while an error is printed; set once one was; set before the first byte of an answer in JSON."""
 
 
 class Answer:
@@ -37,11 +39,13 @@ class Answer:
 def session(command: str, as_json: bool) -> Iterator[Answer]:
     """Run a command's body, then print its answer, or its error with the documented exit code."""
     answer = Answer()
+    _answering.clear()
     try:
         yield answer
         if not as_json:
             _print(answer.lines)
         elif not answer.fault:
+            _answering.set()
             _print_json(command, answer.document)
         if answer.fault:
             raise answer.fault
@@ -86,7 +90,7 @@ def _fail(command: str, as_json: bool, kind: str, message: str, hint: str, code:
 
 def _tell(command: str, as_json: bool, kind: str, message: str, hint: str, code: int) -> None:
     _told.set()
-    if as_json:
+    if as_json and not _answering.is_set():  # one document, or the beginning of one
         error = {"type": kind, "message": message, "hint": hint, "exit_code": code}
         with suppress(UsageError):  # the error itself is the news
             _print_json(command, {"error": error})
@@ -103,8 +107,6 @@ def _print(lines: Sequence[str], stream: TextIO | None = None) -> None:
 
     Errors: UsageError where standard output cannot be written.
     """
-    from cswap_deploy.console.text import painted, printable, takes_colour
-
     stream = stream or sys.stdout
     if stream is None:  # closed by the caller
         return

@@ -35,7 +35,7 @@ from cswap_deploy.keys import changes, ingredients
 P = ParamSpec("P")
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 RUNS_KEPT = 4
 """Results that none of this many last runs used are removed."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

@@ -17,6 +17,7 @@ from cswap_deploy.data import Listing
 from cswap_deploy.digests import write_atomically
 from cswap_deploy.errors import DataError, ModelError, RecipeError, UsageError
 from cswap_deploy.recipe import ModelSettings, Recipe
+from cswap_deploy.wording import printable
 
 MODEL, TARGET = "resnet50", "macs=0.7"
 """What is taken where nothing is said."""
@@ -74,8 +75,14 @@ def write(wishes: Wishes, force: bool) -> Starter:
     schema = path.with_name(SCHEMA)
     seen = look(wishes)
     text = compose(wishes, seen)
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _require_valid(text, path)
+    try:
+        _require_valid(text, path)
+    except BaseException:
+        for folder in made:
+            folder.rmdir()
+        raise
     with path.open("w" if force else "x", encoding="utf-8") as stream:
         stream.write(text)
     write_atomically(schema, json.dumps(recipe.schema(), indent=1, ensure_ascii=False) + "\n")
@@ -157,14 +164,14 @@ def _lines(wishes: Wishes, seen: _Seen) -> Iterator[str]:
     yield f"# yaml-language-server: $schema={SCHEMA}"
     yield "# A recipe to start from: everything that a run depends on. An editor with a YAML language server completes"
     yield f"# and explains its keys, {SCHEMA} beside it tells them. What would run, and whether all is there:"
-    yield f"#   {_printable(shlex.join(['cswap-deploy', 'check', str(path)]))}"
+    yield f"#   {printable(shlex.join(['cswap-deploy', 'check', str(path)]))}"
     yield f"name: {_scalar(wishes.name or _name(wishes))}"
     yield ""
     yield "model:"
     yield "  # `name`: a timm name; or in its place `factory: nets.py:build`, a function that returns your nn.Module"
     yield f"  {key}: {_scalar(wishes.model)}"
     if seen.untrained:
-        yield f"  # UNTRAINED: {_printable(seen.untrained)}."
+        yield f"  # UNTRAINED: {printable(seen.untrained)}."
         yield "  # Give your weights as `checkpoint`, remove `pretrained: false`, and set accuracy.max_drop to a number."
     yield from (f"  {name}: {_scalar(value)}" for name, value in seen.settings.items())
     if wishes.checkpoint:
@@ -202,7 +209,7 @@ def _calibration(wishes: Wishes, seen: _Seen, path: Path) -> Iterator[str]:
     if seen.images is None or seen.listing is None:
         yield "  images: path/to/images               # CHANGE THIS"
     else:
-        yield f"  # {_printable(described(seen.listing))}"
+        yield f"  # {printable(described(seen.listing))}"
         yield f"  images: {_path(seen.images, path)}"
     if wishes.labels:
         yield f"  labels: {_path(wishes.labels, path)}"
@@ -275,10 +282,6 @@ def _path(path: Path, file: Path) -> str:
     if path.is_absolute():
         return _scalar(str(path))
     return _scalar(str(here) if text.startswith("~") else text if text.strip() else f"./{text}")
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 # --- files

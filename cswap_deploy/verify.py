@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cswap_deploy.artifacts import File
 from cswap_deploy.bundle import ENGINE, FILES, MANIFEST, Bundle, load_pruned
 from cswap_deploy.checkpoint import reason
+from cswap_deploy.digests import SEAL
 from cswap_deploy.errors import CswapError, UsageError, VerifyError
 from cswap_deploy.external_data import refers_to_other_files
 
@@ -192,7 +193,8 @@ def _manifest(bundle: Bundle) -> str:
     unknown = sorted(set(_variants(bundle)) - set(VARIANTS))
     more = f"; variants that this version does not know and cannot check: {', '.join(unknown[:5])}" if unknown else ""
     made = f"made by cswap-deploy {bundle.manifest['tool']['version']} at {bundle.manifest['created']}"
-    return f"{bundle.manifest['name']}, verdict {bundle.verdict}, {made}{more}"
+    seal = "" if SEAL in bundle.manifest else "; no digest of its own, so a changed figure cannot be told"
+    return f"{bundle.manifest['name']}, verdict {bundle.verdict}, {made}{seal}{more}"
 
 
 def _variants(bundle: Bundle) -> Mapping[str, Any]:

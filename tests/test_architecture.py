@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
-    0: "artifacts digests errors interrupts keys progress recipe recipe_file sources stage",
+    0: "artifacts digests errors interrupts keys progress recipe recipe_file sources stage terminal wording",
     1: "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
     "prepared units onnx_file preprocess runtime manifest details report report.* "
     "prune.batches prune.groups prune.ablation prune.observe prune.rows "

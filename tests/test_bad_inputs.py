@@ -146,7 +146,7 @@ LINE = [
     Case("idle --force", nothing, "--force: 'latency' does not run for this recipe", "this recipe runs", "UsageError",
          ("--force", "latency")),
     work(foreign, "is not a work folder: it holds 'thesis.tex'", "choose an empty or a new folder"),
-    work(of_version('{"format": 0}'), "has format 0; this version of cswap-deploy reads format 1", "choose another folder"),
+    work(of_version('{"format": 0}'), "has format 0; this version of cswap-deploy reads format 2", "choose another folder"),
     work(of_version('{"format": 99}'), "has format 99; this version of cswap-deploy reads", "or delete this one"),
     work(of_version("?"), "has format unreadable", "choose another folder"),
     work(lambda p: (p.folder / "work").write_text("notes"), "work is a file", "choose another with --work"),

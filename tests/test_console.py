@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from cswap_deploy import console
+from cswap_deploy import console, terminal, wording
 from cswap_deploy.artifacts import Group, Groups, Refusal
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.console import WIDTH, Console, live
@@ -177,9 +177,9 @@ def test_colour_is_for_terminals_whose_user_wants_it(monkeypatch, no_color, term
 
 def test_a_colour_says_nothing_that_the_word_does_not():
     for line in ("PASS: x", "FAIL: x", "NO GATE: x", "UNSTABLE: x", "passed   sha256", "missing  x"):
-        assert re.sub(r"\x1b\[[0-9;]*m", "", words.painted(line)) == line != words.painted(line)
+        assert re.sub(r"\x1b\[[0-9;]*m", "", terminal.painted(line)) == line != terminal.painted(line)
     for line in ("PASSED", "the verdict is PASS: x", "okay", "source       not run yet"):
-        assert words.painted(line) == line
+        assert terminal.painted(line) == line
 
 
 def test_long_lines_are_folded_on_a_terminal_and_whole_in_a_pipe(monkeypatch):
@@ -227,7 +227,7 @@ def test_a_result_without_files_has_the_size_of_its_record(tmp_path):
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3725, "1 h 2 min")],
 )
 def test_durations(seconds, expected):
-    assert words.duration_text(seconds) == expected
+    assert wording.duration_text(seconds) == expected
 
 
 def test_live_lines_come_at_most_every_tenth_of_a_second_but_the_last_always():
@@ -304,7 +304,7 @@ def test_the_table_holds_the_manifest_s_figures(quickstart):
     assert f"{100 * sizes['pruned_weights_bytes'] / sizes['source_weights_bytes']:.1f} % kept" in text
     for key in ("params", "macs"):
         assert f"{100 * manifest['pruned'][key] / manifest['model'][key]:.1f} % kept" in text
-        assert words.count_text(manifest["pruned"][key]) in text
+        assert wording.count_text(manifest["pruned"][key]) in text
     assert f"PASS: the drop is within 1 point on {manifest['accuracy']['images']} hold-out images" in text
 
 
@@ -367,14 +367,14 @@ def test_long_names_fold_within_the_table():
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.0 GiB"), (859_000, "839 KiB")],
 )
 def test_sizes(size, text):
-    assert words.size_text(size) == text
+    assert wording.size_text(size) == text
 
 
 @pytest.mark.parametrize(
     ("number", "text"), [(999, "999"), (1000, "1.00 k"), (2.5e6, "2.50 M"), (1.23e9, "1.23 G"), (999_999, "1.00 M")]
 )
 def test_counts(number, text):
-    assert words.count_text(number) == text
+    assert wording.count_text(number) == text
 
 
 def test_the_path_of_a_result_is_not_folded(tmp_path: Path):

@@ -19,6 +19,7 @@ import reports
 from conftest import Built, run
 
 from cswap_deploy import details
+from cswap_deploy.digests import sealed
 from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.report import FORMATS, render, render_html, render_junit, render_markdown, render_readme
 from cswap_deploy.samples import Samples
@@ -131,7 +132,7 @@ def test_figures_on_the_page_are_the_manifest_s(manifest):
         "81.10 %", "82.10 %", "83.10 %", "91.10 %", "92.10 %", "93.10 %", "71.10 % to 85.10 %", "73.10 % to 87.10 %",
         "4321 hold-out images", "Drop +1.23 points", "-0.45 to +3.21", "98.76 %", "77 images only the dense", "66 only",
         "read 9 times", "seven +12.34 56", "allows 2.25 points", "not proven at 97.00 %", "8765 images",
-        "2.345 M", "5.432 M", "45.67 M", "98.76 M", "43.17 %", "46.24 %", "1000 877 123 removed", "17 steps",
+        "2.35 M", "5.43 M", "45.67 M", "98.76 M", "43.17 %", "46.24 %", "1000 877 123 removed", "17 steps",
         "layer1.conv1 30 of 80", "Opset 21", "IR version 9", "432 nodes (543", "13 real images", "2.34e-06", "123.4 dB",
     ]  # fmt: skip
     assert [figure for figure in shown if figure not in text] == []
@@ -243,8 +244,8 @@ def test_markdown_holds_the_facts_of_the_page(large):
     rows = {row[0]: row[1:] for row in cells(text)}
     assert text.startswith("## ❌ `resnet50`: FAIL\n") and large["reasons"][0] in text
     assert rows["top-1"][:2] == [f"{100 * large['accuracy']['source']['top1']:.2f} %", "97.33 %"]
-    assert rows["multiply-accumulates"] == ["4.089 G", "2.454 G", "60.00 % kept"]
-    assert rows["file"] == ["97.80 MiB", "16.79 MiB", "17.16 %"]
+    assert rows["multiply-accumulates"] == ["4.09 G", "2.45 G", "60.00 % kept"]
+    assert rows["file size"] == ["97.8 MiB", "16.8 MiB", "17.16 % kept"]
     assert (
         rows["latency, p50"][1] == f"{large['latency']['pruned']['p50_ms']:.4g} ms"
         and "times as fast" in rows["latency, p50"][2]
@@ -256,7 +257,9 @@ def test_markdown_holds_the_facts_of_the_page(large):
 
 def test_markdown_of_a_small_bundle_says_what_is_missing(manifest):
     text = render_markdown(manifest)
-    assert "Latency was not measured." in text and "not known" in text and ": PASS" in text.splitlines()[0]
+    assert (
+        "Latency was not measured." in text and "| size of the weights |" in text and ": PASS" in text.splitlines()[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,7 +336,7 @@ def test_a_format_must_be_known(manifest):
 
 def test_figures_that_cannot_be_are_the_bundle_s_fault(copy, manifest):
     manifest["pruned"]["groups"][0]["units"] = 0
-    (copy / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    (copy / "manifest.json").write_text(json.dumps(sealed(manifest)), "utf-8")
     done = run("-m", "cswap_deploy", "show", copy, "--format", "html")
     assert done.returncode == 9 and "cannot be shown as html: " in done.stderr and not done.stdout
     del manifest["accuracy"]["drop_interval"], manifest["pruned"]["groups"]

@@ -319,7 +319,7 @@ def test_sections_without_data_say_why(visit, real):
 
 def test_a_bundle_of_before_has_a_page(visit, large):
     """Manifests that lack the keys that were added since."""
-    old = {key: value for key, value in large.items() if key != "sizes"}
+    old = {key: value for key, value in large.items() if key != "size"}
     old["pruned"] = {key: value for key, value in large["pruned"].items() if key not in ("layers", "trace", "scores")}
     old["pruned"]["groups"] = [
         {key: group[key] for key in ("name", "units", "kept")} for group in large["pruned"]["groups"]

@@ -601,7 +601,7 @@ def test_other_format_is_refused(root: Path, text: str, found: str) -> None:
     run(root, writing())
     (root / "work.json").write_text(text)
     for dry in (False, True):
-        with pytest.raises(WorkdirError, match=f"has format {found}; this version of cswap-deploy reads format 1"):
+        with pytest.raises(WorkdirError, match=f"has format {found}; this version of cswap-deploy reads format 2"):
             run(root, writing(), dry=dry)
     assert len(entries(root)) == 1
 

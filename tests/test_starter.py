@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from cswap_deploy import cli, recipe, schemas, starter
+from cswap_deploy import cli, recipe, schemas, starter, wording
 from cswap_deploy.console import questions
 from cswap_deploy.errors import DataError, ModelError, RecipeError, UsageError
 from cswap_deploy.starter import FILE, SCHEMA, Wishes
@@ -209,7 +209,7 @@ def test_a_hostile_folder_name_is_one_path(tmp_path, monkeypatch, name):
 def test_any_text_is_one_scalar_on_one_line(text):
     written = starter._scalar(text)
     assert "\n" not in written
-    assert YAML(typ="safe", pure=True).load(f"# {starter._printable(text)}\na: {written}\nb: 1\n") == {
+    assert YAML(typ="safe", pure=True).load(f"# {wording.printable(text)}\na: {written}\nb: 1\n") == {
         "a": text,
         "b": 1,
     }

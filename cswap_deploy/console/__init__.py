@@ -11,7 +11,7 @@ from cswap_deploy.console.answers import (
 )
 from cswap_deploy.console.comparison import bundle_lines, file_lines, left_lines, next_commands
 from cswap_deploy.console.live import Console
-from cswap_deploy.console.text import WIDTH, printable
+from cswap_deploy.console.text import WIDTH
 from cswap_deploy.console.unit import unit_lines
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "measured_lines",
     "next_commands",
     "prepared_lines",
-    "printable",
     "unit_lines",
     "verified_lines",
 ]

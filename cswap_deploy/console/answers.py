@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.console.text import mb, ms, ms_interval, plural, size_text, table, wrapped
+from cswap_deploy.console.text import mb, ms_interval, table, wrapped
+from cswap_deploy.wording import ms, plural, size_text
 
 if TYPE_CHECKING:
     from cswap_deploy.artifacts import Groups, Prepared

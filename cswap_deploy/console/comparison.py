@@ -11,21 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.console.answers import conditions, unstable_lines
-from cswap_deploy.console.text import (
-    count_text,
-    from_here,
-    mb,
-    ms,
-    ms_interval,
-    percent,
-    plural,
-    size_text,
-    table,
-    wrapped,
-)
+from cswap_deploy.console.text import from_here, mb, ms_interval, table, wrapped
 from cswap_deploy.console.unit import ATTRIBUTION
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.manifest import VERDICTS
+from cswap_deploy.wording import count_text, ms, percent, plural, size_text, sizes
 
 if TYPE_CHECKING:
     from cswap_deploy.bundle import Bundle
@@ -47,7 +37,7 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
             _kept(model["params"], pruned["params"]),
         ),
         ("MACs", count_text(model["macs"]), count_text(pruned["macs"]), _kept(model["macs"], pruned["macs"])),
-        *_size_rows(manifest.get("size")),
+        *_size_rows(manifest),
     ]
     if latency := manifest["latency"]:
         rows += _latency_rows(latency)
@@ -120,15 +110,12 @@ def _kept(dense: int, shipped: int) -> str:
     return f"{100 * shipped / dense:.1f} % kept"
 
 
-def _size_rows(size: dict[str, Any] | None) -> Iterator[tuple[str, str, str, str]]:
-    """Of the file that ships and its dense twin; where that was not made, the weights' speak for both."""
-    if size and size["source_bytes"]:
-        dense, shipped = size["source_bytes"], size["shipped_bytes"]
-        yield "file size", size_text(dense), size_text(shipped), _kept(dense, shipped)
-    elif size:
-        dense, pruned = size["source_weights_bytes"], size["pruned_weights_bytes"]
-        yield "size of the weights", size_text(dense), size_text(pruned), _kept(dense, pruned)
-        yield "  of the file", "", size_text(size["shipped_bytes"]), ""
+def _size_rows(manifest: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    if found := sizes(manifest):
+        what, dense, shipped = found
+        yield what, size_text(dense), size_text(shipped), _kept(dense, shipped)
+        if not manifest["size"]["source_bytes"]:
+            yield "  of the file", "", size_text(manifest["size"]["shipped_bytes"]), ""
 
 
 def _latency_rows(latency: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:

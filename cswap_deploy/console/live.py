@@ -12,18 +12,9 @@ from threading import Event, RLock, Thread
 from time import monotonic
 from typing import TextIO
 
-from cswap_deploy.console.text import (
-    WIDTH,
-    cut_to,
-    duration_text,
-    from_here,
-    is_screen,
-    painted,
-    printable,
-    size_text,
-    takes_colour,
-    wrapped,
-)
+from cswap_deploy.console.text import WIDTH, cut_to, from_here, wrapped
+from cswap_deploy.terminal import is_screen, painted, takes_colour
+from cswap_deploy.wording import duration_text, printable, size_text
 
 REFRESH_S = 0.1
 TICK_S = 1.0

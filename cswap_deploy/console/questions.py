@@ -12,10 +12,10 @@ from typing import TypeVar
 import typer
 
 from cswap_deploy import data, starter
-from cswap_deploy.console.text import printable
 from cswap_deploy.errors import CswapError, UsageError
 from cswap_deploy.recipe import TARGET
 from cswap_deploy.starter import Wishes
+from cswap_deploy.wording import printable
 
 T = TypeVar("T")
 NOWHERE = "no"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cswap_deploy.console.text import plural, printable, table, wrapped
+from cswap_deploy.console.text import table, wrapped
+from cswap_deploy.wording import plural, printable
 
 ATTRIBUTION = "it calls no unit critical or detrimental"
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from cswap_deploy.manifest import VERDICTS
 from cswap_deploy.report import svg
 from cswap_deploy.report.svg import Axis
-from cswap_deploy.report.words import count, effects, ms, percent, plural, points, share, size, times
+from cswap_deploy.report.words import count, effects, ms, percent, plural, points, share, size, sizes, times
 
 Facts = dict[str, Any]
 Row = dict[str, Any]
@@ -23,13 +23,13 @@ NAMES = {"source": "dense", "pruned": "ships"}
 
 def halves(m: Facts) -> Iterator[Row]:
     """What shrank: `title`, `dense` and `shipped` as text, `kept` in 0..1 or None, `chart`."""
-    files, latency = m.get("size"), m["latency"]
+    latency = m["latency"]
     pairs: list[tuple[str, float | None, float, Any]] = [
         ("multiply-accumulates", m["model"]["macs"], m["pruned"]["macs"], count),
         ("parameters", m["model"]["params"], m["pruned"]["params"], count),
     ]
-    if files:
-        pairs.append(("file", files["source_bytes"], files["shipped_bytes"], size))
+    if files := sizes(m):
+        pairs.append((*files, size))
     if latency:
         pairs.insert(0, ("latency, p50", latency["source"]["p50_ms"], latency["pruned"]["p50_ms"], ms))
         dense, shipped = (latency[key].get("peak_memory_mb") for key in NAMES)
@@ -256,9 +256,9 @@ def steps(m: Facts) -> list[Row]:
     ]
 
 
-def losers(m: Facts, most: int = 20) -> list[Row]:
+def losers(m: Facts) -> list[Row]:
     """Classes that lost top-1, the worst first."""
-    found = [item for item in m["accuracy"]["worst_classes"] if item["drop_pp"] > 0][:most]
+    found = [item for item in m["accuracy"]["worst_classes"] if item["drop_pp"] > 0]
     top = max((item["drop_pp"] for item in found), default=1.0)
     return [
         {**item, "chart": svg.bar(f"{item['label']}: {points(item['drop_pp'])} points on {plural(item['images'], 'image')}",

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from cswap_deploy.report import words
 
-CHECKS = ("accuracy", "parity", "latency", "engine", "target", "budget")
+CHECKS = ("accuracy", "engine", "target", "budget")
 """What the text of a reason may begin with; a reason of another kind is one of `build`."""
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 cannot hold, not even escaped."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from cswap_deploy import wording
+from cswap_deploy.wording import count_text as count
+from cswap_deploy.wording import percent, plural, printable, sizes
+from cswap_deploy.wording import size_text as size
+
+__all__ = ["count", "percent", "plural", "size", "sizes"]
+
 Facts = dict[str, Any]
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 def share(fraction: float) -> str:
@@ -18,26 +21,11 @@ def share(fraction: float) -> str:
 
 
 def ms(value: float) -> str:
-    return f"{value:.4g} ms" if value < 1000 else f"{value:.0f} ms"
+    return f"{wording.ms(value)} ms"
 
 
 def points(value: float) -> str:
     return f"{value:+.2f}"
-
-
-def count(number: float) -> str:
-    """1234567 → 1.235 M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:.4g}"
-
-
-def size(number: float) -> str:
-    for limit, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if number >= limit:
-            return f"{number / limit:.2f} {unit}"
-    return f"{number:g} bytes"
 
 
 def times(value: float) -> str:
@@ -55,11 +43,6 @@ def faster(latency: Facts) -> str:
     return f"{times(latency['speedup'])} (95 %: {times(low)} to {times(high)}) times as fast"
 
 
-def plural(number: int, noun: str) -> str:
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{number} {noun}{ending}"
-
-
 def fact(value: Any) -> str:
     """A condition of a measurement; of two values, the one before and the one after."""
     if isinstance(value, list):
@@ -75,7 +58,7 @@ def effects(bounds: list[float] | None) -> str:
 
 def code(text: str) -> str:
     """A Markdown code span, in which no character of a name means anything."""
-    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+    plain = printable(str(text))
     fence = "`" * (max(map(len, re.findall("`+", plain)), default=0) + 1)
     space = " " if "`" in plain else ""
     return f"{fence}{space}{plain}{space}{fence}"
