@@ -99,6 +99,7 @@ def test_a_full_disk_is_named_wherever_it_fills_up_and_a_run_with_room_goes_on(
             kilobytes += 12 if kilobytes < 100 else 60
             subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(disk)], check=True)
         assert {"source", "split", "scores", "pruned"} <= kept
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
         require_same(build(project.recipe, (), disk / "work"), colours)
 
 
