@@ -256,9 +256,9 @@ def steps(m: Facts) -> list[Row]:
     ]
 
 
-def losers(m: Facts) -> list[Row]:
+def losers(m: Facts, most: int = 20) -> list[Row]:
     """Classes that lost top-1, the worst first."""
-    found = [item for item in m["accuracy"]["worst_classes"] if item["drop_pp"] > 0]
+    found = [item for item in m["accuracy"]["worst_classes"] if item["drop_pp"] > 0][:most]
     top = max((item["drop_pp"] for item in found), default=1.0)
     return [
         {**item, "chart": svg.bar(f"{item['label']}: {points(item['drop_pp'])} points on {plural(item['images'], 'image')}",
