@@ -321,7 +321,7 @@ def test_the_verdict_comes_with_one_sentence_of_why(quickstart):
     off = changed(quickstart.bundle, verdict="off", max_drop_pp=None)
     assert sentence(off) == "NO GATE: the recipe sets no accuracy gate; 100 hold-out images"
     proven = changed(quickstart.bundle, proven=True, images_to_prove=90)
-    assert sentence(proven).endswith("hold-out images, proven at 95%")
+    assert sentence(proven).endswith("hold-out images, proven at 95% (one-sided)")
     failed = replace(off, manifest={**off.manifest, "verdict": "fail", "reasons": ["one " * 30, "two"]})
     assert sentence(failed) == "FAIL: " + "one " * 29 + "one ; two"
     assert max(map(len, console.bundle_lines(failed))) <= WIDTH

@@ -339,6 +339,7 @@ def test_a_terminal_is_asked_until_the_answers_can_be_used(tmp_path):
         "no.pth\n",
         f"{CNN}\n",
         "half\n",
+        "macs=7\n",
         "macs=0.5\n",
         "nowhere\n",
         "no\n",
@@ -350,7 +351,8 @@ def test_a_terminal_is_asked_until_the_answers_can_be_used(tmp_path):
         "absent",
         "of 10 classes",
         "no.pth is not a file",
-        "is no target",
+        "'half' is no target",
+        "macs=7 is no target",
         "next     ",
     ):
         assert words in screen

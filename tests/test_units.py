@@ -241,8 +241,8 @@ def test_a_dense_bundle_has_no_units(project, cheap_export):
     built = project.build("prune.target=null")
     result = call("show", built.bundle.folder, "--unit", "conv1:0")
     assert result.exit_code == 2 and "nothing was pruned in this bundle" in result.stderr
-    assert "0 of 0 units left" in call("show", built.bundle.folder).stdout
-    assert "Nothing was pruned, so no unit left" in (built.bundle.folder / "report.html").read_text("utf-8")
+    assert "0 of 0 units removed" in call("show", built.bundle.folder).stdout
+    assert "Nothing was pruned, so no unit was removed" in (built.bundle.folder / "report.html").read_text("utf-8")
 
 
 def test_only_refitted_consumers_eliminate(colours):
@@ -340,7 +340,7 @@ def test_a_criterion_without_causes_still_tells_step_and_widths(project, cheap_e
     document = json.loads(call("show", built.bundle.folder, "--unit", f"{group}:{removed[0]}", "--json").stdout)
     assert list(faults(document, schemas.of(command="show"))) == []
     assert document["unit"]["dense"]["effect"] is document["unit"]["dense"]["verdict"] is None
-    assert "units left; criterion magnitude gives no verdicts" in " ".join(left_lines(built.bundle))
+    assert "units removed; criterion magnitude gives no verdicts" in " ".join(left_lines(built.bundle))
     page = (built.bundle.folder / "report.html").read_text("utf-8")
     assert "Criterion magnitude gives no effects and no verdicts" in page and "Benjamini" not in page
 
@@ -497,7 +497,7 @@ def test_manifest_counts_what_the_plan_lists(colours, quickstart):
 def test_show_counts_those_that_left_by_verdict(colours):
     pruned = colours.manifest["pruned"]
     text = " ".join(call("show", colours.bundle.folder).stdout.split())
-    said = text[text.index(f"{pruned['units_removed']} of {pruned['units']} units left") :]
+    said = text[text.index(f"{pruned['units_removed']} of {pruned['units']} units removed") :]
     for verdict in VERDICTS:
         count = sum(group["left"][verdict] for group in pruned["groups"])
         assert (f"{count} {verdict}" in said) == bool(count)
@@ -515,7 +515,7 @@ def test_report_shows_each_layer(quickstart, count):
     manifest["pruned"] |= {"groups": [judged(number) for number in range(count)], "units": 80 * count}
     manifest["pruned"]["scores"] |= {"images": 345, "alpha": 0.07}
     page = render_html(manifest)
-    assert "What left, layer by layer" in page and "<b>" not in page
+    assert "What was removed, layer by layer" in page and "<b>" not in page
     assert page.count('<th scope="row"><bdi>&lt;b&gt;stage.') == 2 * count
     for cell in ("2 of 7", "41 of 50", "5 of 13", "0 of 10", "-123 to +57", "-3.2 to +12"):
         shown = len(re.findall(f'<td(?: data-value="[0-9]+")?>{re.escape(cell)}</td>', page))

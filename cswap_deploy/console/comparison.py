@@ -85,7 +85,7 @@ def left_lines(bundle: Bundle) -> Iterator[str]:
     """How many units left, and what the dense network's scores said of them."""
     pruned = bundle.manifest["pruned"]
     count, scores = pruned["units_removed"], pruned.get("scores")
-    text = f"{count} of {plural(pruned['units'], 'unit')} left"
+    text = f"{count} of {plural(pruned['units'], 'unit')} removed"
     judged = [group["left"] for group in pruned.get("groups", ()) if group.get("left")]
     if count and judged:
         totals = {verdict: sum(group[verdict] for group in judged) for verdict in VERDICTS}
@@ -154,9 +154,9 @@ def _accuracy_sentence(accuracy: dict[str, Any]) -> str:
     gate = accuracy["gate"]
     if gate["verdict"] == "off":
         return f"the recipe sets no accuracy gate; {accuracy['images']} hold-out images"
-    proof = f"proven at {gate['confidence']:.0%}" if gate["proven"] else f"not proven at {gate['confidence']:.0%}"
+    proof = f"{'proven' if gate['proven'] else 'not proven'} at {gate['confidence']:.0%} (one-sided)"
     more = (
-        f" (about {gate['images_to_prove']} images would prove it)"
+        f"; about {gate['images_to_prove']} images would prove it"
         if not gate["proven"] and gate["images_to_prove"]
         else ""
     )

@@ -13,7 +13,7 @@ import typer
 
 from cswap_deploy import data, starter
 from cswap_deploy.errors import CswapError, UsageError
-from cswap_deploy.recipe import TARGET
+from cswap_deploy.recipe import TARGET, PruneSettings
 from cswap_deploy.starter import Wishes
 from cswap_deploy.wording import printable
 
@@ -71,7 +71,13 @@ def _file(text: str) -> Path | None:
 
 
 def _target(text: str) -> str:
+    key, equals, value = text.partition("=")
     starter.target_block(text)
+    try:
+        PruneSettings.model_validate({"target": {key: float(value)} if equals else None})
+    except ValueError as error:
+        choices = "macs or params (above 0, at most 1), max_drop (points) or none"
+        raise UsageError(f"{text} is no target", f"give {choices}") from error
     return text
 
 

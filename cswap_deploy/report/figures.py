@@ -208,7 +208,7 @@ def _units(group: Facts) -> Markup:
     name, units, kept, left = group["name"], group["units"], group["kept"], group.get("left") or {}
     parts = [("kept", kept / units, f"{name}: {kept} of {units} kept")]
     parts += [
-        (verdict, left[verdict] / units, f"{name}: {left[verdict]} {verdict} left")
+        (verdict, left[verdict] / units, f"{name}: {left[verdict]} {verdict} removed")
         for verdict in ("critical", "detrimental")
         if left.get(verdict)
     ]
@@ -217,9 +217,13 @@ def _units(group: Facts) -> Markup:
 
 def _verdicts(group: Facts) -> Markup:
     units, dense, left = group["units"], group["dense"], group["left"]
-    told = [f"{dense[verdict]} {verdict}, {left[verdict]} of them left" for verdict in VERDICTS if dense[verdict]]
+    told = [f"{dense[verdict]} {verdict}, {left[verdict]} of them removed" for verdict in VERDICTS if dense[verdict]]
     parts = [
-        (verdict, dense[verdict] / units, f"{group['name']}: {dense[verdict]} {verdict}, {left[verdict]} of them left")
+        (
+            verdict,
+            dense[verdict] / units,
+            f"{group['name']}: {dense[verdict]} {verdict}, {left[verdict]} of them removed",
+        )
         for verdict in VERDICTS
     ]
     return svg.bar(f"{group['name']}: {'; '.join(told)}", parts)
@@ -235,7 +239,7 @@ def _spread(group: Facts, axis: Axis, margin: float) -> Markup:
 def tally(m: Facts) -> str:
     """How many units left, and what the dense network's scores say of them."""
     pruned = m["pruned"]
-    text = f"{pruned['units_removed']} of {plural(pruned['units'], 'unit')} left"
+    text = f"{pruned['units_removed']} of {plural(pruned['units'], 'unit')} removed"
     judged = [group["left"] for group in pruned["groups"] if group.get("left")]
     totals = {verdict: sum(left[verdict] for left in judged) for verdict in VERDICTS}
     said = ", ".join(f"{total} {verdict}" for verdict, total in totals.items() if total)

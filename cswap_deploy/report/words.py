@@ -92,7 +92,7 @@ def gate(accuracy: Facts) -> str:
     asked = accuracy["gate"]
     if asked["verdict"] == "off":
         return "No gate was set."
-    proof = f"{'proven' if asked['proven'] else 'not proven'} at {percent(asked['confidence'])}"
+    proof = f"{'proven' if asked['proven'] else 'not proven'} at {percent(asked['confidence'])}, one-sided"
     more = f"; about {asked['images_to_prove']} images would prove it" if asked["images_to_prove"] else ""
     more = "" if asked["proven"] else more
     limit = f"{asked['max_drop_pp']:g} point{'' if asked['max_drop_pp'] == 1 else 's'}"
