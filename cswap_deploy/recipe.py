@@ -326,7 +326,7 @@ def _one_target(value: Any) -> Any:
     goals = [key for key in _TARGETS if key in value]
     if len(goals) > 1:
         raise _refusal([("", f"expected one of {', '.join(_TARGETS)}, got {' and '.join(goals)}")])
-    strange = [str(key) for key in value if key not in ("percentile", "trials")]
+    strange = [recipe_file.spelt(str(key)) for key in value if key not in ("percentile", "trials")]
     if not goals and strange:
         raise _refusal([(key, recipe_file.unknown(key, list(_TARGETS))) for key in strange])
     return value

@@ -112,7 +112,7 @@ def read(path: Path, overrides: Sequence[str]) -> Document:
         raise RecipeError(f"expected a mapping of keys, got {shown(data)}", where=document.places[""].where)
     document.data = data
     for index, text in enumerate(overrides):
-        _override(document, text, Place(f"--set {_printable(text)}", (1, index), Path.cwd()))
+        _override(document, text, Place(f"--set {spelt(text)}", (1, index), Path.cwd()))
     return document
 
 
@@ -141,7 +141,7 @@ def _compose(text: str, name: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise RecipeError(f"not valid YAML: {_printable(error.problem or str(error))}", where=where) from None
+        raise RecipeError(f"not valid YAML: {spelt(error.problem or str(error))}", where=where) from None
     except YAMLError as error:
         before = text[: getattr(error, "position", 0)]
         where = f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
@@ -213,17 +213,17 @@ class _Walker:
             case (("int" | "float" | "bool" | "null"), str()):
                 return self._scalar(node, key, line)
             case _:
-                return self._refuse(key, line, f"the YAML tag {_printable(kind)} is not used in recipes")
+                return self._refuse(key, line, f"the YAML tag {spelt(kind)} is not used in recipes")
 
     def _mapping(self, node: Any, outer: str) -> dict[str, Any]:
         data: dict[str, Any] = {}
         for name, value in node.value:
             line = name.start_mark.line + 1
             if str(name.tag) != f"{_YAML_TAG}str" or not name.value:
-                got = _printable(name.value) if isinstance(name.value, str) else "a block"
+                got = spelt(name.value) if isinstance(name.value, str) else "a block"
                 self._fault(outer, line, f"expected keys that are text, got {got or 'nothing'}")
                 continue
-            key = f"{outer}.{_printable(name.value)}".lstrip(".")
+            key = f"{outer}.{spelt(name.value)}".lstrip(".")
             if name.value in data:
                 self._fault(key, line, f"given twice, first at {self.document.places[key].where}")
             else:
@@ -234,7 +234,7 @@ class _Walker:
         try:
             return self.constructor.construct_object(node)
         except (ValueError, KeyError):
-            return self._refuse(key, line, f"not a value: {_printable(node.value)}")
+            return self._refuse(key, line, f"not a value: {spelt(node.value)}")
 
     def _refuse(self, key: str, line: int, text: str) -> None:
         self.document.unread.add(key)
@@ -315,7 +315,7 @@ def _nearest(word: str, valid: Sequence[str]) -> list[str]:
 
 
 def _dotted(path: Iterable[str | int]) -> str:
-    return ".".join(_printable(str(part)) for part in path)
+    return ".".join(spelt(str(part)) for part in path)
 
 
 def _locate(schema: Schema, loc: Sequence[str | int]) -> tuple[Schema, list[str | int]]:
@@ -402,14 +402,15 @@ def flow(value: Any) -> str:
     """A plain value as one line of YAML."""
     match value:
         case str():
-            return _printable(value)
+            return spelt(value)
         case dict():
-            return "{" + ", ".join(f"{_printable(str(key))}: {flow(item)}" for key, item in value.items()) + "}"
+            return "{" + ", ".join(f"{spelt(str(key))}: {flow(item)}" for key, item in value.items()) + "}"
         case list() | tuple():
             return "[" + ", ".join(map(flow, value)) + "]"
         case _:
             return json.dumps(value)
 
 
-def _printable(text: str) -> str:
+def spelt(text: str) -> str:
+    """A key or value as messages and `places` spell it."""
     return text if text.isprintable() else repr(text)
