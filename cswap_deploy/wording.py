@@ -56,3 +56,9 @@ def sizes(manifest: dict[str, Any]) -> tuple[str, int, int] | None:
     if found["source_bytes"]:
         return "file size", found["source_bytes"], found["shipped_bytes"]
     return "size of the weights", found["source_weights_bytes"], found["pruned_weights_bytes"]
+
+
+def verdict(manifest: dict[str, Any]) -> str:
+    """pass, fail, or, where nothing was to be passed, no gate."""
+    off = manifest["accuracy"]["gate"]["verdict"] == "off"
+    return "no gate" if off and manifest["verdict"] == "pass" else str(manifest["verdict"])

@@ -15,7 +15,7 @@ from cswap_deploy.console.text import from_here, mb, ms_interval, table, wrapped
 from cswap_deploy.console.unit import ATTRIBUTION
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.manifest import VERDICTS
-from cswap_deploy.wording import count_text, ms, percent, plural, size_text, sizes
+from cswap_deploy.wording import count_text, ms, percent, plural, size_text, sizes, verdict
 
 if TYPE_CHECKING:
     from cswap_deploy.bundle import Bundle
@@ -42,12 +42,7 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
     if latency := manifest["latency"]:
         rows += _latency_rows(latency)
     yield from table(("", "dense", "shipped", ""), rows, f"{manifest['name']}: {model['name']}")
-    word = (
-        "NO GATE"
-        if accuracy["gate"]["verdict"] == "off" and manifest["verdict"] == "pass"
-        else manifest["verdict"].upper()
-    )
-    yield from wrapped(f"{word}: {_sentence(manifest)}")
+    yield from wrapped(f"{verdict(manifest).upper()}: {_sentence(manifest)}")
     if manifest["reasons"] and accuracy["gate"]["verdict"] == "pass":
         yield from wrapped(f"accuracy passed: {_accuracy_sentence(accuracy)}")
     if latency:
@@ -88,8 +83,8 @@ def left_lines(bundle: Bundle) -> Iterator[str]:
     text = f"{count} of {plural(pruned['units'], 'unit')} removed"
     judged = [group["left"] for group in pruned.get("groups", ()) if group.get("left")]
     if count and judged:
-        totals = {verdict: sum(group[verdict] for group in judged) for verdict in VERDICTS}
-        said = ", ".join(f"{total} {verdict}" for verdict, total in totals.items() if total)
+        totals = {kind: sum(group[kind] for group in judged) for kind in VERDICTS}
+        said = ", ".join(f"{total} {kind}" for kind, total in totals.items() if total)
         text += f"; on the dense network: {said}"
         text += f" (by attribution: {ATTRIBUTION})" if scores and scores["estimator"] == "attribution" else ""
     elif count and scores:

@@ -7,10 +7,10 @@ from typing import Any
 
 from cswap_deploy import wording
 from cswap_deploy.wording import count_text as count
-from cswap_deploy.wording import percent, plural, printable, sizes
+from cswap_deploy.wording import percent, plural, printable, sizes, verdict
 from cswap_deploy.wording import size_text as size
 
-__all__ = ["count", "percent", "plural", "size", "sizes"]
+__all__ = ["count", "percent", "plural", "size", "sizes", "verdict"]
 
 Facts = dict[str, Any]
 
@@ -67,12 +67,6 @@ def code(text: str) -> str:
 def cell(text: str) -> str:
     """A code span in a table of GitHub's Markdown, which looks for | before it looks for code."""
     return code(text).replace("|", "\\|")
-
-
-def verdict(manifest: Facts) -> str:
-    """pass, fail, or, where nothing was to be passed, no gate."""
-    off = manifest["accuracy"]["gate"]["verdict"] == "off"
-    return "no gate" if off and manifest["verdict"] == "pass" else str(manifest["verdict"])
 
 
 def headline(manifest: Facts) -> str:
