@@ -64,7 +64,7 @@ def measure(
     out: Path, dense: File, shipped: File, settings: LatencySettings, facts: Mapping[str, str], target: Target
 ) -> LatencyReport:
     """The dense model and the one that ships, in turn, on `target`, which `facts` describe. Errors: DeviceError."""
-    names = ("the dense model", "the shipped model")
+    names = ("the dense model", "the model that ships")
     taken = take(target, (dense, shipped), settings, names=names)
     taken.samples.save(out / "samples.npz")
     layers = None

@@ -26,6 +26,7 @@ from cswap_deploy.artifacts import (
 from cswap_deploy.intervals import discordant, gate, paired_drop, wilson
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings
 from cswap_deploy.samples import Samples
+from cswap_deploy.wording import percent
 
 SCHEMA = "cswap-deploy/manifest/1"
 GATE_FAILED = 7
@@ -179,7 +180,7 @@ def latency_block(report: LatencyReport, settings: LatencySettings, precision: s
     """Milliseconds of one inference of a whole batch; `speedup`: how many times faster the shipped model is."""
     samples = Samples.load(report.samples.path)
     faster = samples.speedup(1, against=0)
-    faults = [f"{name}: {text}" for model, name in enumerate(("dense", "shipped")) for text in samples.faults(model)]
+    faults = [f"{name}: {text}" for model, name in enumerate(("dense", "ships")) for text in samples.faults(model)]
     memory = report.peak_memory_mb or (None, None)
     return {
         "target": "ssh" if remote else "local",
@@ -238,7 +239,7 @@ def gate_reasons(report: AccuracyReport, shipped: Evaluation, verdict: Gate) -> 
         return []
     lost, won = discordant(report.labels, report.source.predicted, shipped.predicted)
     drop, images = 100 * (lost - won) / len(report.labels), len(report.labels)
-    what = "the drop" if verdict.rule == "point" else f"the upper bound at {verdict.confidence:.0%} of the drop"
+    what = "the drop" if verdict.rule == "point" else f"the upper bound at {percent(verdict.confidence, 0)} of the drop"
     text = f"{what} exceeds {verdict.max_drop_pp:g} points (observed {drop:+.2f} points on {images} images)"
     return [Reason(GATE_FAILED, f"accuracy: {text}")]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cswap_deploy.console.text import table, wrapped
-from cswap_deploy.wording import plural, printable
+from cswap_deploy.wording import percent, plural, printable
 
 ATTRIBUTION = "it calls no unit critical or detrimental"
 
@@ -48,7 +48,7 @@ def _widths(unit: dict[str, Any]) -> str:
     return printable(
         f"Its group went from {unit['units']} to {unit['kept']} {kind}, in step {step['number']} from {step['width_before']} to "
         f"{step['width_after']}. Of all groups {plural(step['gone_before'], 'unit')} had left before that step, which kept "
-        f"{step['macs']:.1%} of the MACs at a drop of {step['drop_pp']:+.1f} points on the selection images."
+        f"{percent(step['macs'], 1)} of the MACs at a drop of {step['drop_pp']:+.1f} points on the selection images."
     )
 
 
