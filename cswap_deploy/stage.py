@@ -118,11 +118,11 @@ class Workdir:
         reason = self._reason_to_run(stage, parts, entry)
         if reason is None:
             value, size = self._read(stage, entry)
-            progress.current().stage_finished(stage.name, None, str(entry), size)
+            progress.current().stage_finished(progress.named(stage.name), None, str(entry), size)
         elif self._dry:
             raise WouldRun(stage.name, reason)
         else:
-            progress.current().stage_started(stage.name, reason)
+            progress.current().stage_started(progress.named(stage.name), reason)
             if stage.reads_holdout:
                 self._count_holdout_read()
             value = self._execute(stage, parts, entry, args, kwargs)
@@ -248,7 +248,7 @@ class Workdir:
         out.replace(entry)
         _sync(entry.parent)
         value, size = self._read(stage, entry)
-        progress.current().stage_finished(stage.name, seconds, str(entry), size)
+        progress.current().stage_finished(progress.named(stage.name), seconds, str(entry), size)
         return value
 
     def _scratch(self, name: str) -> Path:
