@@ -15,9 +15,7 @@ from cswap_deploy.artifacts import (
     ImageSet,
     Network,
     OnnxModel,
-    Prepared,
     PruningPlan,
-    Reason,
     Split,
 )
 from cswap_deploy.bundle import Bundle, Deployed, Terms
@@ -26,6 +24,7 @@ from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError, ExportError, RecipeError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.paths import require_paths
+from cswap_deploy.prepared import Prepared, Reason
 from cswap_deploy.recipe import (
     CurvesAllocation,
     FpsTarget,

@@ -27,7 +27,8 @@ from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar
 from pydantic import ValidationError
 
 from cswap_deploy import interrupts, progress
-from cswap_deploy.artifacts import File, decode, encode, sha256_of
+from cswap_deploy.artifacts import File, sha256_of
+from cswap_deploy.codec import decode, encode
 from cswap_deploy.digests import Digests, digest_of, is_sealed, load_json, sealed, write_atomically
 from cswap_deploy.errors import CswapError, WorkdirError
 from cswap_deploy.keys import changes, ingredients

@@ -12,9 +12,10 @@ from cswap_deploy.console.text import mb, ms_interval, table, wrapped
 from cswap_deploy.wording import SLOWEST, busy, load_text, ms, percent, plural, size_text
 
 if TYPE_CHECKING:
-    from cswap_deploy.artifacts import Groups, Prepared
+    from cswap_deploy.artifacts import Groups
     from cswap_deploy.checks import CheckReport
     from cswap_deploy.doctor import Finding
+    from cswap_deploy.prepared import Prepared
     from cswap_deploy.starter import Starter
     from cswap_deploy.verify import Check
 

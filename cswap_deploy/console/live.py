@@ -63,13 +63,14 @@ class _Activity:
         """Seconds; 0 where there is nothing to say."""
         return max(0.0, self.end - now) if self.end is not None and self.done < self.total else 0.0
 
-    def __str__(self) -> str:
-        again = f", round {self.round}," if self.round > 1 else ""
-        return f"{self.what}{again} {self.done}/{self.total}"
+    @property
+    def count(self) -> str:
+        return f"{self.what} {self.done}/{self.total}"
 
     def forecast(self, now: float) -> str:
+        again = f"round {self.round}, " if self.round > 1 else ""
         left = self.left(now)
-        return f"{self} (about {duration_text(left)} left)" if left >= 1 else str(self)
+        return f"{again}{self.count}" + (f" (about {duration_text(left)} left)" if left >= 1 else "")
 
 
 class Console:
@@ -163,10 +164,13 @@ class Console:
         if self._activity:
             whole = max(self._activities.values(), key=lambda activity: activity.left(now))
             own = whole is self._activity or not whole.left(now)
-            parts = [self._activity.forecast(now)] if own else [whole.forecast(now), str(self._activity)]
+            parts = [self._activity.forecast(now)] if own else [whole.forecast(now), self._activity.count]
         spent = self._shown_at - self._began
         parts += [f"{duration_text(spent)} so far"] if spent >= 1 else []
-        self._write(cut_to(self._columns() - 1, f"{MARGIN}{self._stage:<{self._width}} {', '.join(parts)}"))
+        columns, line = self._columns() - 1, f"{MARGIN}{self._stage:<{self._width}} {', '.join(parts[:1])}"
+        for part in parts[1:]:
+            line += f", {part}" if len(line) + len(part) + 2 <= columns else ""
+        self._write(cut_to(columns, line))
         self._pending = True
 
     def _line(self, head: str, text: str) -> None:
