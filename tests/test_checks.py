@@ -30,14 +30,13 @@ def call(*arguments: str | Path) -> Any:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
-def weights(project: Project, name: str = "w.safetensors", **kwargs: int) -> Path:
+def weights(project: Project, **kwargs: int) -> Path:
     """What fits the project's network, or one of other sizes."""
     from safetensors.torch import save_file
 
     from cswap_deploy.factory import call_factory
 
-    path = project.folder / name
-    path.parent.mkdir(exist_ok=True)
+    path = project.folder / "w.safetensors"
     save_file(call_factory(f"{project.folder / 'net.py'}:colours", kwargs).state_dict(), path)
     return path
 
@@ -48,8 +47,9 @@ def weights(project: Project, name: str = "w.safetensors", **kwargs: int) -> Pat
 @pytest.mark.parametrize("command", ["check", "build"])
 def test_all_wrong_paths_are_told_at_once_with_line_and_nearest_name(project, command):
     folder = project.folder
-    weights(project, "weights/w.pth")
-    (folder / "labels.txt").touch()
+    (folder / "weights").mkdir()
+    for name in ("weights/w.pth", "labels.txt"):
+        (folder / name).touch()
     project.recipe.write_text(TYPOS)
     result = call(command, project.recipe, "--work", folder / "work")
     assert result.exit_code == 3, "of data and model the lower code"
