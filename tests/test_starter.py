@@ -128,7 +128,7 @@ def test_a_pool_is_divided_in_two(tmp_path):
     pool.mkdir()
     for name in DIGITS.joinpath("holdout").iterdir():
         (pool / name.name).symlink_to(name)
-    assert made(tmp_path / "r.yaml", model="resnet18", images=pool, checkpoint=CNN).calibration.scoring == 300
+    assert made(tmp_path / "r.yaml", model="resnet18", images=pool).calibration.scoring == 300
     assert call("check", tmp_path / "r.yaml", "--work", tmp_path / "work").exit_code == 0
 
 
