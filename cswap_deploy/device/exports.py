@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isclose
 from typing import Any
 
@@ -49,7 +50,7 @@ def times(text: str) -> Times:
     for number, row in enumerate(rows, 1):
         if fault := _time_fault(row):
             raise DeviceError(f"trtexec's exported times: query {number} {fault}", AGAIN)
-    for number, (before, after) in enumerate(zip(rows, rows[1:], strict=False), 2):
+    for number, (before, after) in enumerate(pairwise(rows), 2):
         if after["startEnqMs"] < before["startEnqMs"] or after["startComputeMs"] < before["startComputeMs"]:
             raise DeviceError(f"trtexec's exported times: query {number} starts before the one before it", AGAIN)
     return Times(tuple(row["latencyMs"] for row in rows), tuple(row["computeMs"] for row in rows))
