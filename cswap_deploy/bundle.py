@@ -203,8 +203,7 @@ def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdo
     copies |= {"plan.json": ready.pruned.plan, "weights.safetensors": ready.pruned.weights}
     copies |= {"test_vectors/input.npy": vectors.input, "test_vectors/output.npy": vectors.output}
     if deployed.engine:
-        copies |= {ENGINE: deployed.engine.file}
-        copies |= {LAYERS: deployed.engine.layers} if deployed.engine.layers else {}
+        copies |= {ENGINE: deployed.engine.file, LAYERS: deployed.engine.layers}
     for name, file in copies.items():
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file.path, out / name)

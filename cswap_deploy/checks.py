@@ -10,6 +10,7 @@ from typing import Any
 
 from cswap_deploy import data, model, pipeline, prune
 from cswap_deploy.artifacts import Groups, Split
+from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.factory import code_files
@@ -74,6 +75,7 @@ def _runtime(recipe: Recipe, probe: Probe) -> str:
     runtime = recipe.latency.runtime if recipe.latency else "tensorrt"
     if recipe.engine:
         probe.require_tensorrt(recipe.target)
+        needs.require(recipe, probe.document, recipe.target)
     return probe.facts(runtime)["runtime"]
 
 

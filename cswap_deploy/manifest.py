@@ -23,6 +23,7 @@ from cswap_deploy.artifacts import (
     Reason,
     Verdict,
 )
+from cswap_deploy.device import conditions
 from cswap_deploy.intervals import discordant, gate, paired_drop, wilson
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings
 from cswap_deploy.samples import Samples
@@ -180,6 +181,7 @@ def latency_block(report: LatencyReport, settings: LatencySettings, precision: s
     samples = Samples.load(report.samples.path)
     faster = samples.speedup(1, against=0)
     faults = [f"{name}: {text}" for model, name in enumerate(("dense", "shipped")) for text in samples.faults(model)]
+    faults += conditions.faults(report.conditions, settings.runtime)
     memory = report.peak_memory_mb or (None, None)
     return {
         "target": "ssh" if remote else "local",
@@ -202,6 +204,7 @@ def latency_block(report: LatencyReport, settings: LatencySettings, precision: s
         "distribution": details.distribution(samples),
         "course": details.course(samples),
         "layers": details.layer_times(report.layers),
+        **details.engine_times(report),
     }
 
 
@@ -229,6 +232,12 @@ def engine_block(engine: Engine | None, settings: EngineSettings, reason: str) -
         "sha256": engine.file.sha256 if engine else None,
         "build_seconds": engine.seconds if engine else None,
         "note": engine.note if engine else "",
+        "compute_capability": engine.compute_capability if engine else None,
+        "board": engine.board if engine else None,
+        "power_mode": engine.power_mode if engine else None,
+        "dla_core": settings.dla_core,
+        "batch": settings.batch.model_dump(),
+        "layers_beside_the_dla": len(engine.gpu_layers) if engine else 0,
     }
 
 

@@ -104,7 +104,7 @@ FACTS = {  # what else was written down
     "v8.5.10-orin-best-cudagraph-profile": {"built_s": 12.3251, "loaded_s": 0.00508637, "capability": "8.7", "bound_by": ()},
     "v8.5.10-x86-transfer-bound": {"bound_by": ("host-to-device transfers", "device-to-host transfers")},
     "v8.2.5-x86-fp32-end-to-end-host-latency": {"built_s": 59.1433, "size_mib": None},
-    "v10.13.0-x86-bf16-enqueue-bound": {"bound_by": ("Enqueue Time",), "command": lambda text: text.startswith("trtexec --onnx=transformer")},
+    "v10.13.0-x86-bf16-enqueue-bound": {"bound_by": ("Enqueue Time",), "device": None},
 }  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_log_gives_the_figures_that_stand_in_it(name: str) -> None:
         assert (found.min, found.max, found.mean, found.median, *found.percentiles.values()) == values
     for key, value in FACTS.get(name, {}).items():
         found = getattr(run, key)
-        assert value(found) if callable(value) else found == value, key
+        assert found == value, key
 
 
 def test_every_collected_log_is_among_them() -> None:
@@ -182,7 +182,7 @@ def test_passed_without_an_engine_is_not_believed() -> None:
     loaded = "[09/14/2026-10:03:49] [I] Engine deserialized in 0.0117302 sec.\n"
     assert trtexec.require_passed(lines[0] + loaded + lines[-1])[0].loaded_s == 0.0117302
     error = "[09/14/2026-10:03:49] [E] Error[1]: magic tag does not match\n"
-    with pytest.raises(DeviceError, match="reports errors: Error.1.: magic tag"):
+    with pytest.raises(DeviceError, match=r"reports errors: Error\[1\]: magic tag"):
         trtexec.require_passed(lines[0] + error + loaded + lines[-1])
 
 
@@ -418,7 +418,7 @@ def damaged_digit(text: str, start: int, end: int, random: Random) -> str:
 
 @pytest.mark.parametrize("name", ["SYNTHETIC-v10.3.0-orin-fp16", "SYNTHETIC-v11.1.0-orin-percentile99only"])
 def test_a_changed_digit_is_noticed_where_a_figure_stands_twice(name: str) -> None:
-    """Without transfers the latency is the compute time. Of the times of the enqueueing, and where there are transfers, nothing can tell."""
+    """Without transfers the latency is the compute time. With them, and for the enqueueing, nothing can tell."""
     text = log(name)
     for seed, start in enumerate([m.start() for m in re.finditer("Latency: min|GPU Compute Time: min", text)] * 25):
         if text[:start].endswith("Enqueue "):

@@ -13,7 +13,7 @@ from cswap_deploy.wording import ms, plural, size_text
 if TYPE_CHECKING:
     from cswap_deploy.artifacts import Groups, Prepared
     from cswap_deploy.checks import CheckReport
-    from cswap_deploy.doctor import Finding
+    from cswap_deploy.findings import Finding
     from cswap_deploy.starter import Starter
     from cswap_deploy.verify import Check
 

@@ -247,8 +247,7 @@ def state() -> Json:
     for folder in found_at("/sys/class/thermal/thermal_zone*"):
         value = number_of(folder / "temp")
         if value is not None and value / 1000 > NEVER_C:
-            name = text_of(folder / "type") or folder.name
-            zones[name] = max(zones.get(name, NEVER_C), value / 1000)
+            zones[text_of(folder / "type") or folder.name] = value / 1000
     return {"temperature_c": max(zones.values(), default=None), "zones_c": zones, "gpu": gpu(), "rails_mw": rails()}
 
 
@@ -288,9 +287,9 @@ def cpu() -> Json:
     bounds = [number_of(folder + name) for name in ("scaling_min_freq", "scaling_max_freq")]
     name = re.search(r"^(?:model name|Model|Hardware)\s*: (.+)$", text_of("/proc/cpuinfo"), re.M)
     facts: Json = {key: None if value is None else value // 1000 for key, value in kilohertz.items()}
-    facts["locked"] = None if None in bounds else bounds[0] == bounds[1]
     facts.update({"cores": len(os.sched_getaffinity(0)), "governor": text_of(folder + "scaling_governor") or None})
-    return {**facts, "model": name.group(1).strip() if name else os.uname().machine}
+    model, locked = name.group(1).strip() if name else os.uname().machine, bounds[0] == bounds[1]
+    return {**facts, "model": model, "locked": None if None in bounds else locked}
 
 
 def board() -> Json | None:
@@ -300,9 +299,8 @@ def board() -> Json | None:
         return None
     release = re.search(r"# R(\d+) .*REVISION: ([\d.]+)", text_of("/etc/nv_tegra_release"))
     chips = re.findall(r"nvidia,(tegra\d+)", text_of("/proc/device-tree/compatible"))
-    l4t = ".".join(release.groups()) if release else None
-    facts = {"model": name, "l4t": l4t, "chip": chips[0] if chips else None, "power_mode": power_mode()}
-    return {**facts, "gpu_clocks_locked": (gpu() or {}).get("locked")}
+    facts = {"model": name, "l4t": ".".join(release.groups()) if release else None, "chip": chips[0] if chips else None}
+    return {**facts, "power_mode": power_mode(), "gpu_clocks_locked": (gpu() or {}).get("locked")}
 
 
 def power_mode() -> str | None:
@@ -310,8 +308,7 @@ def power_mode() -> str | None:
     number = re.match(r"pmode:(\d+)", text_of("/var/lib/nvpmodel/status"))
     if number:
         names = re.findall(r"POWER_MODEL ID=(\d+) NAME=(\S+)", text_of("/etc/nvpmodel.conf"))
-        known: dict[int, str] = {int(key): name for key, name in names}
-        return known.get(int(number.group(1)), f"mode {int(number.group(1))}")
+        return next((name for key, name in names if int(key) == int(number.group(1))), f"mode {int(number.group(1))}")
     with suppress(OSError, subprocess.SubprocessError, IndexError):
         if not ROOT:
             asked = subprocess.run(["nvpmodel", "-q"], stdin=-3, stdout=-1, stderr=-3, timeout=10)  # -1: PIPE
@@ -850,9 +847,7 @@ def build_with_module(path: Path, target: Path, timing: Path, request: Json) -> 
     blob = builder.build_serialized_network(network, config)
     if blob is None:
         which = f"; the DLA cannot run {', '.join(beside[:5])}" if beside else ""
-        hint = "its log is above"
-        if beside and not request["settings"].get("dla_fallback"):
-            hint = "set engine.dla_fallback: true to run these on the GPU, or remove engine.dla_core"
+        hint = "set engine.dla_fallback: true to run these on the GPU" if beside else "its log is above"
         raise Fault("engine", f"TensorRT {trt.__version__} could not build the engine{which}", hint)
     target.write_bytes(blob)
     fresh = timing.with_suffix(f".{os.getpid()}")
@@ -957,9 +952,8 @@ def build_with_trtexec(path: Path, target: Path, timing: Path, request: Json) ->
 def trtexec_engine(request: Json, file: Json, files: Store) -> list[str]:
     """The options that load an engine, with its batch where that is open. Errors: Fault."""
     path, built = files.engine(request, file)
-    batch, sizes = request.get("batch", 1), built.get("batch") or {"min": 1, "max": 1}
-    open_batch = built.get("dynamic", False)
-    if not (sizes["min"] <= batch <= sizes["max"] if open_batch else batch == 1):
+    batch, open_batch = request.get("batch", 1), built.get("dynamic", False)
+    if not (built["batch"]["min"] <= batch <= built["batch"]["max"] if open_batch else batch == 1):
         raise Fault("engine", f"the engine does not take a batch of {batch}", "see engine.batch of the recipe")
     options = [f"--loadEngine={path}"]
     if open_batch:
@@ -990,14 +984,14 @@ def trtexec_layers(request: Json, files: Store) -> Json:
     options = ["--dumpProfile", "--separateProfileRun", f"--exportProfile={profile}", f"--exportLayerInfo={info}"]
     run_trtexec([*trtexec_engine(request, request["model"], files), *options, "--profilingVerbosity=detailed"])
     texts = {"profile": profile.read_text(), "layer_info": info.read_text()}
-    profile.unlink()
-    info.unlink()
+    for path in (profile, info):
+        path.unlink()
     return {"layers": [], **texts}
 
 
 BOUND_TO = ("tensorrt", "board", "gpu", "compute_capability")  # what an engine that was built here must find again
 CLOCKS = {"mhz": "cur_freq", "min_mhz": "min_freq", "max_mhz": "max_freq"}
-# made of (request, file, files): objects with `run()` on fixed buffers, `logits(images)`, `layers()` and `facts`
+# made of (request, file, files): objects with `run()` on fixed buffers, `on_gpu`, `logits(images)`, `layers()` and `facts`
 MODELS: dict[str, Any] = {"onnxruntime": OnnxModel, "tensorrt": EngineModel}
 VERBS = {verb.__name__: verb for verb in (probe, missing, store, fetch, build, measure, infer, layers)}
 

@@ -17,6 +17,7 @@ from re import fullmatch, match
 from typing import IO, Any
 
 from cswap_deploy.artifacts import File, sha256_of
+from cswap_deploy.device.trtexec import banner_version
 from cswap_deploy.errors import DeviceError, UsageError
 from cswap_deploy.recipe import TARGET
 
@@ -76,6 +77,10 @@ class Target:
 
     def ask(self, verb: str, seconds: float, **request: Any) -> dict[str, Any]:
         """The agent's answer. Errors: DeviceError, with what the agent or ssh says, or after `seconds`."""
+        return self.ask_with_log(verb, seconds, **request)[0]
+
+    def ask_with_log(self, verb: str, seconds: float, **request: Any) -> tuple[dict[str, Any], str]:
+        """The same, and what the runtime on the target has printed meanwhile."""
         return self._exchange({"verb": verb, **request}, seconds)
 
     def put(self, *files: File, names: tuple[str, ...] = ()) -> list[dict[str, str]]:
@@ -103,7 +108,7 @@ class Target:
 
     def _exchange(
         self, request: dict[str, Any], seconds: float, source: Path | None = None, into: Path | None = None
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], str]:
         with tempfile.TemporaryFile() as log, _running(self.command, log, seconds) as (process, expired):
             assert process.stdin and process.stdout
             with suppress(BrokenPipeError):  # the agent has ended early: it says why
@@ -123,9 +128,8 @@ class Target:
         if document is None:
             raise self._silent(request["verb"], code, text)
         if error := document.get("error"):
-            public = error["message"] if error["kind"] == "runtime" else PUBLIC.get(error["kind"], PUBLIC["internal"])
-            raise DeviceError(f"{self.name}: {error['message']}{_log_of(error, text)}", error["hint"], public=public)
-        return document
+            raise _refusal(self.name, error, text)
+        return document, text
 
     def _silent(self, verb: str, code: int, log: str) -> DeviceError:
         last = "".join(f": {line}" for line in log.strip().splitlines()[-1:])
@@ -186,7 +190,7 @@ class Away(Target):
 
     error: DeviceError = field(metadata=UNKEYED)
 
-    def ask(self, verb: str, seconds: float, **request: Any) -> dict[str, Any]:
+    def ask_with_log(self, verb: str, seconds: float, **request: Any) -> tuple[dict[str, Any], str]:
         raise self.error
 
     def put(self, *files: File, names: tuple[str, ...] = ()) -> list[dict[str, str]]:
@@ -201,7 +205,11 @@ class Probe:
 
     @staticmethod
     def of(target: Target) -> Probe:
-        return Probe(target.ask("probe", PROBE_S))
+        document = target.ask("probe", PROBE_S)
+        tensorrt = document["tensorrt"]
+        if tensorrt["version"] is None and tensorrt.get("banner"):  # known by trtexec only
+            tensorrt["version"] = banner_version(f"[{tensorrt['banner']}]") or "unknown"
+        return Probe(document)
 
     def facts(self, runtime: str) -> dict[str, str]:
         """What a measurement depends on, for its key: never clocks, temperature or host name.
@@ -226,10 +234,6 @@ class Probe:
     def typed(self) -> bool:
         """TensorRT takes precision from the graph's own types (from 11), not from flags."""
         return bool(self.document["tensorrt"]["precision"] == "typed")
-
-    @property
-    def has_tensorrt_module(self) -> bool:
-        return bool(self.document["tensorrt"]["module"])
 
     def require_tensorrt(self, target: str) -> None:
         """Errors: DeviceError, with what is missing and how to get it."""
@@ -333,10 +337,14 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
         size -= len(some)
 
 
-def _log_of(error: dict[str, Any], log: str) -> str:
-    """What TensorRT wrote about a failed build: its error lines, else the last ones."""
-    if error["kind"] not in ("engine", "internal") or not log.strip():
-        return ""
-    lines = log.strip().splitlines()
-    chosen = [line for line in lines if "[E]" in line][-5:] or lines[-5:]
-    return "".join(f"\n  {line}" for line in chosen)
+def _refusal(name: str, error: dict[str, Any], log: str) -> DeviceError:
+    """The agent's error, with what TensorRT said about a failed build: its error lines, else the last ones."""
+    public = error["message"] if error["kind"] == "runtime" else PUBLIC.get(error["kind"], PUBLIC["internal"])
+    message, hint, shown = f"{name}: {error['message']}", error["hint"], ""
+    if error["kind"] in ("engine", "internal") and log.strip():
+        lines = log.strip().splitlines()
+        chosen = [line for line in lines if "[E]" in line][-5:] or lines[-5:]
+        shown = "".join(f"\n  {line}" for line in chosen)
+    found = DeviceError(f"{message}{shown}", hint, public=public, log=log)
+    found.parser = [fault for fault in error.get("parser", ()) if isinstance(fault, dict)]
+    return found

@@ -24,7 +24,8 @@ TYPES = {
     "bfloat16": "BF16", "int4": "INT4", "int64": "INT64", "e8m0": "E8M0", "fp4": "FP4",
 }  # fmt: skip
 LAYERS = {
-    "Conv": "CONVOLUTION", "Relu": "ACTIVATION", "MaxPool": "POOLING", "GlobalAveragePool": "REDUCE", "ReduceMean": "REDUCE", "Gemm": "MATRIX_MULTIPLY",
+    "Conv": "CONVOLUTION", "Relu": "ACTIVATION", "MaxPool": "POOLING",
+    "GlobalAveragePool": "REDUCE", "ReduceMean": "REDUCE", "Gemm": "MATRIX_MULTIPLY",
     "MatMul": "MATRIX_MULTIPLY", "Softmax": "SOFTMAX", "LayerNormalization": "NORMALIZATION", "Flatten": "SHUFFLE",
     "Add": "ELEMENTWISE", "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE", "Cast": "CAST",
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """A test double of trtexec: it knows the flags of one version, copies files, and makes its numbers up.
 
-FAKE_TRTEXEC_VERSION is one of trtexec.json's; there are three made-up queries and two layers; FAKE_TRTEXEC_FAIL holds words: `build`, `crash` (no last line), `hang`. Each call becomes a line of
-FAKE_TENSORRT_RECORD. The lines that it prints have the form of NVIDIA's, shortened.
+FAKE_TRTEXEC_VERSION is one of trtexec.json's; there are three made-up queries and two layers. FAKE_TRTEXEC_FAIL holds
+words: `build`, `crash` (no last line), `hang`. Each call becomes a line of FAKE_TENSORRT_RECORD. The
+lines that it prints have the form of NVIDIA's, shortened.
 """
 
 from __future__ import annotations
