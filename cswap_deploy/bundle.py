@@ -178,10 +178,12 @@ class Terms:
     remote: bool
     engine: EngineSettings | None
     latency: LatencySettings | None
+    dynamic_batch: bool
 
     @staticmethod
     def of(recipe: Recipe) -> Terms:
-        return Terms(**{item.name: getattr(recipe, item.name) for item in fields(Terms)})
+        named = {item.name: getattr(recipe, item.name) for item in fields(Terms) if item.name != "dynamic_batch"}
+        return Terms(**named, dynamic_batch=recipe.onnx.dynamic_batch)
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,9 @@ def _manifest(
         if latency and terms.latency
         else None,
         "budget": None,
-        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine) if terms.engine else None,
+        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine, terms.dynamic_batch)
+        if terms.engine
+        else None,
         "environment": ready.environment,
     }
 

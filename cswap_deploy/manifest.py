@@ -221,7 +221,7 @@ def timing_block(samples: Samples, model: int, peak_memory_mb: float | None) -> 
     }
 
 
-def engine_block(engine: Engine | None, settings: EngineSettings, reason: str) -> dict[str, Any]:
+def engine_block(engine: Engine | None, settings: EngineSettings, reason: str, dynamic: bool) -> dict[str, Any]:
     return {
         "built": engine is not None,
         "reason": reason,
@@ -237,6 +237,7 @@ def engine_block(engine: Engine | None, settings: EngineSettings, reason: str) -
         "power_mode": engine.power_mode if engine else None,
         "dla_core": settings.dla_core,
         "batch": settings.batch.model_dump(),
+        "open_batch": dynamic,
         "layers_beside_the_dla": len(engine.gpu_layers) if engine else 0,
     }
 

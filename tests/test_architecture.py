@@ -25,7 +25,7 @@ FLOORS = {
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune export variants accuracy engine latency bundle",
-    3: "pipeline checks measuring verify doctor doctor_host findings schemas starter",
+    3: "pipeline checks measuring verify engine_check doctor doctor_host findings schemas starter",
     4: "cli session running console console.* __main__",
 }
 """Modules by floor: values, nouns, stages, the line, the command line. A stage imports no other stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,9 @@ OPTIONS = {
     "ClearAllForwardings": "yes",
     "ForwardAgent": "no",
     "ForwardX11": "no",
+    "Tunnel": "no",
+    "RequestTTY": "no",
+    "EscapeChar": "none",
 }
 """Asks nothing, forwards nothing; host keys and everything else are as the user's own configuration has them."""
 APT_TENSORRT = "sudo apt install python3-libnvinfer libnvinfer-bin"
@@ -60,6 +64,8 @@ SLOWEST = 250_000
 """Bytes per second below which a transfer is given up."""
 IDLE_S = 60
 """How long an idle connection is kept for the next request; it is closed at the end of a run anyway."""
+LONGEST_LOG, LONGEST_LINE = 4 << 20, 512 << 20
+"""Bytes of a target's messages that are kept, the last ones; of its answer, beyond which it is none."""
 LONGEST = 50
 UNKEYED = {"key": False}
 
@@ -100,15 +106,21 @@ class Target:
     def get(self, file: dict[str, Any], path: Path) -> File:
         """Fetch a file that the agent named by `sha256` and `bytes`. Errors: DeviceError when it arrives changed."""
         seconds = PROBE_S + file["bytes"] / SLOWEST
-        self._exchange({"verb": "fetch", "file": {"sha256": file["sha256"]}}, seconds, into=path)
+        self._exchange({"verb": "fetch", "file": {"sha256": file["sha256"]}}, seconds, into=path, most=file["bytes"])
         if sha256_of(path) != file["sha256"]:
             path.unlink()
             raise DeviceError(f"{self.name}: a file arrived incomplete or changed", "run the same command again")
         return File.of(path)
 
     def _exchange(
-        self, request: dict[str, Any], seconds: float, source: Path | None = None, into: Path | None = None
+        self,
+        request: dict[str, Any],
+        seconds: float,
+        source: Path | None = None,
+        into: Path | None = None,
+        most: int = 0,
     ) -> tuple[dict[str, Any], str]:
+        """`source` follows the request, `into` gets what follows the answer, `most` bytes of it."""
         with tempfile.TemporaryFile() as log, _running(self.command, log, seconds) as (process, expired):
             assert process.stdin and process.stdout
             with suppress(BrokenPipeError):  # the agent has ended early: it says why
@@ -116,11 +128,11 @@ class Target:
             document = _document(process.stdout)
             if document and into and "error" not in document:
                 with into.open("wb") as stream:
-                    _copy(process.stdout, stream, document["bytes"])
+                    _copy(process.stdout, stream, min(document["bytes"], most))
             with suppress(BrokenPipeError):
                 process.stdin.close()
             code = process.wait()
-            log.seek(0)
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LONGEST_LOG))
             text = log.read().decode(errors="replace")
         if expired.is_set():
             late = f"{request['verb']} did not end within {seconds:.0f} s"
@@ -323,7 +335,7 @@ def _send(stream: IO[bytes], request: dict[str, Any], source: Path | None) -> No
 
 def _document(stream: IO[bytes]) -> dict[str, Any] | None:
     """The agent's line; what a login script of the target prints before it is passed over. None: there is none."""
-    for line in stream:
+    for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
         if (start := line.find(b'{"schema": "%s"' % SCHEMA.encode())) >= 0:
             with suppress(ValueError):
                 document: dict[str, Any] = json.loads(line[start:])
