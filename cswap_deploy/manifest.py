@@ -222,6 +222,7 @@ def timing_block(samples: Samples, model: int, peak_memory_mb: float | None) -> 
 
 
 def engine_block(engine: Engine | None, settings: EngineSettings, reason: str, dynamic: bool) -> dict[str, Any]:
+    """`reason`: why there is none. `dynamic`: its batch is open, within that of the settings."""
     return {
         "built": engine is not None,
         "reason": reason,

@@ -159,7 +159,7 @@ def test_tegrastats_serves_where_nothing_else_can_be_read(tmp_path: Path) -> Non
     model = sshd.classifier(tmp_path / "model.onnx")
     document = agent.ask("measure", runtime="onnxruntime", models=[here(model)], warmup_s=0, duration_s=0.05)
     assert "error" not in document and line in document["watch"]["tegrastats"]
+    assert [*manifest.faults(document, protocol.response_schema("measure"))] == []
     document["after"]["gpu"] = {"max_mhz": 1020, "governor": None}
     found = conditions.describe(document)
     assert found["power_w"] == pytest.approx(5.971) and found["gpu_mhz"] == [1018, 1018]
-    assert [*manifest.faults(document, protocol.response_schema("measure"))] == []

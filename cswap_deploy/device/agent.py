@@ -298,7 +298,7 @@ def board() -> Json | None:
     if not name:
         return None
     release = re.search(r"# R(\d+) .*REVISION: ([\d.]+)", text_of("/etc/nv_tegra_release"))
-    chips = re.findall(r"nvidia,(tegra\d+)", text_of("/proc/device-tree/compatible"))
+    chips = re.findall(r"nvidia,(tegra\d{3})", text_of("/proc/device-tree/compatible"))
     facts = {"model": name, "l4t": ".".join(release.groups()) if release else None, "chip": chips[0] if chips else None}
     return {**facts, "power_mode": power_mode(), "gpu_clocks_locked": (gpu() or {}).get("locked")}
 
@@ -397,6 +397,7 @@ def measure(request: Json, files: Store) -> Json:
 
 
 def models_in_turn(request: Json, files: Store) -> Json:
+    """By a runtime's own module; single calls after pauses and, where rails can be read, a run for the energy follow."""
     kind, opened, used = MODELS[request["runtime"]], request["models"], None
     start = time.perf_counter_ns()
     if request["runtime"] == "onnxruntime":
@@ -412,8 +413,7 @@ def models_in_turn(request: Json, files: Store) -> Json:
         own = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]
         used["agent_mb"] = int(own) / 1024
     cold = [after_pauses(model.run, request.get("cold", 0), request.get("pause_s", 0.0)) for model in models]
-    energy_s = request.get("energy_s", 0) if rails() else 0
-    energy = [run_for(model.run, energy_s) for model in models] if energy_s else []
+    energy = [run_for(model.run, request["energy_s"]) for model in models if request.get("energy_s") and rails()]
     facts = [model.facts for model in models]
     more = {"cold": cold, "energy": energy, "idle_until_ns": start, "sampling_ns": [begun, begun + running]}
     return {"rounds": rounds, "gpu_rounds": gpu_rounds, "models": facts, "overhead": overhead, "memory": used, **more}

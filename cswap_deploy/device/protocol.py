@@ -150,7 +150,8 @@ def _measurement() -> tuple[dict[str, Schema], dict[str, Schema]]:
     rounds: Schema = {"type": "array", "items": {"type": "array", "items": durations, "minItems": 1}, "minItems": 1}
     memory = record(peak_mb=NUMBERS, runtime_mb=NUMBER, agent_mb=NUMBER)
     facts = {"load_s": SECONDS, "device_mb": SECONDS, "cuda_graph": BOOLEAN, "graph_note": TEXT, "host_waits": TEXT}
-    watch = record(moments={"type": "array", "items": {"type": "array"}}, tegrastats=nullable(TEXT))
+    moment: Schema = {"type": "array", "items": {"anyOf": [COUNT, {"type": "object"}]}, "minItems": 2}
+    watch = record(moments={"type": "array", "items": moment}, tegrastats=nullable(TEXT))
     demanded: dict[str, Schema] = {
         "models": {"type": "array", "items": _with(record(runtime=TEXT), **facts), "minItems": 1},
         "overhead": nullable(NUMBER),
