@@ -56,7 +56,9 @@ def build(
     kept = {"sha256": file.sha256, "name": "the engine"}
     found = target.ask("layers", LAYERS_S, runtime="tensorrt", model=kept, batch=settings.batch.opt, wait_s=WAIT_S)
     rows = parts.joined(found, parts.nodes_of(model.path), groups)
-    parts.write(out / "layers.json", {"layers": rows, **parts.reformats(rows), "tensorrt": found.get("layer_info")})
+    parts.write(
+        out / "layers.json", {"layers": rows, "reformats": parts.reformats(rows), "tensorrt": found.get("layer_info")}
+    )
     version = trtexec.banner_version(f"[{answer['tensorrt']}]") or answer["tensorrt"]  # by trtexec its banner
     return Engine(
         file=file,

@@ -524,6 +524,28 @@ def test_logits_are_those_of_a_direct_run(
     assert kept(agent) == [answer["outcomes"]["sha256"]]
 
 
+def test_judging_many_images_takes_little_memory(agent: Agent, tmp_path: Path) -> None:
+    """220 MB of pixels, in a file of zeros that takes no room; beside what the runtime takes to be loaded."""
+    model = sshd.classifier(tmp_path / "wide.onnx", width=2, side=224)
+    pixels = np.lib.format.open_memmap(tmp_path / "pixels.npy", "w+", np.uint8, (1460, 3, 224, 224))
+    del pixels
+    note = f"open({str(tmp_path / 'rss')!r}, 'w').write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+    run = f"import atexit, resource, runpy, sys; atexit.register(lambda: {note}); sys.argv = [{str(AGENT)!r}]; "
+    noting = Agent(
+        agent.cache, program=(sys.executable, "-c", run + "runpy.run_path(sys.argv[0], run_name='__main__')")
+    )
+    bare = run.replace(note, "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)") + "import numpy, onnxruntime"
+    loaded = int(subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, check=True).stdout) / 1024
+    answer = noting.ask(
+        "infer", runtime="onnxruntime", model=here(model), images={"path": str(tmp_path / "pixels.npy")}, mean=[0.5] * 3,
+        std=[0.5] * 3, batch=4, labels=[0] * 1460,
+    )  # fmt: skip
+    assert answer["images"] == 1460
+    used = int((tmp_path / "rss").read_text()) / 1024
+    print(f"agent with 220 MB of images: {used:.0f} MB, the runtime alone {loaded:.0f} MB")
+    assert used - loaded < 60
+
+
 def test_layers_name_their_operators(agent: Agent, models: dict[str, Path]) -> None:
     layers = agent.ask("layers", runtime="onnxruntime", model=here(models["slow"]))["layers"]
     convolutions = [layer["ms"] for layer in layers if layer["op"] in ("Conv", "FusedConv")]

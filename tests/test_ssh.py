@@ -123,7 +123,7 @@ def test_probe_takes_little_time(server: Server, device: Device) -> None:
             probe = Probe.of(target)
         taken.append(time.perf_counter() - start)
     print(f"probe over ssh, connecting included: {sorted(taken)[1]:.2f} s")
-    assert sorted(taken)[1] < 3
+    assert min(taken) < 1.5
     assert [*manifest.faults(probe.document, protocol.response_schema("probe"))] == []
     assert probe.document["store"]["folder"] == str(device.store)
     assert probe.facts("onnxruntime")["runtime"].startswith("onnxruntime ")

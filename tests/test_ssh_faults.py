@@ -167,7 +167,7 @@ def answer_is_cut_off(at: Place) -> None:
 
 def answer_is_of_another_program(at: Place) -> None:
     with (
-        at.wrapped("other", 'cat > /dev/null; echo \'{{"schema": "cswap-deploy/agent/1", \'') as server,
+        at.wrapped("other", 'head -c 100 > /dev/null; echo \'{{"schema": "cswap-deploy/agent/1", \'') as server,
         reach(server.name) as target,
     ):
         missing(target)
@@ -298,7 +298,7 @@ FAULTS: dict[Callable[[Place], None], str] = {
     answer_is_cut_off: "the connection ended during missing",
     answer_is_of_another_program: "the connection ended during missing",
     answer_never_ends: "missing did not end within 2 s",
-    memory_is_too_small: "the connection ended during missing|MemoryError",
+    memory_is_too_small: "the connection ended during missing|MemoryError|can't start new thread",
     folder_may_not_be_written: "Permission denied on the target",
     cache_is_a_file: "Not a directory on the target|File exists on the target",
     disk_is_full: "File too large on the target",

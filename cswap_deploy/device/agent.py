@@ -669,6 +669,10 @@ class Cuda:
         if code:
             raise Fault("engine", f"{name} failed on the target with CUDA error {code}")
 
+    def forget(self) -> None:
+        """An error that was answered: else TensorRT finds it after its next launch."""
+        getattr(self.library, "cudaGetLastError", int)()
+
     def created(self, name: str, *arguments: Any) -> ctypes.c_void_p:
         """The handle or address that a call hands out through its first argument."""
         handle = ctypes.c_void_p()
@@ -701,8 +705,8 @@ class EngineModel:
         start = time.perf_counter()
         path, built = files.engine(request, file)
         self.trt, self.cuda, self.logger = trt, Cuda(), trt.Logger(trt.Logger.ERROR)
-        spin = getattr(self.cuda.library, "cudaSetDeviceFlags", None)
-        waits = "spinning" if spin and not spin(1) else "by the driver's choice"  # Jetson's own choice may be to sleep
+        spins = getattr(self.cuda.library, "cudaSetDeviceFlags", int)(1) == 0  # Jetson's own choice may be to sleep
+        self.cuda.forget()
         self.runtime = trt.Runtime(self.logger)
         if built.get("dla_core") is not None:
             self.runtime.DLA_core = built["dla_core"]
@@ -717,15 +721,10 @@ class EngineModel:
         self.tensors = [self.place(name, request.get("batch", 1)) for name in names]
         self.graph: ctypes.c_void_p | None = None
         self.run()
-        load_s = time.perf_counter() - start
-        note = self.capture() if request.get("graph", True) else "not asked for"
-        graph = {"cuda_graph": self.graph is not None, "graph_note": note, "host_waits": waits}
-        self.facts = {
-            "runtime": f"tensorrt {trt.__version__}",
-            "load_s": load_s,
-            "device_mb": self.size() / 2**20,
-            **graph,
-        }
+        self.facts: Json = {"runtime": f"tensorrt {trt.__version__}", "load_s": time.perf_counter() - start}
+        self.facts["graph_note"] = self.capture() if request.get("graph", True) else "not asked for"
+        self.facts.update({"cuda_graph": self.graph is not None, "device_mb": self.size() / 2**20})
+        self.facts["host_waits"] = "spinning" if spins else "as the driver chooses"
 
     def place(self, name: str, batch: int) -> tuple[Any, int | None]:
         """Array on the host and address on the device of one tensor; an input's open batch is fixed first."""
@@ -775,7 +774,7 @@ class EngineModel:
             self.run()
         except Fault as fault:
             self.graph = None
-            getattr(self.cuda.library, "cudaGetLastError", int)()  # forgets the error: what follows is not at fault
+            self.cuda.forget()
             return str(fault)
         return ""
 

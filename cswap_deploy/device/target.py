@@ -352,7 +352,10 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
 def _refusal(name: str, error: dict[str, Any], log: str) -> DeviceError:
     """The agent's error, with what TensorRT said about a failed build: its error lines, else the last ones."""
     public = error["message"] if error["kind"] == "runtime" else PUBLIC.get(error["kind"], PUBLIC["internal"])
-    message, hint, shown = f"{name}: {error['message']}", error["hint"], ""
+    message, shown = f"{name}: {error['message']}", ""
+    hint = error["hint"] or (
+        "please report this, unless the target has no memory left" if error["kind"] == "internal" else ""
+    )
     if error["kind"] in ("engine", "internal") and log.strip():
         lines = log.strip().splitlines()
         chosen = [line for line in lines if "[E]" in line][-5:] or lines[-5:]
