@@ -27,8 +27,13 @@ import pytest
 from conftest import ROOT
 from onnx import TensorProto, helper, numpy_helper
 
+from cswap_deploy import latency
+from cswap_deploy.artifacts import File
 from cswap_deploy.device import exports
+from cswap_deploy.device.target import Probe, reach
 from cswap_deploy.device.trtexec import banner_version
+from cswap_deploy.errors import DeviceError
+from cswap_deploy.recipe import LatencySettings
 
 AGENT = ROOT / "cswap_deploy" / "device" / "agent.py"
 DOUBLE = Path(__file__).parent / "fake_tensorrt"
@@ -642,6 +647,26 @@ def test_trtexec_s_exports_come_as_they_are(without_module: Callable[..., Device
     assert {"--noDataTransfers", "--useSpinWait", "--useCudaGraph"} <= options.keys()
     assert options["--warmUp"] == "10" and int(options["--duration"]) >= 1
     assert "=== Performance summary ===" in device.log
+
+
+def test_the_host_reads_what_trtexec_has_measured(
+    without_module: Callable[..., Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version, rounds and runtime; a run that reports an error is not believed, though it ends with PASSED."""
+    device = without_module("10.3")
+    path = device.folder / "cswap-deploy" / "files" / Built(device, device.build()).engine["sha256"]
+    for name, value in {"XDG_CACHE_HOME": str(device.folder), **device.environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FAKE_TENSORRT_RECORD", str(device.record))
+    settings = LatencySettings(runtime="tensorrt", warmup_s=0, duration_s=0.05)
+    with reach("local") as target:
+        assert Probe.of(target).facts("tensorrt")["runtime"] == "tensorrt 10.3.0"
+        taken = latency.take(target, [File.of(path)] * 2, settings)
+        assert taken.runtime == "tensorrt 10.3.0 by trtexec" and taken.samples.percentile_ms(1, 50) == 0.873472
+        assert taken.samples.count(0) == 18 and taken.cold_ms == () and taken.on_gpu is None
+        monkeypatch.setenv("FAKE_TRTEXEC_FAIL", "error")
+        with pytest.raises(DeviceError, match=r"trtexec reports errors: .*Cask"):
+            latency.take(target, [File.of(path)] * 2, settings)
 
 
 def test_trtexec_tells_where_the_time_goes(without_module: Callable[..., Device]) -> None:

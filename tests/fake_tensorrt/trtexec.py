@@ -1,7 +1,7 @@
 """A test double of trtexec: it knows the flags of one version, copies files, and makes its numbers up.
 
 FAKE_TRTEXEC_VERSION is one of trtexec.json's; there are three made-up queries and two layers. FAKE_TRTEXEC_FAIL holds
-words: `build`, `crash` (no last line), `hang`. Each call becomes a line of FAKE_TENSORRT_RECORD. The
+words: `build`, `crash` (no last line), `hang`, `error` (but PASSED). Each call becomes a line of FAKE_TENSORRT_RECORD. The
 lines that it prints have the form of NVIDIA's, shortened.
 """
 
@@ -91,6 +91,8 @@ def work(options: dict[str, str]) -> bool:
         for ms, start, end in zip(LATENCIES, moments, moments[1:], strict=False)
     ]  # fmt: skip
     Path(options["--exportTimes"]).write_text(json.dumps(times))
+    if "error" in FAILS:
+        print("[10/05/2025-10:46:31] [E] Error[1]: [executor] Cask Pooling Runner Execute Failure")
     print(*(f"[10/05/2025-10:46:31] [I] {line}" for line in SUMMARY), sep="\n")
     return True
 
