@@ -74,7 +74,7 @@ def measure(
 
     `graphs`: their ONNX files, which are the models themselves or what the engines were built from.
     """
-    names = ("the dense model", "the shipped model")
+    names = ("the dense model", "the model that ships")
     taken = take(target, (dense, shipped), settings, names=names)
     taken.samples.save(out / "samples.npz")
     on_gpu = None

@@ -12,7 +12,7 @@ from cswap_deploy.device import conditions
 from cswap_deploy.device.layers import joined
 from cswap_deploy.device.target import reach
 from cswap_deploy.errors import UsageError
-from cswap_deploy.manifest import timing_block
+from cswap_deploy.facts import timing_block
 from cswap_deploy.recipe import LatencySettings
 
 Runtime: TypeAlias = Literal["onnxruntime", "tensorrt"]

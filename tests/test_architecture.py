@@ -17,9 +17,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
-    0: "artifacts digests errors interrupts keys progress recipe recipe_file sources stage terminal wording",
+    0: "artifacts codec digests errors interrupts keys progress recipe recipe_file schema_words sources stage terminal wording",
     1: "device device.* external_data model factory checkpoint data images intervals samples "
-    "prepared units onnx_file preprocess runtime manifest details report report.* "
+    "paths prepared units onnx_file preprocess runtime manifest facts details report report.* "
     "prune.batches prune.groups prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
