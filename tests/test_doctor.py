@@ -451,3 +451,19 @@ def test_the_agent_s_own_probe_is_understood(tmp_path: Path):
     found = asked(probe, "local")
     assert found["python"].text == f"Python {platform.python_version()}"
     assert found["store"].text.endswith(f"in {tmp_path / 'cswap-deploy'}")
+
+
+def test_doctor_compares_the_target_with_a_recipe(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nmodel: {name: resnet18}\ncalibration: {images: images}\nengine: {precision: fp16}\n"
+    )
+    done = run("-m", "cswap_deploy", "doctor", tmp_path / "r.yaml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {finding["topic"]: finding for finding in json.loads(done.stdout)["target"]["findings"]}
+    if "ok" in {finding["state"] for topic, finding in found.items() if topic == "tensorrt"}:
+        pytest.skip("this machine has TensorRT")
+    assert (
+        found["recipe: tensorrt"]["state"] == "problem"
+        and "an engine needs TensorRT" in found["recipe: tensorrt"]["text"]
+    )

@@ -260,11 +260,8 @@ def gpu() -> Json | None:
             facts: Json = {key: None if value is None else value // 1_000_000 for key, value in hertz.items()}
             known = hertz["min_mhz"] is not None and hertz["max_mhz"] is not None
             facts["locked"] = hertz["min_mhz"] == hertz["max_mhz"] if known else None
-            return {
-                **facts,
-                "governor": text_of(folder / "governor") or None,
-                "load": None if load is None else load / 10,
-            }
+            facts["load"] = None if load is None else load / 10
+            return {**facts, "governor": text_of(folder / "governor") or None}
     return None
 
 
@@ -359,16 +356,19 @@ def watched(files: Store) -> Iterator[Json]:
         else:
             child = os.fork()
         if child == 0:
-            die_with_agent()
-            while True:
-                os.write(stream.fileno(), json.dumps([time.perf_counter_ns(), state()]).encode() + b"\n")
-                time.sleep(WATCH_S)
+            try:
+                die_with_agent()
+                while os.write(stream.fileno(), json.dumps([time.perf_counter_ns(), state()]).encode() + b"\n"):
+                    time.sleep(WATCH_S)
+            finally:
+                os._exit(1)  # whatever happens, this process is no second agent
     time.sleep(IDLE_S)
     try:
         yield found
     finally:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
+        with suppress(OSError):  # it has ended by itself
+            os.kill(child, 9)
+            os.waitpid(child, 0)
         text = path.read_text(errors="replace")
         path.unlink()
         found["tegrastats"] = text if tool else None
