@@ -7,7 +7,7 @@ line that begins like a figure and is none, or a summary that lacks a line, is a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isclose
 
@@ -393,8 +393,3 @@ def _text(value: float | str | None) -> str | None:
 
 def _fault(line: int, what: str) -> DeviceError:
     return DeviceError(f"trtexec's output: line {line} {what}", AGAIN)
-
-
-def percentile(ordered: Sequence[float], p: float) -> float:
-    """trtexec's own rule, of ascending values: index max(n - 1 - int((1 - p/100) * n), 0)."""
-    return ordered[max(len(ordered) - 1 - int((1 - p / 100) * len(ordered)), 0)]
