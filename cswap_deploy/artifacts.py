@@ -393,6 +393,8 @@ class LatencyReport:
     """As `samples`, of an engine: between two events on the GPU, without the host's part."""
     cold_ms: tuple[float, ...] = ()
     """Per model, the median of single inferences after pauses; empty where none were made."""
+    energy_mj: tuple[float, ...] = ()
+    """Per model, of one inference, everything on the board included; empty where power could not be read."""
     models: tuple[dict[str, Any], ...] = ()
     """Per model, what the agent says of it: seconds to load it, whether it ran as a CUDA graph and why not."""
 

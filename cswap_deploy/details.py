@@ -69,6 +69,8 @@ def engine_times(report: LatencyReport) -> dict[str, Any]:
     names = ("source", "pruned")
     if report.cold_ms:
         found["cold_p50_ms"] = dict(zip(names, report.cold_ms, strict=True))
+    if report.energy_mj:
+        found["energy_mj"] = dict(zip(names, report.energy_mj, strict=True))
     if report.models:
         found["models"] = dict(zip(names, report.models, strict=True))
     if report.gpu_samples:

@@ -94,6 +94,7 @@ def measure(
         layers,
         on_gpu,
         taken.cold_ms,
+        conditions.energy_mj(taken.document),
         tuple(taken.document["models"]),
     )
 

@@ -185,6 +185,7 @@ def _latency() -> Schema:
         course=record(source=listing(NUMBER), pruned=listing(NUMBER)),
         layers=nullable(record(source=timed, pruned=timed)),
         cold_p50_ms=record(source=NUMBER, pruned=NUMBER),
+        energy_mj=record(source=NUMBER, pruned=NUMBER),
         gpu=record(source=on_gpu, pruned=on_gpu),
         models=record(source={"type": "object"}, pruned={"type": "object"}),
         reformats=record(source=reformats, pruned=reformats),

@@ -75,6 +75,7 @@ def measure(paths: Sequence[Path], settings: LatencySettings, trust: Sequence[st
         "memory": taken.document["memory"],
         "conditions": taken.conditions,
         "cold_p50_ms": list(taken.cold_ms),
+        "energy_mj": list(conditions.energy_mj(taken.document)),
         "on_gpu": [{f"p{p}_ms": gpu.percentile_ms(number, p) for p in (50, 90, 99)} for number in range(len(files))]
         if (gpu := taken.on_gpu)
         else None,

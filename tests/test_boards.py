@@ -96,23 +96,26 @@ def test_conditions_of_a_board_that_is_as_it_should_be(measured: dict[str, Any])
         "MAXN_SUPER",
         "36.4.3",
     )
-    assert found["gpu_mhz"] == [1020, 1020] and found["throttled"] is False and found["hottest_c"] == 49.593
+    assert (
+        found["gpu_mhz_lowest"] == found["gpu_mhz_highest"] == 1020
+        and found["throttled"] is False
+        and found["hottest_c"] == 49.593
+    )
     assert found["power_w"] == found["idle_power_w"] == pytest.approx(6.048)
-    assert found["energy_mj"] == [pytest.approx(6.048 * 20 / 400 * 1000)]
+    assert conditions.energy_mj(longer(measured)) == (pytest.approx(6.048 * 20 / 400 * 1000),)
     assert found["gpu_load_before_percent"] == pytest.approx(3.7)
     assert list(conditions.faults(found, "tensorrt")) == []
 
 
 def test_energy_of_a_short_run_is_not_given(measured: dict[str, Any]) -> None:
-    assert conditions.describe(measured)["energy_mj"] is None
+    assert conditions.energy_mj(measured) == ()
 
 
 def test_energy_is_not_given_where_not_all_of_the_power_is_known(measured: dict[str, Any]) -> None:
     changed = longer(measured)
     for _, state in changed["watch"]["moments"]:
         del state["rails_mw"]["VDD_IN"]
-    found = conditions.describe(changed)
-    assert found["energy_mj"] is found["power_w"] is None
+    assert conditions.energy_mj(changed) == () and conditions.describe(changed)["power_w"] is None
 
 
 def test_an_agx_board_s_power_is_the_sum_of_three_rails() -> None:
@@ -162,4 +165,4 @@ def test_tegrastats_serves_where_nothing_else_can_be_read(tmp_path: Path) -> Non
     assert [*manifest.faults(document, protocol.response_schema("measure"))] == []
     document["after"]["gpu"] = {"max_mhz": 1020, "governor": None}
     found = conditions.describe(document)
-    assert found["power_w"] == pytest.approx(5.971) and found["gpu_mhz"] == [1018, 1018]
+    assert found["power_w"] == pytest.approx(5.971) and found["gpu_mhz_lowest"] == found["gpu_mhz_highest"] == 1018

@@ -55,7 +55,8 @@ def _of_a_board(document: Mapping[str, Any], gpu: Mapping[str, Any]) -> dict[str
     power = _power_w(during) if during else None if by_lines is None else by_lines / 1000
     clocks = clocks or [line.gpu_mhz for line in lines if line.gpu_mhz is not None]
     return {
-        "gpu_mhz": [min(clocks), max(clocks)] if clocks else None,
+        "gpu_mhz_lowest": min(clocks, default=None),
+        "gpu_mhz_highest": max(clocks, default=None),
         "gpu_max_mhz": gpu.get("max_mhz"),
         "gpu_governor": gpu.get("governor"),
         "gpu_load_before_percent": _idle_load(document),
@@ -63,7 +64,6 @@ def _of_a_board(document: Mapping[str, Any], gpu: Mapping[str, Any]) -> dict[str
         "hottest_c": max(hottest, default=None),
         "power_w": power,
         "idle_power_w": _power_w(_idle(document)),
-        "energy_mj": energy_mj(document),
     }
 
 
@@ -72,22 +72,25 @@ def faults(conditions: Mapping[str, Any], runtime: str) -> Iterator[str]:
     if runtime == "tensorrt" and conditions.get("gpu_clocks_locked") is False:
         yield "the GPU's clock is not locked, it follows the load: sudo jetson_clocks on the board, then measure again"
     if conditions.get("throttled"):
-        low, most = conditions["gpu_mhz"][0], conditions["gpu_max_mhz"]
+        low, most = conditions["gpu_mhz_lowest"], conditions["gpu_max_mhz"]
         yield f"the GPU was throttled: its clock fell to {low} of {most} MHz although it is locked; let the board cool down"
     if (load := conditions.get("gpu_load_before_percent")) is not None and load > BUSY_PERCENT:
         yield f"something else used the GPU before ({load:.0f} % load, {BUSY_PERCENT:.0f} % is the limit): stop it"
 
 
-def energy_mj(document: Mapping[str, Any]) -> list[float] | None:
-    """Of one inference of each model, everything on the board included: mean power times time, over its own run without a break."""
+def energy_mj(document: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of one inference of each model, everything on the board included: mean power times time, over its own run without a break.
+
+    Empty where power could not be read, or not for long enough.
+    """
     found = []
     for window in document.get("energy") or ():
         seconds = (window["end_ns"] - window["start_ns"]) / 1e9
         power = _power_w(_within(_moments(document), window["start_ns"], window["end_ns"]))
         if power is None or seconds < LEAST_ENERGY_S:
-            return None
+            return ()
         found.append(1000 * power * seconds / window["runs"])
-    return found or None
+    return tuple(found)
 
 
 def _moments(document: Mapping[str, Any]) -> Sequence[Moment]:
