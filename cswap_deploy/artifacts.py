@@ -320,6 +320,16 @@ class PruningPlan:
     """Units of each group in the order in which they would leave the dense network; empty where scores alone decide."""
 
 
+@dataclass(frozen=True)
+class Approach:
+    """A search before its last step: what it keeps, what narrowing that costs, and how it came there."""
+
+    keep: dict[str, tuple[int, ...]]
+    curves: tuple[Curve, ...]
+    scores: tuple[GroupScores, ...]
+    steps: tuple[PruningStep, ...]
+
+
 # --- export and proof ------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +434,100 @@ class LatencyReport:
     the runtime could not tell them."""
 
 
+# --- the budget ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WidthTimings:
+    """Networks with narrower groups and their dense twin, run in turn. Groups that a setting does not name are whole."""
+
+    samples: File
+    """`samples.Samples`: model 0 is the dense one, model n + 1 has the widths `settings[n]`."""
+    settings: tuple[dict[str, int], ...]
+    runtime: str
+    conditions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What layers of one shape take each, as a part of the dense network's latency.
+
+    `product` shrinks with all axes that groups shorten, `sides` with one of them each.
+    """
+
+    terms: tuple[str, ...]
+    """Names of the cost terms."""
+    product: float
+    sides: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class GroupSteps:
+    """Groups that cost the same: the widths that they may have, and what the layers' parts do not say about each."""
+
+    groups: tuple[str, ...]
+    widths: tuple[int, ...]
+    """Narrow to wide, the last all units."""
+    measured: tuple[int, ...]
+    """Those that were measured alone, narrow to wide, the last all units."""
+    excess: tuple[float, ...]
+    """Of one group at each of these, as a part of the dense network's latency; the last is 0."""
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """The latency of a network over the widths of its groups as a part of the dense one's, learned on one device.
+
+    Sizes count in whole multiples of `multiple`: constant between steps.
+    """
+
+    multiple: int
+    constant: float
+    layers: tuple[LayerTime, ...]
+    steps: tuple[GroupSteps, ...]
+    settings: int
+    """Networks that were measured."""
+    errors: tuple[float, ...]
+    """Relative, of settings of all groups that the fit had not seen (cross-validation)."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate: the part of the dense latency that was predicted and measured, the latter with its 95 % interval."""
+
+    widths: dict[str, int]
+    predicted: float
+    ratio: float
+    low: float
+    high: float
+
+
+BudgetVerdict = Literal["met", "missed", "infeasible", "not needed"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A latency that was asked for, and what came of it. Ratios are parts of the dense network's latency in the same run."""
+
+    latency_ms: float
+    percentile: int
+    dense_ms: float
+    """Of the dense network when the budget was set."""
+    dense_ci95_ms: tuple[float, float]
+    floor: float
+    """Ratio of the fastest network that groups as narrow as they can be give."""
+    verdict: BudgetVerdict
+    """Before what ships was measured."""
+    trials: tuple[Trial, ...]
+    staircase: Staircase | None
+    facts: dict[str, str]
+    """Of the device."""
+
+    @property
+    def ratio(self) -> float:
+        return self.latency_ms / self.dense_ms
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The host's half: everything that the device's half and the bundle are made of."""
@@ -446,6 +550,8 @@ class Prepared:
     reasons: tuple[Reason, ...]
     environment: dict[str, str]
     """Versions of Python and of the libraries that made this half."""
+    budget: Budget | None = None
+    """Where the recipe asks for a latency."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import File, LatencyReport
+from cswap_deploy.artifacts import File, Groups, LatencyReport, WidthTimings
+from cswap_deploy.budget.narrow import Template
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DataError, DeviceError
 from cswap_deploy.recipe import LatencySettings
@@ -81,6 +83,33 @@ def measure(
     )
 
 
+@stage("staircase", returns=WidthTimings, libraries=("numpy", "onnx"))
+def of_widths(
+    out: Path,
+    dense: File,
+    groups: Groups,
+    settings: tuple[dict[str, int], ...],
+    timing: LatencySettings,
+    facts: Mapping[str, str],
+    target: Target,
+) -> WidthTimings:
+    """The dense network and narrower ones, in turn; a setting gives the units of the groups that are not whole.
+
+    The narrower files are made from the dense one (`budget.narrow`) and not kept. Errors: DeviceError, ExportError.
+    """
+    template = Template.read(dense.path, groups)
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for number, widths in enumerate(settings):
+            path = Path(folder) / f"{number}.onnx"
+            path.write_bytes(template.narrowed(widths))
+            files.append(File.of(path))
+        names = ("the dense model", *(f"the model with narrower groups ({number})" for number in range(len(files))))
+        taken = take(target, (dense, *files), timing, names=names, memory=False)
+    taken.samples.save(out / "samples.npz")
+    return WidthTimings(File.of(out / "samples.npz"), settings, taken.runtime, taken.conditions)
+
+
 def _layers(
     target: Target, models: Sequence[File], settings: LatencySettings, names: tuple[str, ...]
 ) -> dict[str, Any] | None:
@@ -110,8 +139,12 @@ def take(
     settings: LatencySettings,
     names: tuple[str, ...] = (),
     trust: Sequence[str] = (),
+    memory: bool = True,
 ) -> Measurement:
-    """Run models in turn. `trust`: digests of engines that were not built on the target. Errors: DeviceError."""
+    """Run models in turn. `trust`: digests of engines that were not built on the target. Errors: DeviceError.
+
+    `memory`: also what each takes, which a process of its own must find out.
+    """
     sampling = len(models) * (settings.warmup_s + 3 * settings.duration_s + 2)
     document = target.ask(
         "measure",
@@ -124,6 +157,7 @@ def take(
         duration_s=settings.duration_s,
         wait_s=WAIT_S,
         trust=list(trust),
+        memory=memory,
     )
     try:
         return Measurement(Samples.of(document["rounds"]), document)

@@ -330,7 +330,7 @@ def schema() -> Schema:
         accuracy=_accuracy(),
         onnx=_onnx(),
         latency=nullable(_latency()),
-        budget=nullable({"type": "object"}),
+        budget=nullable(_budget()),
         engine=nullable(_engine()),
         files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
         environment={"type": "object", "additionalProperties": TEXT},
@@ -419,6 +419,30 @@ def _latency() -> Schema:
         distribution=histograms,
         course=record(source=listing(NUMBER), pruned=listing(NUMBER)),
         layers=nullable(record(source=timed, pruned=timed)),
+    )
+
+
+def _budget() -> Schema:
+    required = record(
+        latency_ms=POSITIVE,
+        percentile={"enum": [50, 90, 99]},
+        achieved_ms=nullable(NUMBER),
+        verdict={"enum": ["met", "missed", "infeasible", "not needed"]},
+        trials={"type": "integer", "minimum": 0},
+    )
+    candidate = record(predicted=NUMBER, ratio=NUMBER, low=NUMBER, high=NUMBER)
+    learned = record(multiple=POSITIVE, settings=INTEGER, error_median=nullable(NUMBER), error_p95=nullable(NUMBER))
+    return with_optional(
+        required,
+        dense_ms=NUMBER,
+        dense_ci95_ms=pair(NUMBER),
+        floor_ms=NUMBER,
+        ratio_asked=NUMBER,
+        ratio=nullable(NUMBER),
+        ratio_ci95=nullable(pair(NUMBER)),
+        proven={"type": "boolean"},
+        candidates=listing(candidate),
+        staircase=nullable(learned),
     )
 
 

@@ -282,7 +282,8 @@ def measure(request: Json, files: Store) -> Json:
 
 def models_in_turn(request: Json, files: Store) -> Json:
     kind, opened = MODELS[request["runtime"]], request["models"]
-    bare, *memory = [peak_memory(request, file, files) for file in (None, *opened)]
+    asked = (None, *opened) if request.get("memory", True) else ()
+    peaks = [peak_memory(request, file, files) for file in asked]
     models = [kind(request, file, files) for file in opened]
     for model in models:
         run_for(model.run, request["warmup_s"])
@@ -290,7 +291,7 @@ def models_in_turn(request: Json, files: Store) -> Json:
     rounds, running = sample([model.run for model in models], request["duration_s"], request.get("block_s", BLOCK_S))
     overhead = 1 - running / (time.perf_counter_ns() - start)
     own = int(re.findall(r"VmHWM:\s+(\d+) kB", text_of("/proc/self/status"))[0]) / 1024
-    used = {"peak_mb": memory, "runtime_mb": bare, "agent_mb": own}
+    used = {"peak_mb": peaks[1:], "runtime_mb": peaks[0], "agent_mb": own} if peaks else None
     return {"rounds": rounds, "models": [model.facts for model in models], "overhead": overhead, "memory": used}
 
 

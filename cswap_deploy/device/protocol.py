@@ -47,7 +47,7 @@ def _requests() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
         "build": ({"model": file, "settings": _settings(), "input": _input(), "dynamic": BOOLEAN}, alone),
         "measure": (
             {"runtime": runtime, "models": files, "warmup_s": SECONDS, "duration_s": SECONDS},
-            {"block_s": SECONDS, **running},
+            {"block_s": SECONDS, "memory": BOOLEAN, **running},
         ),
         "infer": ({"runtime": runtime, "model": file, "images": file, "mean": NUMBERS, "std": NUMBERS}, running),
         "layers": ({"runtime": runtime, "model": file}, running),

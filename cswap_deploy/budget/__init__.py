@@ -1,0 +1,39 @@
+"""A latency budget: what widths cost on the device, which of them to choose, and the closed loop that proves it.
+
+`narrow` makes files of any width, `design` says which to measure, `staircase` learns from them, `loop` corrects and chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cswap_deploy.artifacts import Groups, Staircase, WidthTimings
+from cswap_deploy.budget import design, staircase
+from cswap_deploy.budget.staircase import Observation
+from cswap_deploy.samples import Samples
+from cswap_deploy.stage import stage
+
+
+@stage("staircase", returns=Staircase, libraries=("numpy", "scipy"))
+def learn(
+    out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple: int, exact: bool, percentile: int
+) -> Staircase:
+    """What each group's width costs, from networks that were measured with it; `exact`: the multiple is the recipe's own."""
+    kinds = design.kinds_of(groups)
+    alone, together = [], []
+    for seen in observed(timings, percentile):
+        (alone if set(seen.widths) in map(set, kinds.values()) else together).append(seen)
+    options = design.options(groups, kinds, multiple, exact=exact)
+    return staircase.learn(groups, kinds, options, multiple, alone, together)
+
+
+def observed(timings: Sequence[WidthTimings], percentile: int) -> list[Observation]:
+    """Every setting with its ratio to the dense network of the same run."""
+    found = []
+    for item in timings:
+        samples = Samples.load(item.samples.path)
+        found += [
+            Observation(widths, samples.ratio(number, 0, percentile)) for number, widths in enumerate(item.settings, 1)
+        ]
+    return found
