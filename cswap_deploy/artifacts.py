@@ -439,10 +439,14 @@ class LatencyReport:
 
 @dataclass(frozen=True)
 class WidthTimings:
-    """Networks with narrower groups and their dense twin, run in turn. Groups that a setting does not name are whole."""
+    """Networks with narrower groups and their dense twin, run in turn. Groups that a setting does not name are whole.
+
+    Narrower ones are compared with model 1: files of weights made at loading lie elsewhere in memory than weights that were read,
+    which is worth 5 % to a network that just fits into a cache.
+    """
 
     samples: File
-    """`samples.Samples`: model 0 is the dense one, model n + 1 has the widths `settings[n]`."""
+    """`samples.Samples`: model 0 is the dense one, 1 its twin without weights, n + 2 has the widths `settings[n]`."""
     settings: tuple[dict[str, int], ...]
     runtime: str
     conditions: dict[str, Any]

@@ -93,18 +93,18 @@ def of_widths(
     facts: Mapping[str, str],
     target: Target,
 ) -> WidthTimings:
-    """The dense network and narrower ones, in turn; a setting gives the units of the groups that are not whole.
+    """The dense network, and made from it (`budget.narrow`) the same without weights and narrower ones, all in turn.
 
-    The narrower files are made from the dense one (`budget.narrow`) and not kept. Errors: DeviceError, ExportError.
+    A setting gives the units of the groups that are not whole. What is made is not kept. Errors: DeviceError, ExportError.
     """
     template = Template.read(dense.path, groups)
     with tempfile.TemporaryDirectory() as folder:
         files = []
-        for number, widths in enumerate(settings):
+        for number, widths in enumerate(({}, *settings)):
             path = Path(folder) / f"{number}.onnx"
             path.write_bytes(template.narrowed(widths))
             files.append(File.of(path))
-        names = ("the dense model", *(f"the model with narrower groups ({number})" for number in range(len(files))))
+        names = ("the dense model", *(f"the model with other weights or widths ({n})" for n in range(len(files))))
         taken = take(target, (dense, *files), timing, names=names, memory=False)
     taken.samples.save(out / "samples.npz")
     return WidthTimings(File.of(out / "samples.npz"), settings, taken.runtime, taken.conditions)

@@ -424,7 +424,7 @@ def _latency() -> Schema:
 
 def _budget() -> Schema:
     required = record(
-        latency_ms=POSITIVE,
+        latency_ms=NUMBER,
         percentile={"enum": [50, 90, 99]},
         achieved_ms=nullable(NUMBER),
         verdict={"enum": ["met", "missed", "infeasible", "not needed"]},

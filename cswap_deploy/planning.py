@@ -144,8 +144,7 @@ class Meter:
     def ratio(self, widths: Widths, longer: bool) -> Ratio:
         """Of one candidate, as long as the recipe measures, or `LONGER` times as long."""
         seconds = self.timing.duration_s * (LONGER if longer else 1)
-        samples = Samples.load(self.timings([widths], seconds, self.timing.warmup_s).samples.path)
-        return samples.ratio(1, 0, self.percentile)
+        return budget.ratios(self.timings([widths], seconds, self.timing.warmup_s), self.percentile)[0]
 
 
 # --- before anything is pruned
@@ -158,11 +157,13 @@ def _begun(meter: Meter) -> Budget:
     exact = meter.recipe.prune.round_to
     settings = design.extremes(meter.groups, exact if exact != "auto" else None) if meter.groups.groups else ()
     for seconds in (PROBE_S, LONGER * PROBE_S):
-        samples = Samples.load(meter.timings(settings, seconds).samples.path)
+        timings = meter.timings(settings, seconds)
+        samples = Samples.load(timings.samples.path)
         dense = samples.percentile_ms(0, meter.percentile)
         low, high = samples.percentile_ci95_ms(0, meter.percentile)
-        ratios = [samples.ratio(number, 0, meter.percentile) for number in range(1, len(settings) + 1)]
-        floor = min(ratios, key=lambda ratio: ratio.value, default=Ratio(1.0, 1.0, 1.0))
+        floor = min(
+            budget.ratios(timings, meter.percentile), key=lambda ratio: ratio.value, default=Ratio(1.0, 1.0, 1.0)
+        )
         if not (low <= goal <= high or floor.low * dense <= goal <= floor.high * dense):
             break
     verdict = "not needed" if dense <= goal else "infeasible" if floor.value * dense > goal else "met"
@@ -198,8 +199,7 @@ def _alignment(meter: Meter) -> int:
     found: list[float] = []
     for start in range(0, len(settings), 2 * 3):
         part = settings[start : start + 2 * 3]
-        samples = Samples.load(meter.timings(part, WIDTHS_S).samples.path)
-        found += [samples.ratio(number, 0, meter.percentile).value for number in range(1, len(part) + 1)]
+        found += [ratio.value for ratio in budget.ratios(meter.timings(part, WIDTHS_S), meter.percentile)]
     ratios = {multiple: tuple(found[3 * place : 3 * place + 3]) for place, multiple in enumerate(tried)}
     multiple = design.alignment({key: (wide, middle, narrow) for key, (wide, middle, narrow) in ratios.items()})
     shown = ", ".join(f"{key}: {' '.join(f'{value:.3f}' for value in values)}" for key, values in ratios.items())

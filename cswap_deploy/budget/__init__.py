@@ -11,7 +11,7 @@ from pathlib import Path
 from cswap_deploy.artifacts import Groups, Staircase, WidthTimings
 from cswap_deploy.budget import design, staircase
 from cswap_deploy.budget.staircase import Observation
-from cswap_deploy.samples import Samples
+from cswap_deploy.samples import Ratio, Samples
 from cswap_deploy.stage import stage
 
 
@@ -30,10 +30,14 @@ def learn(
 
 def observed(timings: Sequence[WidthTimings], percentile: int) -> list[Observation]:
     """Every setting with its ratio to the dense network of the same run."""
-    found = []
-    for item in timings:
-        samples = Samples.load(item.samples.path)
-        found += [
-            Observation(widths, samples.ratio(number, 0, percentile)) for number, widths in enumerate(item.settings, 1)
-        ]
-    return found
+    return [
+        Observation(widths, ratio)
+        for item in timings
+        for widths, ratio in zip(item.settings, ratios(item, percentile), strict=True)
+    ]
+
+
+def ratios(timings: WidthTimings, percentile: int) -> list[Ratio]:
+    """Of each setting, to the dense network without weights."""
+    samples = Samples.load(timings.samples.path)
+    return [samples.ratio(number, 1, percentile) for number in range(2, samples.models)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cswap_deploy.artifacts import Trial
@@ -12,6 +12,8 @@ Widths = dict[str, int]
 
 MARGIN = 0.4
 """Of the tolerance: how far below the budget a candidate is aimed, since half of those aimed at it would miss it."""
+CLOSER = 0.005
+"""By how much the prediction is moved on where it leads to a candidate that was measured before."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,7 @@ class Loop:
         done, scale = list(earlier), shift
         if done:
             scale = shift * done[-1].ratio / self.predict(done[-1].widths)
-        while len(done) < self.trials:
-            widths = self.choose(self.aim / scale)
-            if any(trial.widths == widths for trial in done):
-                break
+        while len(done) < self.trials and (widths := self._fresh(done, scale, shift)):
             found = self.measure(widths, False)
             if found.low * shift <= self.budget <= found.high * shift:
                 found = self.measure(widths, True)
@@ -49,6 +48,25 @@ class Loop:
                 break
             scale = shift * found.value / self.predict(widths)
         return tuple(done)
+
+    def _fresh(self, done: Sequence[Trial], scale: float, shift: float) -> Widths | None:
+        """Widths that were not measured yet: faster than those that missed, less damaged than those that met. None: no such."""
+        target = self.aim / scale
+        while True:
+            widths = self.choose(target)
+            known = next((trial for trial in done if trial.widths == widths), None)
+            if known is None:
+                return widths
+            if known.ratio * shift > self.budget:
+                faster = self.predict(widths) * (1 - CLOSER)
+                if faster >= target * (1 - CLOSER / 2):  # these are the fastest that there are
+                    return None
+                target = faster
+            else:
+                missed = [self.predict(trial.widths) for trial in done if trial.ratio * shift > self.budget]
+                target *= 1 + CLOSER
+                if target >= min([1.0, *missed]):
+                    return None
 
     @property
     def aim(self) -> float:
