@@ -239,7 +239,7 @@ def _manifest(
     name, shipped = _shipped(terms, ready, deployed)
     verdict = facts.gate_of(ready.accuracy, shipped, terms.accuracy)
     reasons = [*ready.reasons, *deployed.reasons, *facts.gate_reasons(ready.accuracy, shipped, verdict)]
-    budget = account.account(ready.budget, deployed.latency) if ready.budget else None
+    budget = account.account(ready.budget, ready.groups, deployed.latency) if ready.budget else None
     reasons += account.reasons(budget) if budget else []
     reasons.sort(key=lambda reason: reason.exit_code)
     prune = terms.prune

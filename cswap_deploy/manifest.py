@@ -431,7 +431,14 @@ def _budget() -> Schema:
         trials={"type": "integer", "minimum": 0},
     )
     candidate = record(predicted=NUMBER, ratio=NUMBER, low=NUMBER, high=NUMBER)
-    learned = record(multiple=POSITIVE, settings=INTEGER, error_median=nullable(NUMBER), error_p95=nullable(NUMBER))
+    kind = record(name=TEXT, groups=POSITIVE, widths=listing(POSITIVE), ms=listing(NUMBER))
+    learned = record(
+        multiple=POSITIVE,
+        settings=INTEGER,
+        error_median=nullable(NUMBER),
+        error_p95=nullable(NUMBER),
+        kinds=listing(kind),
+    )
     return with_optional(
         required,
         dense_ms=NUMBER,

@@ -44,16 +44,21 @@ STAGES = (
     "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
+BUNDLE = "bundle"
+"""Folder of the work folder that holds what was built."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")
 
 
-def build(recipe: Recipe, work: Workdir) -> Bundle:
-    """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises."""
+def build(recipe: Recipe, work: Workdir, folder: str = BUNDLE) -> Bundle:
+    """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises.
+
+    `folder`: of the work folder, for the bundle.
+    """
     if recipe.remote and not work.dry:
         _warn_if_away(recipe.target)
-    return deploy(recipe, prepare(recipe, work), work)
+    return deploy(recipe, prepare(recipe, work), work, folder)
 
 
 def prepare(recipe: Recipe, work: Workdir) -> Prepared:
@@ -91,8 +96,8 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     return ready
 
 
-def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
-    """The device's half: build and measure on the target, then assemble the bundle in `<work>/bundle`. Needs no torch."""
+def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE) -> Bundle:
+    """The device's half: build and measure on the target, then assemble the bundle in the work folder's `folder`. Needs no torch."""
     asked = recipe.engine or recipe.latency
     if asked and not ready.dense:
         raise UsageError(
@@ -101,7 +106,7 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
         )
     deployed = _on_target(recipe, ready, work) if asked else Deployed()
     files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads)
-    return Bundle.read(work.publish(files.files, files.manifest.path.parent, "bundle"))
+    return Bundle.read(work.publish(files.files, files.manifest.path.parent, folder))
 
 
 # --- the host's half
@@ -116,7 +121,7 @@ def choose_plan(
     name = recipe.shipped_file
 
     def ship(groups: Groups, plan: PruningPlan) -> File:
-        wanted = [name] if name != "fp32" else []
+        wanted = [variant for variant in recipe.wanted_variants if variant == name]
         _, _, models, reasons = _made(recipe, source, split, groups, plan, work, wanted)
         if name not in models:
             raise ExportError(reasons[0].text, "choose another ship")

@@ -16,6 +16,7 @@ from cswap_deploy import budget, latency, progress, prune
 from cswap_deploy.artifacts import (
     Approach,
     Budget,
+    BudgetVerdict,
     Curves,
     File,
     Groups,
@@ -166,7 +167,7 @@ def _begun(meter: Meter) -> Budget:
         )
         if not (low <= goal <= high or floor.low * dense <= goal <= floor.high * dense):
             break
-    verdict = "not needed" if dense <= goal else "infeasible" if floor.value * dense > goal else "met"
+    verdict: BudgetVerdict = "not needed" if dense <= goal else "infeasible" if floor.value * dense > goal else "met"
     progress.note(
         f"dense network {dense:.4g} ms (p{meter.percentile}), budget {goal:.4g} ms, with every group at its narrowest "
         f"{floor.value * dense:.4g} ms{'' if verdict == 'met' else f': {verdict}'}"
@@ -221,7 +222,7 @@ class _Planner:
     work: Workdir
     staircase: Staircase
 
-    def settled(self, meter: Meter, ratio: float, ship: Ship) -> tuple[tuple[Trial, ...], PruningPlan, str]:
+    def settled(self, meter: Meter, ratio: float, ship: Ship) -> tuple[tuple[Trial, ...], PruningPlan, BudgetVerdict]:
         """Trials, plan and verdict. What ships is measured in the end; where it is slower than its candidate was, the loop goes on."""
         goal = self.recipe.prune.target
         assert isinstance(goal, LatencyTarget | FpsTarget)

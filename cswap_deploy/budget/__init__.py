@@ -21,9 +21,9 @@ def learn(
 ) -> Staircase:
     """What each group's width costs, from networks that were measured with it; `exact`: the multiple is the recipe's own."""
     kinds = design.kinds_of(groups)
-    alone, together = [], []
-    for seen in observed(timings, percentile):
-        (alone if set(seen.widths) in map(set, kinds.values()) else together).append(seen)
+    seen = observed(timings, percentile)
+    alone = [item for item in seen if set(item.widths) in map(set, kinds.values())]
+    together = [item for item in seen if item not in alone]
     options = design.options(groups, kinds, multiple, exact=exact)
     return staircase.learn(groups, kinds, options, multiple, alone, together)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from cswap_deploy.artifacts import Budget, LatencyReport, Reason, Staircase
+from cswap_deploy.artifacts import Budget, Groups, LatencyReport, Reason
+from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.samples import Ratio, Samples
 
 MISSED = 8
 """Exit code."""
 
 
-def account(budget: Budget, report: LatencyReport | None) -> dict[str, Any]:
+def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dict[str, Any]:
     """`ratio`: what ships to its dense twin, in one run; `achieved_ms`: that part of the dense latency when the budget was set.
 
     `proven`: the upper end of the ratio's 95 % interval is within the budget.
@@ -37,7 +38,7 @@ def account(budget: Budget, report: LatencyReport | None) -> dict[str, Any]:
         "candidates": [
             {key: value for key, value in asdict(trial).items() if key != "widths"} for trial in budget.trials
         ],
-        "staircase": _staircase(budget.staircase) if budget.staircase else None,
+        "staircase": _staircase(Steps(groups, budget.staircase), budget.dense_ms) if budget.staircase else None,
     }
 
 
@@ -60,12 +61,22 @@ def _ratio(budget: Budget, report: LatencyReport | None) -> Ratio | None:
     return Samples.load(report.samples.path).ratio(1, 0, budget.percentile) if report else None
 
 
-def _staircase(found: Staircase) -> dict[str, Any]:
-    """How it was learned and how well it predicts; per kind of group the part of the dense latency over its width."""
+def _staircase(steps: Steps, dense_ms: float) -> dict[str, Any]:
+    """How it was learned, how well it predicts, and what it says of each kind of group when all of them have one width."""
+    found = steps.staircase
     errors = sorted(abs(error) for error in found.errors)
     return {
         "multiple": found.multiple,
         "settings": found.settings,
         "error_median": errors[len(errors) // 2] if errors else None,
         "error_p95": errors[min(len(errors) - 1, int(0.95 * len(errors)))] if errors else None,
+        "kinds": [
+            {
+                "name": kind.groups[0],
+                "groups": len(kind.groups),
+                "widths": list(kind.widths),
+                "ms": [dense_ms * steps.total(dict.fromkeys(kind.groups, width)) for width in kind.widths],
+            }
+            for kind in found.steps
+        ],
     }

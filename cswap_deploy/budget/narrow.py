@@ -52,7 +52,10 @@ class Template:
         graph = _Graph.of(model)
         owners = graph.owners(groups)
         for group in groups.groups:
-            for member in (group.members[0], *group.consumers):
+            makers = [
+                member for member in group.members if member.tensor == f"{group.name}.weight" and member.axis == 0
+            ]
+            for member in (*makers, *group.consumers):
                 if not any(name == group.name for name, _ in owners.get(graph.initializer(member.tensor), ())):
                     raise ExportError(
                         f"{path.name} has no tensor {member.tensor!r} that group {group.name!r} could be narrowed in",
@@ -137,7 +140,9 @@ class _Graph:
                 found.setdefault(bias, [*self._first_axis(found.get(weight, ()))])
         for node in self.model.graph.node:
             weight = self.source(node.output[0]) if node.op_type in SCALED else None
-            for name in node.input[1:] if weight and weight in found else ():
+            if weight is None or weight not in found:
+                continue
+            for name in node.input[1:]:
                 if self.shapes.get(name) == self.shapes[weight][:1]:
                     found.setdefault(name, [*self._first_axis(found[weight])])
         return {name: tuple(owners) for name, owners in found.items()}
