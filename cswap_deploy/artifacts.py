@@ -480,12 +480,12 @@ class GroupSteps:
 
 @dataclass(frozen=True)
 class Staircase:
-    """The latency of a network over the widths of its groups as a part of the dense one's, learned on one device.
-
-    Sizes count in whole multiples of `multiple`: constant between steps.
-    """
+    """The latency of a network over the widths of its groups as a part of the dense one's, learned on one device."""
 
     multiple: int
+    """Of which widths are chosen: finer ones do not pay."""
+    block: int
+    """Sizes count in whole blocks of so many units: constant between steps."""
     constant: float
     layers: tuple[LayerTime, ...]
     steps: tuple[GroupSteps, ...]

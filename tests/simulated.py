@@ -14,7 +14,6 @@ from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DeviceError
 
 ROUNDS, SAMPLES = 8, 9
-MACHINE = {"cpu": {"model": "simulated", "cores": 1, "governor": None, "mhz": None, "max_mhz": None}, "board": None}
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Simulated(Target):
     noise: float = field(default=0.002, metadata={"key": False})
     slower: float = field(default=1.0, metadata={"key": False})
     """Of a file that holds its own weights, as what ships does, unless it is the dense one."""
+    processor: str = field(default="simulated", metadata={"key": False})
     asked: list[str] = field(default_factory=list, metadata={"key": False})
     failing: list[int] = field(default_factory=list, metadata={"key": False})
     """Numbers of the measurements at which the connection ends."""
@@ -35,7 +35,7 @@ class Simulated(Target):
         self.asked.append(verb)
         if verb == "probe":
             absent = {"version": None, "gpu": None, "compute_capability": None, "module": False, "precision": None}
-            return {**MACHINE, "onnxruntime": {"version": "0"}, "tensorrt": absent, "id": "0"}
+            return {**self.machine, "onnxruntime": {"version": "0"}, "tensorrt": absent, "id": "0"}
         if verb == "layers":
             return {"layers": []}
         assert verb == "measure", verb
@@ -51,10 +51,22 @@ class Simulated(Target):
             [(ns * (1 + self.noise * random.standard_normal(SAMPLES))).astype(int).tolist() for ns in times]
             for _ in range(ROUNDS)
         ]
-        state = {**MACHINE, "load": [0.0], "temperature_c": None, "system": "none", "machine": "none", "python": "3"}
+        state = {
+            **self.machine,
+            "load": [0.0],
+            "temperature_c": None,
+            "system": "none",
+            "machine": "none",
+            "python": "3",
+        }
         memory = {"peak_mb": [1.0] * len(times)} if request["memory"] else None
         facts = [{"runtime": "onnxruntime 0"} for _ in times]
         return {"rounds": rounds, "models": facts, "overhead": 0.0, "memory": memory, "before": state, "after": state}
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        cpu = {"model": self.processor, "cores": 1, "governor": None, "mhz": None, "max_mhz": None}
+        return {"cpu": cpu, "board": None}
 
     def put(self, *files: File, names: tuple[str, ...] = ()) -> list[dict[str, str]]:
         return [{"path": str(file.path), "sha256": file.sha256} for file in files]

@@ -2,13 +2,13 @@
 
 The latency, as a part of the dense network's, is a constant, plus for every layer a part that shrinks with the product of its widths
 and a part that shrinks with each of them, plus for every group what those parts do not say about its width alone. Sizes count
-in whole multiples of what the runtime works in. Parts of layers of one shape are equal, and all are at least 0.
+in whole blocks. Parts of layers of one shape are equal, and all are at least 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
@@ -30,6 +30,8 @@ PRIOR_WEIGHT = 0.03
 DENSE_WEIGHT = 30.0
 """How firmly the parts add up to 1 for the dense network, which every ratio refers to."""
 FOLDS = 4
+CLEARLY = 0.8
+"""What a finer block's squared errors must be at most, as a part of those of the best coarser one."""
 SURE = 1.0
 """Half-widths of a measurement's interval that a group's own deviation must exceed; the rest of it counts."""
 
@@ -50,16 +52,27 @@ def learn(
     alone: Sequence[Observation],
     together: Sequence[Observation],
 ) -> Staircase:
-    """`kinds`: groups that cost the same, by the first; `options`: widths that each kind may have; `alone`: one kind narrow each."""
-    errors: list[float] = []
-    for fold in range(FOLDS if len(together) >= 2 * FOLDS else 0):
-        seen = [item for place, item in enumerate(together) if place % FOLDS != fold]
-        known = Steps(groups, _fitted(groups, kinds, options, multiple, alone, seen))
-        errors += [known.total(item.widths) / item.ratio.value - 1 for item in together[fold::FOLDS]]
-    found = _fitted(groups, kinds, options, multiple, alone, together)
-    return Staircase(
-        found.multiple, found.constant, found.layers, found.steps, len(alone) + len(together), tuple(errors)
-    )
+    """`kinds`: groups that cost the same, by the first; `options`: widths that each kind may have, multiples of `multiple`; `alone`:
+    observations of one kind that is narrow. The block is the part of the multiple that predicts settings best that it has not seen.
+    """
+
+    def of(block: int, seen: Sequence[Observation]) -> Staircase:
+        constant, layers, steps = _fitted(groups, kinds, options, block, alone, seen)
+        return Staircase(multiple, block, constant, layers, steps, len(alone) + len(together), ())
+
+    best, errors = multiple, list[float]()
+    for block in [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]:
+        found = list[float]()
+        for fold in range(FOLDS if len(together) >= 2 * FOLDS else 0):
+            known = Steps(groups, of(block, [item for place, item in enumerate(together) if place % FOLDS != fold]))
+            found += [known.total(item.widths) / item.ratio.value - 1 for item in together[fold::FOLDS]]
+        if found and (not errors or _size(found) < CLEARLY * _size(errors)):
+            best, errors = block, found
+    return replace(of(best, together), errors=tuple(errors))
+
+
+def _size(errors: Sequence[float]) -> float:
+    return sum(error**2 for error in errors)
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class Steps:
     def _layer(self, number: int, widths: Widths) -> float:
         term, layer = self._layers[number]
         removed = {name: self.groups.by_name[name].units - width for name, width in widths.items()}
-        parts = [_part(axis, removed, self.staircase.multiple) for axis in term.axes]
+        parts = [_part(axis, removed, self.staircase.block) for axis in term.axes]
         return layer.product * prod(parts) + sum(side * part for side, part in zip(layer.sides, parts, strict=True))
 
     def _excess(self, name: str, width: int) -> float:
@@ -128,9 +141,9 @@ class Steps:
         return share * steps.excess[at] + (1 - share) * steps.excess[at - 1]
 
 
-def _part(axis: Axis, removed: Mapping[str, int], multiple: int) -> float:
-    """What is left of an axis, in whole multiples."""
-    return -(-axis.kept(removed) // multiple) / -(-axis.size // multiple)
+def _part(axis: Axis, removed: Mapping[str, int], block: int) -> float:
+    """What is left of an axis, in whole blocks."""
+    return -(-axis.kept(removed) // block) / -(-axis.size // block)
 
 
 # --- learning
@@ -140,17 +153,17 @@ def _fitted(
     groups: Groups,
     kinds: Mapping[str, Sequence[str]],
     options: Mapping[str, Sequence[int]],
-    multiple: int,
+    block: int,
     alone: Sequence[Observation],
     together: Sequence[Observation],
-) -> Staircase:
-    shapes = _Shapes.of(groups, kinds, multiple)
+) -> tuple[float, tuple[LayerTime, ...], tuple[GroupSteps, ...]]:
+    shapes = _Shapes.of(groups, kinds, block)
     constant, layers = shapes.fitted([*alone, *together])
     whole = {
         name: GroupSteps(tuple(kinds[name]), (*options[name], groups.by_name[name].units), (), ()) for name in kinds
     }
     none = tuple(GroupSteps(steps.groups, steps.widths, (steps.widths[-1],), (0.0,)) for steps in whole.values())
-    plain = Staircase(multiple, constant, layers, none, 0, ())
+    plain = Staircase(1, block, constant, layers, none, 0, ())
     predicted = Steps(groups, plain)
     found = []
     for name, steps in whole.items():
@@ -162,7 +175,7 @@ def _fitted(
                 excess[item.widths[name]] = max(0.0, abs(known) - doubt) * (1 if known > 0 else -1)
         measured = tuple(sorted(excess))
         found.append(GroupSteps(steps.groups, steps.widths, measured, tuple(excess[width] for width in measured)))
-    return Staircase(multiple, constant, layers, tuple(found), 0, ())
+    return constant, layers, tuple(found)
 
 
 @dataclass(frozen=True)
@@ -170,11 +183,11 @@ class _Shapes:
     """Layers of the same shape between groups of the same kinds: they take the same time."""
 
     groups: Groups
-    multiple: int
+    block: int
     terms: tuple[tuple[CostTerm, ...], ...]
 
     @staticmethod
-    def of(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> _Shapes:
+    def of(groups: Groups, kinds: Mapping[str, Sequence[str]], block: int) -> _Shapes:
         kind_of = {name: kind for kind, names in kinds.items() for name in names}
         found: dict[object, list[CostTerm]] = {}
         for term in groups.terms:
@@ -183,7 +196,7 @@ class _Shapes:
                     (axis.size, tuple((kind_of[name], repeat) for name, repeat in axis.owners)) for axis in term.axes
                 )
                 found.setdefault((term.macs, term.params, owners), []).append(term)
-        return _Shapes(groups, multiple, tuple(map(tuple, found.values())))
+        return _Shapes(groups, block, tuple(map(tuple, found.values())))
 
     def fitted(self, seen: Sequence[Observation]) -> tuple[float, tuple[LayerTime, ...]]:
         """The constant and the layers' parts with the least relative error: a non-negative least-squares problem."""
@@ -212,7 +225,7 @@ class _Shapes:
         removed = {name: self.groups.by_name[name].units - width for name, width in widths.items()}
         found = [1.0]
         for terms in self.terms:
-            parts = np.array([[_part(axis, removed, self.multiple) for axis in term.axes] for term in terms])
+            parts = np.array([[_part(axis, removed, self.block) for axis in term.axes] for term in terms])
             found.append(float(parts.prod(1).sum()))
             found += parts.sum(0).tolist() if parts.shape[1] > 1 else []
         return np.array(found)
