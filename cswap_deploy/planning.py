@@ -96,13 +96,13 @@ def choose(
     groups = work.run(prune.find_groups, source, recipe.prune.skip)
     with reached(recipe, work) as (target, probe):
         meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
-        begun = _begun(meter)
-        if begun.verdict != "met":
-            return Groups((), (), ()), PruningPlan({}, (), None), begun
-        staircase = _learned(meter)
+        first = begun(meter)
+        if first.verdict != "met":
+            return Groups((), (), ()), PruningPlan({}, (), None), first
+        staircase = learned(meter)
         planner = _Planner(recipe, source, split, groups, work, staircase)
-        trials, plan, verdict = planner.settled(meter, begun.ratio, ship)
-        return groups, plan, replace(begun, trials=trials, staircase=staircase, verdict=verdict)
+        trials, plan, verdict = planner.settled(meter, first.ratio, ship)
+        return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict)
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Meter:
 # --- before anything is pruned
 
 
-def _begun(meter: Meter) -> Budget:
+def begun(meter: Meter) -> Budget:
     """The dense network and the narrowest ones: is a budget needed, and can it be met? `met` stands for: it may be."""
     goal = goal_ms(meter.recipe)
     assert goal
@@ -175,7 +175,7 @@ def _begun(meter: Meter) -> Budget:
     return Budget(goal, meter.percentile, dense, (low, high), floor.value, verdict, (), None, meter.facts)
 
 
-def _learned(meter: Meter) -> Staircase:
+def learned(meter: Meter) -> Staircase:
     """What widths cost on this device."""
     exact, groups = meter.recipe.prune.round_to, meter.groups
     timings: list[WidthTimings] = []

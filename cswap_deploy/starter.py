@@ -254,7 +254,9 @@ def target_block(text: str) -> str:
     if text == "none":
         return "null"
     if not (equals and re.fullmatch(r"[a-z_]+", key) and re.fullmatch(r"[0-9.eE+-]+", value)):
-        raise UsageError(f"--target: {text!r} is no target", "give macs=0.7, params=0.5, max_drop=0.5, latency_ms=5 or none")
+        raise UsageError(
+            f"--target: {text!r} is no target", "give macs=0.7, params=0.5, max_drop=0.5, latency_ms=5 or none"
+        )
     return f"{{{key}: {value}}}"
 
 

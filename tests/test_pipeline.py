@@ -27,7 +27,7 @@ from conftest import (
 
 from cswap_deploy import accuracy, data, export, model, pipeline, schemas
 from cswap_deploy.artifacts import ImageSet
-from cswap_deploy.errors import DataError, PruningError, RecipeError
+from cswap_deploy.errors import DataError, PruningError
 from cswap_deploy.factory import code_files
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import load

@@ -122,7 +122,7 @@ def test_a_budget_below_the_floor_is_infeasible_and_says_so(fresh: Project, devi
     block = budget_of(built)
     assert (block["verdict"], built.manifest["exit_code"], built.manifest["verdict"]) == ("infeasible", 8, "fail")
     assert block["floor_ms"] == pytest.approx(1.3, rel=0.02)
-    assert any("cannot be reached" in reason and "1.3" in reason for reason in built.manifest["reasons"])
+    assert any("cannot be reached" in reason for reason in built.manifest["reasons"])
     assert built.manifest["pruned"]["units_removed"] == 0 and device.asked.count("measure") == 2
 
 
