@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
     dense, more = _dense(recipe, source, split, fit, work) if planning.goal_ms(recipe) else ({}, [])
-    groups, plan, asked = choose_plan(recipe, source, split, dense, work)
+    groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work)
     pruned, exported, models, reasons = _made(recipe, source, split, groups, plan, work, recipe.wanted_variants)
     if not dense:
         dense, more = _dense(recipe, source, split, fit, work)
@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         accuracy=judged,
         labels=split.labels,
         pixels=work.run(accuracy.crop, holdout, source.input) if recipe.engine else None,
-        reasons=(*reasons, *more),
+        reasons=(*lost, *reasons, *more),
         environment=bundle.environment(),
         budget=asked,
     )
@@ -114,10 +114,13 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE)
 
 def choose_plan(
     recipe: Recipe, source: Network, split: Split, dense: Mapping[str, OnnxModel], work: Workdir
-) -> tuple[Groups, PruningPlan, Budget | None]:
-    """What leaves. `dense`: the dense network's files, where a latency is asked for. Errors: PruningError, DeviceError."""
+) -> tuple[Groups, PruningPlan, Budget | None, list[Reason]]:
+    """What leaves, what came of a latency that is asked for, and why nothing leaves where the target was lost.
+
+    `dense`: the dense network's files, where a latency is asked for. Errors: PruningError, ExportError.
+    """
     if planning.goal_ms(recipe) is None:
-        return *_plan(recipe, source, split, work), None
+        return *_plan(recipe, source, split, work), None, []
     name = recipe.shipped_file
 
     def ship(groups: Groups, plan: PruningPlan) -> File:
@@ -131,7 +134,12 @@ def choose_plan(
         raise ExportError(
             f"the dense network cannot be made in {name}, so no latency can be met in it", "choose another ship"
         )
-    return planning.choose(recipe, source, split, dense[name].graph, work, ship)
+    try:
+        return *planning.choose(recipe, source, split, dense[name].graph, work, ship), []
+    except DeviceError as error:
+        progress.warn(f"{error}; the dense network takes the place of the pruned one")
+        text = f"target: {error.public}. Nothing was pruned for the latency. To go on: the same command again"
+        return Groups((), (), ()), PruningPlan({}, (), None), None, [Reason(error.exit_code, text)]
 
 
 def _made(

@@ -190,7 +190,7 @@ def learned(meter: Meter) -> Staircase:
     for start in range(0, len(settings), BATCH):
         timings.append(meter.timings(settings[start : start + BATCH], WIDTHS_S))
         progress.advance("networks measured", min(start + BATCH, len(settings)), len(settings))
-    return meter.work.run(budget.learn, groups, tuple(timings), multiple, exact != "auto", meter.percentile)
+    return meter.work.run(budget.learn, groups, tuple(timings), multiple, exact != "auto")
 
 
 def _alignment(meter: Meter) -> int:
@@ -200,7 +200,7 @@ def _alignment(meter: Meter) -> int:
     found: list[float] = []
     for start in range(0, len(settings), 2 * 3):
         part = settings[start : start + 2 * 3]
-        found += [ratio.value for ratio in budget.ratios(meter.timings(part, WIDTHS_S), meter.percentile)]
+        found += [ratio.value for ratio in budget.ratios(meter.timings(part, WIDTHS_S), 50)]
     ratios = {multiple: tuple(found[3 * place : 3 * place + 3]) for place, multiple in enumerate(tried)}
     multiple = design.alignment({key: (wide, middle, narrow) for key, (wide, middle, narrow) in ratios.items()})
     shown = ", ".join(f"{key}: {' '.join(f'{value:.3f}' for value in values)}" for key, values in ratios.items())
@@ -223,7 +223,7 @@ class _Planner:
     staircase: Staircase
 
     def settled(self, meter: Meter, ratio: float, ship: Ship) -> tuple[tuple[Trial, ...], PruningPlan, BudgetVerdict]:
-        """Trials, plan and verdict. What ships is measured in the end; where it is slower than its candidate was, the loop goes on."""
+        """Trials, plan and verdict. What ships is measured in the end; where it misses or leaves room, the loop goes on."""
         goal = self.recipe.prune.target
         assert isinstance(goal, LatencyTarget | FpsTarget)
         scores, curves = self._scored()
@@ -248,12 +248,11 @@ class _Planner:
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"
             )
-            if shipped.value <= ratio:
-                return trials, plan, "met"
+            met = shipped.value <= ratio
             shift = shipped.value / best.ratio
-            more = loop.run(trials, shift)
+            more = trials if met and loop.fits(best, shift) else loop.run(trials, shift)
             if len(more) == len(trials):
-                return trials, plan, "missed"
+                return trials, plan, "met" if met else "missed"
             trials = more
 
     def _shipped(self, meter: Meter, file: File) -> Ratio:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from cswap_deploy.artifacts import Groups, Staircase, WidthTimings
@@ -16,25 +15,21 @@ from cswap_deploy.stage import stage
 
 
 @stage("staircase", returns=Staircase, libraries=("numpy", "scipy"))
-def learn(
-    out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple: int, exact: bool, percentile: int
-) -> Staircase:
-    """What each group's width costs, from networks that were measured with it; `exact`: the multiple is the recipe's own."""
+def learn(out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple: int, exact: bool) -> Staircase:
+    """What each group's width costs, from networks that were measured with it; `exact`: the multiple is the recipe's own.
+
+    Of medians, whatever percentile the budget is about: short measurements know no other, and the loop corrects what that leaves.
+    """
     kinds = design.kinds_of(groups)
-    seen = observed(timings, percentile)
+    seen = [
+        Observation(widths, ratio)
+        for item in timings
+        for widths, ratio in zip(item.settings, ratios(item, 50), strict=True)
+    ]
     alone = [item for item in seen if set(item.widths) in map(set, kinds.values())]
     together = [item for item in seen if item not in alone]
     options = design.options(groups, kinds, multiple, exact=exact)
     return staircase.learn(groups, kinds, options, multiple, alone, together)
-
-
-def observed(timings: Sequence[WidthTimings], percentile: int) -> list[Observation]:
-    """Every setting with its ratio to the dense network of the same run."""
-    return [
-        Observation(widths, ratio)
-        for item in timings
-        for widths, ratio in zip(item.settings, ratios(item, percentile), strict=True)
-    ]
 
 
 def ratios(timings: WidthTimings, percentile: int) -> list[Ratio]:
