@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from conftest import Built, Project, events, faults, make_project
 from simulated import Simulated
 
-from cswap_deploy import planning, schemas
+from cswap_deploy import data, planning, prepared, prune, report, schemas, sweeping, variants
+from cswap_deploy.artifacts import ImageSet
+from cswap_deploy.budget.narrow import Template, require_runnable
+from cswap_deploy.bundle import Bundle
+from cswap_deploy.console.front import sweep_lines
+from cswap_deploy.errors import UsageError, VerifyError
+from cswap_deploy.recipe import Variant
+from cswap_deploy.stage import Workdir
 
 SHORT = ("latency.duration_s=0.1", "latency.warmup_s=0", "prune.round_to=auto", "accuracy.max_drop=null")
 BASE_NS, BLOCK_NS = 1_000_000, 100_000
@@ -172,3 +182,81 @@ def test_what_was_measured_before_the_target_was_lost_is_kept(
     kept = len([*(built.work / "stages" / "staircase").iterdir()])
     assert budget_of(built)["verdict"] == "met"
     assert device.asked.count("measure") - lost < kept
+
+
+# --- several latencies
+
+
+def test_a_sweep_makes_a_bundle_for_each_latency_from_one_staircase(project: Project, device: Simulated) -> None:
+    recipe = project.load(asked(1, trials=6), *SHORT)
+    wanted = sweeping.latencies_of("1.6, 1.9,5")
+    recipes = [project.load(*SHORT, *sweeping.overrides_of(recipe, value)) for value in wanted]
+    with Workdir(project.folder / "work").open() as work:
+        front = sweeping.sweep(recipes, work)
+    points = front["points"]
+    assert [point["latency_ms"] for point in points] == [5, 1.9, 1.6]
+    assert [point["verdict"] for point in points] == ["not needed", "met", "met"]
+    assert device.asked.count("measure") <= 3 * sum(point["trials"] for point in points) + 4, device.asked
+    folder = project.folder / "work"
+    for point in points:
+        manifest = Bundle.read(folder / point["bundle"]).require_sealed().manifest
+        assert manifest["budget"]["achieved_ms"] == point["achieved_ms"] <= point["latency_ms"]
+    with (folder / "sweep.csv").open() as stream:
+        rows = [*csv.DictReader(stream)]
+    assert [float(row["achieved_ms"]) for row in rows] == [point["achieved_ms"] for point in points]
+    assert json.loads((folder / "sweep.json").read_text())["points"] == points
+    page = (folder / "sweep.html").read_text()
+    assert page.count("<circle") == 4 and 'href="bundle-1.9ms/report.html"' in page and "default-src 'none'" in page
+    assert [*sweep_lines(front, folder)][-1].endswith("sweep.html")
+
+
+@pytest.mark.parametrize("text", ["", "3,x", "0,1", "-1", "nan", "inf", ","])
+def test_a_list_of_latencies_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no list of milliseconds"):
+        sweeping.latencies_of(text)
+
+
+# --- what is told
+
+
+def test_the_report_tells_candidates_and_steps(project: Project, device: Simulated) -> None:
+    manifest = Bundle.read(project.folder / "work" / "bundle").manifest
+    page, text = report.render(manifest, "html"), report.render(manifest, "markdown")
+    assert '<section id="budget">' in page and page.count("candidate ") >= manifest["budget"]["trials"]
+    for kind in manifest["budget"]["staircase"]["kinds"]:
+        assert kind["name"] in page and len(kind["ms"]) == len(kind["widths"])
+    assert "Budget. Met: a p50 of 1.9 ms was asked for" in text
+    assert '<section id="budget">' not in report.render({**manifest, "budget": None}, "html")
+
+
+@pytest.mark.parametrize("damage", [{"candidates": [{}]}, {"staircase": {"kinds": 3}}, {"ratio_asked": "x"}])
+def test_a_budget_that_is_damaged_is_refused(project: Project, damage: dict[str, Any]) -> None:
+    manifest = Bundle.read(project.folder / "work" / "bundle").manifest
+    with pytest.raises(VerifyError, match="cannot be shown"):
+        report.render({**manifest, "budget": manifest["budget"] | damage}, "html")
+
+
+# --- other precisions
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8", "int8-tensorrt"])
+def test_files_of_every_precision_are_narrowed(
+    project: Project, device: Simulated, kind: Variant, tmp_path: Path
+) -> None:
+    with Workdir(project.folder / "work").open() as work:
+        recipe, ready = prepared.find(work)
+        groups = work.run(prune.find_groups, ready.source, ())
+    images = ImageSet(data.catalogue(recipe.calibration.images, None, 6).scoring, recipe.calibration.images)
+    made = variants.make(tmp_path, ready.dense["fp32"], ready.source, images, kind, recipe.onnx)
+    narrow = tmp_path / "narrow.onnx"
+    narrow.write_bytes(Template.read(made.graph.path, groups).narrowed({"conv1": 16, "conv2": 5}))
+    require_runnable(narrow, ready.source.input.shape)
+    shapes = [shape for shape in stored(narrow) if len(shape) > 1]
+    assert {(16, 3, 1, 1), (5, 16, 3, 3), (6, 5)} <= set(shapes), shapes
+
+
+def stored(path: Path) -> list[tuple[int, ...]]:
+    """Shapes of all initializers, also of those that are made when the file is loaded."""
+    graph = onnx.load(path).graph
+    made = [onnx.numpy_helper.to_array(item).tolist() for item in graph.initializer if item.name.endswith(" shape")]
+    return [*(tuple(item.dims) for item in graph.initializer), *map(tuple, made)]
