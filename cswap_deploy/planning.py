@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cswap_deploy import budget, latency, progress, prune
 from cswap_deploy.artifacts import (
@@ -53,6 +53,7 @@ ATTEMPTS, PAUSE_S = 3, 2.0
 
 Widths = dict[str, int]
 Ship = Callable[[Groups, PruningPlan], File]
+Measured = TypeVar("Measured")
 
 
 def goal_ms(recipe: Recipe) -> float | None:
@@ -129,23 +130,34 @@ class Meter:
     def timings(self, settings: Sequence[Widths], seconds: float, warmup: float = WARMUP_S) -> WidthTimings:
         """In one request. Errors: DeviceError, after some attempts."""
         timing = self.timing.model_copy(update={"duration_s": seconds, "warmup_s": min(warmup, self.timing.warmup_s)})
+        return self._patiently(
+            lambda: self.work.run(
+                latency.of_widths, self.dense, self.groups, tuple(settings), timing, self.facts, self.target
+            )
+        )
+
+    def ratio(self, widths: Widths, longer: bool) -> Ratio:
+        """Of one candidate, as long as the recipe measures, or `LONGER` times as long."""
+        seconds = self.timing.duration_s * (LONGER if longer else 1)
+        return budget.ratios(self.timings([widths], seconds, self.timing.warmup_s), self.percentile)[0]
+
+    def shipped(self, file: File) -> Ratio:
+        """Of the file that ships, in turn with the dense one, as the bundle reports it. Errors: DeviceError, as above."""
+        report = self._patiently(
+            lambda: self.work.run(latency.measure, self.dense, file, self.timing, self.facts, self.target)
+        )
+        return Samples.load(report.samples.path).ratio(1, 0, self.percentile)
+
+    def _patiently(self, measured: Callable[[], Measured]) -> Measured:
         for attempt in range(ATTEMPTS):
             try:
-                return self._measured(tuple(settings), timing)
+                return measured()
             except DeviceError as error:
                 if attempt + 1 == ATTEMPTS or not self.target.remote or isinstance(self.target, Away):
                     raise
                 progress.warn(f"{error.message}; trying again")
                 time.sleep(PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
-
-    def _measured(self, settings: tuple[Widths, ...], timing: LatencySettings) -> WidthTimings:
-        return self.work.run(latency.of_widths, self.dense, self.groups, settings, timing, self.facts, self.target)
-
-    def ratio(self, widths: Widths, longer: bool) -> Ratio:
-        """Of one candidate, as long as the recipe measures, or `LONGER` times as long."""
-        seconds = self.timing.duration_s * (LONGER if longer else 1)
-        return budget.ratios(self.timings([widths], seconds, self.timing.warmup_s), self.percentile)[0]
 
 
 # --- before anything is pruned
@@ -239,25 +251,21 @@ class _Planner:
             steps.total,
             meter.ratio,
         )
-        trials, shift = loop.run(), 1.0
+        trials, shift, good = loop.run(), 1.0, None
         while True:
             best = loop.best(trials, lambda widths: damage_at(approach.curves, widths), shift)
             plan = self._settle(scores, curves, approach, best.widths)
-            shipped = self._shipped(meter, ship(self.groups, plan))
+            shipped = meter.shipped(ship(self.groups, plan))
             progress.note(
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"
             )
-            met = shipped.value <= ratio
+            good = plan if shipped.value <= ratio else good
             shift = shipped.value / best.ratio
-            more = trials if met and loop.fits(best, shift) else loop.run(trials, shift)
+            more = trials if loop.fits(best, shift) else loop.run(trials, shift)
             if len(more) == len(trials):
-                return trials, plan, "met" if met else "missed"
+                return trials, good or plan, "met" if good else "missed"
             trials = more
-
-    def _shipped(self, meter: Meter, file: File) -> Ratio:
-        report = self.work.run(latency.measure, meter.dense, file, meter.timing, meter.facts, meter.target)
-        return Samples.load(report.samples.path).ratio(1, 0, meter.percentile)
 
     def _images(self) -> tuple[ImageSet, ImageSet]:
         root = self.recipe.calibration.images

@@ -112,6 +112,10 @@ class Steps:
         return [(by_name[name], layer) for layer in self.staircase.layers for name in layer.terms]
 
     @cached_property
+    def _units(self) -> dict[str, int]:
+        return {group.name: group.units for group in self.groups.groups}
+
+    @cached_property
     def _of_group(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {group.name: [] for group in self.groups.groups}
         for number, (term, _) in enumerate(self._layers):
@@ -125,8 +129,8 @@ class Steps:
 
     def _layer(self, number: int, widths: Widths) -> float:
         term, layer = self._layers[number]
-        removed = {name: self.groups.by_name[name].units - width for name, width in widths.items()}
-        parts = [_part(axis, removed, self.staircase.block) for axis in term.axes]
+        units, block = self._units, self.staircase.block
+        parts = [_part(axis, widths, units, block) for axis in term.axes]
         return layer.product * prod(parts) + sum(side * part for side, part in zip(layer.sides, parts, strict=True))
 
     def _excess(self, name: str, width: int) -> float:
@@ -141,9 +145,10 @@ class Steps:
         return share * steps.excess[at] + (1 - share) * steps.excess[at - 1]
 
 
-def _part(axis: Axis, removed: Mapping[str, int], block: int) -> float:
+def _part(axis: Axis, widths: Widths, units: Mapping[str, int], block: int) -> float:
     """What is left of an axis, in whole blocks."""
-    return -(-axis.kept(removed) // block) / -(-axis.size // block)
+    kept = axis.size - sum((units[name] - widths.get(name, units[name])) * repeat for name, repeat in axis.owners)
+    return -(-kept // block) / -(-axis.size // block)
 
 
 # --- learning
@@ -222,10 +227,10 @@ class _Shapes:
         """1, then for each shape the sum over its layers of the product, and of each side where there are several."""
         import numpy as np
 
-        removed = {name: self.groups.by_name[name].units - width for name, width in widths.items()}
+        units = {group.name: group.units for group in self.groups.groups}
         found = [1.0]
         for terms in self.terms:
-            parts = np.array([[_part(axis, removed, self.block) for axis in term.axes] for term in terms])
+            parts = np.array([[_part(axis, widths, units, self.block) for axis in term.axes] for term in terms])
             found.append(float(parts.prod(1).sum()))
             found += parts.sum(0).tolist() if parts.shape[1] > 1 else []
         return np.array(found)
