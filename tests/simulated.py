@@ -89,4 +89,5 @@ def weights(path: Path) -> list[tuple[int, ...]]:
     for node in graph.node:
         if node.op_type == "ConstantOfShape":
             shapes[node.output[0]] = tuple(constants[node.input[0]].tolist())
-    return [shapes[node.input[1]] for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    return [shapes[node.input[1]] for node in layers if node.input[1] in shapes]

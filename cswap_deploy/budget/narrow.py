@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +62,8 @@ class Template:
                         f"{path.name} has no tensor {member.tensor!r} that group {group.name!r} could be narrowed in",
                         "prune for macs in place of a latency, or report this network",
                     )
-        _open_reshapes(model, graph)
+        heads = {group.units for group in groups.groups if group.kind == "heads"}
+        _open_reshapes(model, graph, heads)
         return Template(model, {group.name: group.units for group in groups.groups}, owners, graph.depthwise())
 
     def narrowed(self, widths: Mapping[str, int]) -> bytes:
@@ -126,25 +128,39 @@ class _Graph:
         producers = {name: node for node in model.graph.node for name in node.output}
         return _Graph(model, producers, {item.name: tuple(item.dims) for item in model.graph.initializer})
 
+    @cached_property
+    def transposed(self) -> dict[str, str]:
+        """Weights of linear layers that the exporter has transposed and renamed: found by the bias that is added behind."""
+        found = {}
+        for node in self.model.graph.node:
+            for bias, product in (node.input, node.input[::-1]) if node.op_type == "Add" else ():
+                name, made = self.source(bias), self.producers.get(self.before(product))
+                weight = self.source(made.input[1]) if made and made.op_type == "MatMul" else None
+                if name and weight and (layer := name.removesuffix(QUANTISED)).endswith(".bias"):
+                    found[f"{layer.removesuffix('.bias')}.weight"] = weight
+        return found
+
     def owners(self, groups: Groups) -> dict[str, tuple[Owner, ...]]:
-        """Also of what follows a weight's first axis: the bias that a folded BatchNorm left, scales of quantised channels."""
+        """Also of what follows an axis of a weight: the bias that a folded BatchNorm left, scales of quantised channels."""
         found: dict[str, list[Owner]] = {}
         for group in groups.groups:
             for member in group.members:
                 name = self.initializer(member.tensor)
+                turned = replace(member, axis=1 - member.axis) if member.tensor in self.transposed else member
                 if name in self.shapes:
-                    found.setdefault(name, []).append((group.name, member))
+                    found.setdefault(name, []).append((group.name, turned))
         for node in self.model.graph.node:
             weight = self.source(node.input[1]) if node.op_type in WEIGHTED and len(node.input) > 1 else None
             if weight and len(node.input) > 2 and (bias := self.source(node.input[2])):
-                found.setdefault(bias, [*self._first_axis(found.get(weight, ()))])
+                found.setdefault(bias, [*_along(found.get(weight, ()), 0)])
         for node in self.model.graph.node:
             weight = self.source(node.output[0]) if node.op_type in SCALED else None
             if weight is None or weight not in found:
                 continue
+            axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
             for name in node.input[1:]:
-                if self.shapes.get(name) == self.shapes[weight][:1]:
-                    found.setdefault(name, [*self._first_axis(found[weight])])
+                if self.shapes.get(name) == self.shapes[weight][axis : axis + 1]:
+                    found.setdefault(name, [*_along(found[weight], axis)])
         return {name: tuple(owners) for name, owners in found.items()}
 
     def depthwise(self) -> dict[str, str]:
@@ -158,7 +174,14 @@ class _Graph:
 
     def initializer(self, tensor: str) -> str:
         """The name under which a parameter of the module is stored."""
-        return tensor if tensor in self.shapes else tensor + QUANTISED
+        name = self.transposed.get(tensor, tensor)
+        return name if name in self.shapes else name + QUANTISED
+
+    def before(self, name: str) -> str:
+        """The value that was converted into this one."""
+        while (node := self.producers.get(name)) and node.op_type in PASSING:
+            name = node.input[0]
+        return name
 
     def source(self, name: str) -> str | None:
         """The initializer that a value is, seen through conversions; None where it is computed from an input."""
@@ -169,22 +192,26 @@ class _Graph:
             name = node.input[0]
         return name
 
-    @staticmethod
-    def _first_axis(owners: Sequence[Owner]) -> Iterator[Owner]:
-        return ((name, member) for name, member in owners if member.axis == 0)
+
+def _along(owners: Sequence[Owner], axis: int) -> Iterator[Owner]:
+    """Who owns what lies along this axis alone."""
+    return ((name, replace(member, axis=0)) for name, member in owners if member.axis == axis)
 
 
-def _open_reshapes(model: onnx.ModelProto, graph: _Graph) -> None:
-    """The last size of a constant shape follows from the rest: a pooled feature map is flattened to what is left of it."""
+def _open_reshapes(model: onnx.ModelProto, graph: _Graph, heads: Collection[int]) -> None:
+    """One size of a constant shape follows from the rest: the number of heads where it has one, else the last, as behind a pooling."""
     import onnx
 
     shapes = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"} & set(graph.shapes)
     for tensor in model.graph.initializer:
-        if tensor.name in shapes and len(values := onnx.numpy_helper.to_array(tensor).tolist()) > 1:
-            open_batch = values[0] == -1  # 0: as it was
-            if open_batch or -1 not in values:
-                sizes = [0 if open_batch else values[0], *values[1:-1], -1]
-                tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, onnx.TensorProto.INT64, [len(sizes)], sizes))
+        if tensor.name not in shapes or len(sizes := onnx.numpy_helper.to_array(tensor).tolist()) < 2:
+            continue
+        if sizes[0] == -1:
+            sizes[0] = 0  # as it was: the batch
+        if -1 not in sizes:
+            of_heads = [place for place, size in enumerate(sizes[:-1]) if size in heads]
+            sizes[of_heads[-1] if of_heads else -1] = -1
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, onnx.TensorProto.INT64, [len(sizes)], sizes))
 
 
 def _constant(tensor: onnx.TensorProto, shape: tuple[int, ...]) -> onnx.NodeProto:

@@ -281,6 +281,7 @@ def measure(request: Json, files: Store) -> Json:
 
 
 def models_in_turn(request: Json, files: Store) -> Json:
+    """Peak memory is looked for unless `memory` is false: it takes a process for each model."""
     kind, opened = MODELS[request["runtime"]], request["models"]
     asked = (None, *opened) if request.get("memory", True) else ()
     peaks = [peak_memory(request, file, files) for file in asked]
