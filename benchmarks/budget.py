@@ -40,7 +40,7 @@ from cswap_deploy.recipe import (
     Recipe,
 )
 from cswap_deploy.recipe import load as load_recipe
-from cswap_deploy.samples import Ratio
+from cswap_deploy.samples import Ratio, Samples
 from cswap_deploy.stage import Workdir
 
 HERE = Path(__file__).parent
@@ -83,7 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
     parser.add_argument("--work", type=Path, help="work folders, kept between runs; default: a temporary one")
-    parser.add_argument("--nets", default=",".join(TIMM), help="timm networks with random weights, latency only")
+    parser.add_argument(
+        "--nets", default=",".join(TIMM), help="timm networks with random weights, or quickstart; latency only"
+    )
     parser.add_argument("--images", type=Path, help="folder that holds cifar10-jpeg")
     parser.add_argument("--weights", type=Path, help="folder that holds cifar10jpeg_resnet56.safetensors")
     parser.add_argument("--lowest", type=float, default=0.4)
@@ -95,7 +97,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     with progress.reporting(Log()), workplace(options.work) as folder:
-        report: dict[str, Any] = {"load": [os.getloadavg()[0]], "rows": [], "predictions": {}}
+        report: dict[str, Any] = {"load": [os.getloadavg()[0]], "rows": [], "predictions": {}, "weightless": {}}
         for name in filter(None, options.nets.split(",")):
             of_timm(name, folder / name, options, report)
         if options.images and options.weights:
@@ -132,6 +134,8 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
     begun = time.monotonic()
     images = noise(folder / "images")
     settings = ModelSettings(name=name, pretrained=False)
+    if name == "quickstart":
+        settings = load_recipe(HERE.parent / "recipes" / "quickstart.yaml").model
     recipe = Recipe(
         name=name.replace("_", "-"),
         model=settings,
@@ -157,6 +161,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
             first, staircase = planning.begun(meter), planning.learned(meter)
+            report["weightless"][name] = weightless(meter)
             report["predictions"][name] = predictions(meter, staircase, folder)
             prepared = time.monotonic() - begun
             for asked in budgets(first, options):
@@ -231,6 +236,12 @@ def predictions(meter: Meter, staircase: Staircase, folder: Path) -> list[tuple[
         ratios = budget.ratios(meter.timings(part_of, 1.0), meter.percentile)
         found += [(steps.total(widths), ratio.value) for widths, ratio in zip(part_of, ratios, strict=True)]
     return found
+
+
+def weightless(meter: Meter) -> tuple[float, float, float]:
+    """The dense file whose weights are made at loading, as a part of the one that holds them."""
+    found = Samples.load(meter.timings([{}], meter.timing.duration_s).samples.path).ratio(1, 0, 50)
+    return found.value, found.low, found.high
 
 
 def add(row: Row, report: dict[str, Any]) -> None:
@@ -348,6 +359,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         worst = errors[min(len(errors) - 1, int(0.95 * len(errors)))]
         typical = errors[len(errors) // 2]
         yield f"{name}: predictions of {len(errors)} settings are off by {typical:.1%} (median), {worst:.1%} (95th percentile)"
+    for name, (value, low, high) in report["weightless"].items():
+        yield f"{name}: without weights in the file {value:.3f} ({low:.3f} to {high:.3f}) of the dense latency"
     if "infeasible_s" in report:
         yield f"resnet56: cross-validated {report['crossvalidated']}; infeasible after {report['infeasible_s']:.0f} s, bundle included"
 

@@ -16,6 +16,7 @@ import torch
 import zoo
 from simulated import weights
 from test_allocate import measured, whole
+from test_benchmarks import benchmark
 
 from cswap_deploy.artifacts import Axis, CostTerm, Group, Groups, Staircase
 from cswap_deploy.budget import design
@@ -312,3 +313,25 @@ def test_where_what_ships_is_slower_than_its_candidate_the_loop_goes_on_below() 
     first = loop.run()
     more = loop.run(first, shift=1.06)
     assert more[: len(first)] == first and 1.06 * more[-1].ratio <= 0.7
+
+
+# --- the benchmark
+
+
+def test_the_benchmark_counts_and_compares_at_equal_latency() -> None:
+    bench = benchmark("budget")
+    rows = [bench.Row("net", 0.5, ratio, ratio, ratio, 3, 1.0, 2.0) for ratio in (0.46, 0.49, 0.52)]
+    assert [row.within for row in rows] == [True, True, False] and [row.used for row in rows] == [False, True, True]
+    assert bench.at([(1.0, 0.0), (0.4, 6.0), (0.6, 2.0)], 0.5) == pytest.approx(4.0)
+    report = {"load": [0, 0], "rows": [], "predictions": {"net": [(1.0, 1.0), (1.1, 1.0)]}, "weightless": {}}
+    for row in rows:
+        bench.add(row, report)
+    report["others"] = {"macs": [(1.0, 0.0), (0.4, 6.0)], "uniform": [(1.0, 0.0), (0.4, 9.0)]}
+    text = "\n".join(bench.table(report))
+    assert "within: 2 of 3; above: 2 of 3" in text and "| +2.00 | +5.40 | +8.10 |" in text and "10.0%" in text
+
+
+def test_the_benchmark_searches_with_a_made_up_damage() -> None:
+    groups = blocks(6, 64)
+    widths, trials = benchmark("budget").searched(groups, learned(groups, 16), 0.7, Device(groups, 1.05).measure)
+    assert truth(groups, widths, 16) * 1.05 <= 0.7 and 1 <= trials <= 8
