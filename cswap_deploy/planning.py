@@ -49,7 +49,7 @@ PROBE_S, WIDTHS_S, WARMUP_S = 1.5, 0.4, 0.1
 LONGER = 4
 """Times the sampling of a measurement that was too close to call."""
 ATTEMPTS, PAUSE_S = 3, 2.0
-"""At a measurement on a remote target whose connection ends; seconds before the second, twice as many before the third."""
+"""At a measurement whose connection ends, or that another one keeps waiting; seconds before the second, twice as many before the third."""
 
 Widths = dict[str, int]
 Ship = Callable[[Groups, PruningPlan], File]
@@ -153,7 +153,7 @@ class Meter:
             try:
                 return measured()
             except DeviceError as error:
-                if attempt + 1 == ATTEMPTS or not self.target.remote or isinstance(self.target, Away):
+                if attempt + 1 == ATTEMPTS or isinstance(self.target, Away):
                     raise
                 progress.warn(f"{error.message}; trying again")
                 time.sleep(PAUSE_S * 2**attempt)

@@ -115,7 +115,7 @@ RECIPES = [
     override("target of latency", "latency={target: 'ssh://-oProxyCommand=x'}", "expected local or ssh://"),
     override("batch of a fixed file", "latency={batch: 4}", "latency.batch: more than one image needs a file with an open"),
     override("runtime without engine", "latency={runtime: tensorrt}", "latency.runtime: tensorrt runs an engine"),
-    Case("a rate of an engine", nothing, "prune.target: a latency of an engine", "", "RecipeError", FPS, "check"),
+    Case("a rate of an engine", nothing, "prune.target: a latency of an engine", SCHEMA, "RecipeError", FPS, "check"),
 ]  # fmt: skip
 
 
