@@ -26,9 +26,10 @@ import numpy as np
 from PIL import Image as Picture
 
 from cswap_deploy import accuracy, budget, data, export, latency, model, pipeline, planning, prepared, progress, prune
-from cswap_deploy.artifacts import Budget, Curve, File, Groups, ImageSet, PruningPlan, Staircase
+from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, PruningPlan
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Budget, Staircase
 from cswap_deploy.planning import Meter
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.recipe import (
@@ -233,14 +234,14 @@ def predictions(meter: Meter, staircase: Staircase, folder: Path) -> list[tuple[
     found = []
     for start in range(0, UNSEEN, planning.BATCH):
         part_of = settings[start : start + planning.BATCH]
-        ratios = budget.ratios(meter.timings(part_of, 1.0), meter.percentile)
+        ratios = budget.ratios(meter.timings("unseen", part_of, 1.0), meter.percentile)
         found += [(steps.total(widths), ratio.value) for widths, ratio in zip(part_of, ratios, strict=True)]
     return found
 
 
 def weightless(meter: Meter) -> tuple[float, float, float]:
     """The dense file whose weights are made at loading, as a part of the one that holds them."""
-    found = Samples.load(meter.timings([{}], meter.timing.duration_s).samples.path).ratio(1, 0, 50)
+    found = Samples.load(meter.timings("weights", [{}], meter.timing.duration_s).samples.path).ratio(1, 0, 50)
     return found.value, found.low, found.high
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, SerializationInfo, TypeAdapter, ValidationInfo
-
-T = TypeVar("T")
+from cswap_deploy.codec import Rooted
 
 
 def sha256_of(path: Path) -> str:
@@ -25,19 +22,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _absolute(path: Any, info: ValidationInfo) -> Any:
-    return Path(info.context["root"]) / path if info.context else path
-
-
-def _relative(path: Path, info: SerializationInfo) -> str:
-    return path.relative_to(info.context["root"]).as_posix() if info.context else path.as_posix()
-
-
 @dataclass(frozen=True)
 class File:
     """A file of a stage; `path` is absolute in memory and relative to the stage's folder on disk."""
 
-    path: Annotated[Path, BeforeValidator(_absolute), PlainSerializer(_relative)]
+    path: Rooted
     sha256: str
     bytes: int
 
@@ -245,19 +234,10 @@ class GroupScores:
         """The scores of these units alone."""
         places = [place for place, unit in enumerate(self.units) if unit in set(units)]
 
-        def pick(values: tuple[T, ...]) -> tuple[T, ...]:
+        def pick(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(values[place] for place in places) if values else ()
 
-        return GroupScores(
-            self.group,
-            pick(self.units),
-            pick(self.keep_value),
-            pick(self.effect),
-            pick(self.error),
-            pick(self.xi),
-            pick(self.verdict),
-            pick(self.verified),
-        )
+        return GroupScores(self.group, *(pick(getattr(self, item.name)) for item in fields(self)[1:]))
 
 
 @dataclass(frozen=True)
@@ -320,16 +300,6 @@ class PruningPlan:
     """Units of each group in the order in which they would leave the dense network; empty where scores alone decide."""
 
 
-@dataclass(frozen=True)
-class Approach:
-    """A search before its last step: what it keeps, what narrowing that costs, and how it came there."""
-
-    keep: dict[str, tuple[int, ...]]
-    curves: tuple[Curve, ...]
-    scores: tuple[GroupScores, ...]
-    steps: tuple[PruningStep, ...]
-
-
 # --- export and proof ------------------------------------------------------------------------------------------------
 
 
@@ -371,16 +341,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Gate:
-    max_drop_pp: float | None
-    rule: Literal["point", "bound"]
-    confidence: float
-    verdict: Literal["pass", "fail", "off"]
-    proven: bool
-    images_to_prove: int | None
-
-
-@dataclass(frozen=True)
 class AccuracyReport:
     """Raw counts of every model on the same hold-out images; percentages, intervals and the gate are derived from them."""
 
@@ -390,14 +350,6 @@ class AccuracyReport:
     pruned: Evaluation
     models: dict[str, Evaluation]
     """Of the ONNX files: `fp32` and the variants."""
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a bundle's verdict is not pass, and the exit code that this stands for."""
-
-    exit_code: int
-    text: str
 
 
 # --- the device ------------------------------------------------------------------------------------------------------
@@ -434,151 +386,9 @@ class LatencyReport:
     the runtime could not tell them."""
 
 
-# --- the budget ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WidthTimings:
-    """Networks with narrower groups and their dense twin, run in turn. Groups that a setting does not name are whole.
-
-    Narrower ones are compared with model 1: files of weights made at loading lie elsewhere in memory than weights that were read,
-    which is worth 5 % to a network that just fits into a cache.
-    """
-
-    samples: File
-    """`samples.Samples`: model 0 is the dense one, 1 its twin without weights, n + 2 has the widths `settings[n]`."""
-    settings: tuple[dict[str, int], ...]
-    runtime: str
-    conditions: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """What layers of one shape take each, as a part of the dense network's latency.
-
-    `product` shrinks with all axes that groups shorten, `sides` with one of them each.
-    """
-
-    terms: tuple[str, ...]
-    """Names of the cost terms."""
-    product: float
-    sides: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class GroupSteps:
-    """Groups that cost the same: the widths that they may have, and what the layers' parts do not say about each."""
-
-    groups: tuple[str, ...]
-    widths: tuple[int, ...]
-    """Narrow to wide, the last all units."""
-    measured: tuple[int, ...]
-    """Those that were measured alone, narrow to wide, the last all units."""
-    excess: tuple[float, ...]
-    """Of one group at each of these, as a part of the dense network's latency; the last is 0."""
-
-
-@dataclass(frozen=True)
-class Staircase:
-    """The latency of a network over the widths of its groups as a part of the dense one's, learned on one device."""
-
-    multiple: int
-    """Of which widths are chosen: finer ones do not pay."""
-    block: int
-    """Sizes count in whole blocks of so many units: constant between steps."""
-    constant: float
-    layers: tuple[LayerTime, ...]
-    steps: tuple[GroupSteps, ...]
-    settings: int
-    """Networks that were measured."""
-    errors: tuple[float, ...]
-    """Relative, of settings of all groups that the fit had not seen (cross-validation)."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A candidate: the part of the dense latency that was predicted and measured, the latter with its 95 % interval."""
-
-    widths: dict[str, int]
-    predicted: float
-    ratio: float
-    low: float
-    high: float
-
-
-BudgetVerdict = Literal["met", "missed", "infeasible", "not needed"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A latency that was asked for, and what came of it. Ratios are parts of the dense network's latency in the same run."""
-
-    latency_ms: float
-    percentile: int
-    dense_ms: float
-    """Of the dense network when the budget was set."""
-    dense_ci95_ms: tuple[float, float]
-    floor: float
-    """Ratio of the fastest network that groups as narrow as they can be give."""
-    verdict: BudgetVerdict
-    """Before what ships was measured."""
-    trials: tuple[Trial, ...]
-    staircase: Staircase | None
-    facts: dict[str, str]
-    """Of the device."""
-
-    @property
-    def ratio(self) -> float:
-        return self.latency_ms / self.dense_ms
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The host's half: everything that the device's half and the bundle are made of."""
-
-    recipe: str
-    """The resolved recipe as the bundle shows it."""
-    source: Network
-    pruned: Network
-    groups: Groups
-    plan: PruningPlan
-    exported: OnnxModel
-    models: dict[str, OnnxModel]
-    """The pruned network's ONNX files: `fp32` and the variants that could be made."""
-    dense: dict[str, OnnxModel]
-    """The dense network's, in what ships and what an engine is built from; empty when nothing is built or measured."""
-    accuracy: AccuracyReport
-    labels: tuple[str, ...]
-    pixels: File | None
-    """Hold-out images as the target's engine gets them, uint8 (n, C, H, W) in .npy; None when no engine is asked for."""
-    reasons: tuple[Reason, ...]
-    environment: dict[str, str]
-    """Versions of Python and of the libraries that made this half."""
-    budget: Budget | None = None
-    """Where the recipe asks for a latency."""
-
-
 @dataclass(frozen=True)
 class BundleFiles:
     """An assembled bundle: `root` holds manifest.json and every file that it lists."""
 
     manifest: File
     files: tuple[File, ...]
-
-
-# --- codec -----------------------------------------------------------------------------------------------------------
-
-
-def encode(value: object, root: Path) -> Any:
-    """Plain JSON data of an artefact whose files lie under `root`."""
-    return TypeAdapter(type(value)).dump_python(value, mode="json", context={"root": root})
-
-
-def decode(kind: type[T], data: Any, root: Path) -> T:
-    """The artefact that `encode` wrote, its files now under `root`."""
-    return TypeAdapter(kind).validate_python(data, context={"root": root})
-
-
-def canonical(data: Any) -> str:
-    """JSON with one spelling for one value: what digests and stored files are made of."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy import manifest as facts
+from cswap_deploy import facts
+from cswap_deploy import manifest as manifests
 from cswap_deploy.artifacts import (
     Architecture,
     BundleFiles,
@@ -25,13 +26,12 @@ from cswap_deploy.artifacts import (
     File,
     LatencyReport,
     OnnxModel,
-    Prepared,
-    Reason,
     sha256_of,
 )
 from cswap_deploy.budget import account
 from cswap_deploy.digests import SEAL, is_sealed, sealed
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
+from cswap_deploy.prepared import Prepared, Reason
 from cswap_deploy.preprocess import preprocess
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings, Precision, PruneSettings, Recipe
 from cswap_deploy.report import render_html, render_readme
@@ -96,9 +96,9 @@ class Bundle:
         except (ValueError, RecursionError) as error:
             raise VerifyError(f"{path} is not valid JSON: {error}", "build the bundle again") from error
         schema = document.get("schema") if isinstance(document, dict) else None
-        if schema != facts.SCHEMA:
-            raise VerifyError(f"{path} has schema {schema!r}, expected {facts.SCHEMA!r}", "update cswap-deploy")
-        if fault := next(facts.faults(document, facts.schema()), None):
+        if schema != manifests.SCHEMA:
+            raise VerifyError(f"{path} has schema {schema!r}, expected {manifests.SCHEMA!r}", "update cswap-deploy")
+        if fault := next(manifests.faults(document, manifests.schema()), None):
             raise VerifyError(f"{path} is not a manifest: {fault.removeprefix(': ')}", "build the bundle again")
         for entry in document["files"]:
             _require_plain(entry["path"])
@@ -249,7 +249,7 @@ def _manifest(
     no_engine = next((reason.text for reason in deployed.reasons), "")
     engine, latency = deployed.engine, deployed.latency
     return {
-        "schema": facts.SCHEMA,
+        "schema": manifests.SCHEMA,
         "name": terms.name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "tool": {"name": "cswap-deploy", "version": metadata.version("cswap-deploy")},

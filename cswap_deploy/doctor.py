@@ -24,6 +24,7 @@ from typing import Any, Literal
 from cswap_deploy.device.target import APT_TENSORRT, SCHEMA
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.manifest import INTEGER, NUMBER, TEXT, Schema, faults, nullable, record
+from cswap_deploy.wording import BUSY, is_busy
 
 State = Literal["ok", "missing", "problem", "note"]
 
@@ -443,8 +444,8 @@ def _load(asked: _Target) -> Iterator[Finding]:
     load, cores = asked.probe.get("load") or (), asked.part("cpu").get("cores")
     if not load:
         yield Finding("load", "note", "unknown", "see that nothing else runs there: uptime")
-    elif load[0] > max(1.0, (cores or 0) / 2):
-        text = f"{load[0]:.1f} over the last minute on {_or_unknown(cores)} cores: latencies would be those of a busy machine"
+    elif is_busy(load[0], cores):
+        text = f"{load[0]:.1f} over the last minute on {_or_unknown(cores)} cores: {BUSY}"
         yield Finding("load", "problem", text, "stop what else runs there, and measure again: top")
     else:
         yield _ok("load", f"{load[0]:.1f} over the last minute on {_or_unknown(cores)} cores")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import File, Groups, LatencyReport, WidthTimings
+from cswap_deploy.artifacts import File, Groups, LatencyReport
 from cswap_deploy.budget.narrow import Template
+from cswap_deploy.budget.values import WidthTimings
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DataError, DeviceError
 from cswap_deploy.recipe import LatencySettings
@@ -66,7 +67,7 @@ def measure(
     out: Path, dense: File, shipped: File, settings: LatencySettings, facts: Mapping[str, str], target: Target
 ) -> LatencyReport:
     """The dense model and the one that ships, in turn, on `target`, which `facts` describe. Errors: DeviceError."""
-    names = ("the dense model", "the shipped model")
+    names = ("the dense model", "the model that ships")
     taken = take(target, (dense, shipped), settings, names=names)
     taken.samples.save(out / "samples.npz")
     layers = None

@@ -10,7 +10,7 @@ from cswap_deploy import latency
 from cswap_deploy.artifacts import File
 from cswap_deploy.device.target import reach
 from cswap_deploy.errors import UsageError
-from cswap_deploy.manifest import timing_block
+from cswap_deploy.facts import timing_block
 from cswap_deploy.recipe import LatencySettings
 
 Runtime: TypeAlias = Literal["onnxruntime", "tensorrt"]

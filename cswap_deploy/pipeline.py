@@ -19,23 +19,14 @@ from cswap_deploy import (
     prune,
     variants,
 )
-from cswap_deploy.artifacts import (
-    Budget,
-    Engine,
-    File,
-    Groups,
-    ImageSet,
-    Network,
-    OnnxModel,
-    Prepared,
-    PruningPlan,
-    Reason,
-    Split,
-)
+from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
+from cswap_deploy.budget.values import Budget
 from cswap_deploy.bundle import Bundle, Deployed, Terms
 from cswap_deploy.device.target import Probe, Target, reach
 from cswap_deploy.errors import DeviceError, ExportError, UsageError
 from cswap_deploy.factory import code_files
+from cswap_deploy.paths import require_paths
+from cswap_deploy.prepared import Prepared, Reason
 from cswap_deploy.recipe import CurvesAllocation, Recipe, Variant, to_yaml
 from cswap_deploy.stage import Workdir, WouldRun
 
@@ -63,7 +54,8 @@ def build(recipe: Recipe, work: Workdir, folder: str = BUNDLE) -> Bundle:
 
 def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     """The host's half: load, split, prune, export, simplify, make variants, judge them on the hold-out images."""
-    source = _located(work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed), recipe)
+    require_paths(recipe)
+    source = load(recipe, work)
     images, calibration = recipe.calibration.images, recipe.calibration
     catalogue = data.catalogue(images, calibration.labels, source.outputs, work.digest)
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
@@ -86,7 +78,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         dense=dense,
         accuracy=judged,
         labels=split.labels,
-        pixels=work.run(accuracy.crop, holdout, source.input) if recipe.engine else None,
+        pixels=_pixels(holdout, source, work) if recipe.engine else None,
         reasons=(*lost, *reasons, *more),
         environment=bundle.environment(),
         budget=asked,
@@ -110,6 +102,16 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE)
 
 
 # --- the host's half
+
+
+def load(recipe: Recipe, work: Workdir) -> Network:
+    """The dense network."""
+    return _located(work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed), recipe)
+
+
+def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
+    """What can leave it."""
+    return work.run(prune.find_groups, source, recipe.prune.skip)
 
 
 def choose_plan(
@@ -165,7 +167,7 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
         return Groups((), (), ()), PruningPlan({}, (), None)
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
-    groups = work.run(prune.find_groups, source, settings.skip)
+    groups = find_groups(recipe, source, work)
     scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
     curves = None
     if isinstance(settings.allocation, CurvesAllocation):
@@ -188,7 +190,8 @@ def _models(
     models, reasons = {"fp32": simplified}, []
     for variant in wanted:
         try:
-            models[variant] = work.run(variants.make, simplified, network, fit, variant, recipe.onnx)
+            with progress.part(variant):
+                models[variant] = work.run(variants.make, simplified, network, fit, variant, recipe.onnx)
         except ExportError as error:
             reasons.append(Reason(error.exit_code, str(error)))
     return models, reasons
@@ -200,10 +203,19 @@ def _dense(
     """The dense twin of what ships, and what an engine of it may be built from."""
     if not (recipe.engine or recipe.latency):
         return {}, []
-    exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx)
-    wanted = [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
-    models, reasons = _models(recipe, exported, source, fit, work, wanted)
+    with progress.part("dense"):
+        exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx)
+        models, reasons = _models(recipe, exported, source, fit, work, _dense_variants(recipe))
     return models, [Reason(reason.exit_code, f"dense network, {reason.text}") for reason in reasons]
+
+
+def _pixels(holdout: ImageSet, source: Network, work: Workdir) -> File:
+    with progress.part("images"):
+        return work.run(accuracy.crop, holdout, source.input)
+
+
+def _dense_variants(recipe: Recipe) -> list[Variant]:
+    return [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
 
 
 def _located(network: Network, recipe: Recipe) -> Network:
@@ -258,7 +270,8 @@ def _judge_engine(
         return done
     assert recipe.engine and ready.pixels
     spec, batch, truth = ready.source.input, recipe.engine.batch.opt, ready.accuracy.labels
-    outcome = work.run(accuracy.on_engine, done.engine, ready.pixels, truth, spec, batch, target)
+    with progress.part("engine"):
+        outcome = work.run(accuracy.on_engine, done.engine, ready.pixels, truth, spec, batch, target)
     return replace(done, on_engine=outcome)
 
 
@@ -267,7 +280,8 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     assert recipe.latency
     name = recipe.shipped_file
     if recipe.latency.runtime == "tensorrt" and done.engine:
-        dense = _engine(recipe, ready.dense, ready, work, target, probe)
+        with progress.part("dense"):
+            dense = _engine(recipe, ready.dense, ready, work, target, probe)
         files = dense.file, done.engine.file
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
         files = ready.dense[name].graph, ready.models[name].graph
@@ -313,6 +327,37 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
     return tuple(name for name in STAGES if name in wanted)
+
+
+def lines(recipe: Recipe) -> tuple[str, ...]:
+    """What a run reports, in order, as `progress.spelt`: a stage that runs several times has a line for each."""
+    names, made = stages(recipe), [*_model_lines(recipe.wanted_variants)]
+    dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
+    before = [*names[: names.index("exported")]]
+    if planning.goal_ms(recipe):
+        order = ("groups", "staircase", "scores", "curves", "plan", "pruned")
+        before, made, dense = [*before[:2], *dense, *(name for name in order if name in names)], [*made, "latency"], []
+    return (
+        *before,
+        *made,
+        *dense,
+        "accuracy",
+        *([progress.spelt("accuracy", "images")] if recipe.engine else ()),
+        *device_lines(recipe),
+    )
+
+
+def _model_lines(wanted: Sequence[Variant], *parts: str) -> Iterator[str]:
+    yield from (progress.spelt(name, *parts) for name in ("exported", "simplified"))
+    yield from (progress.spelt("variants", variant, *parts) for variant in wanted)
+
+
+def device_lines(recipe: Recipe) -> tuple[str, ...]:
+    """The lines of `deploy`."""
+    found = ["engine", progress.spelt("accuracy", "engine")] if recipe.engine else []
+    if recipe.latency and recipe.latency.runtime == "tensorrt":
+        found.append(progress.spelt("engine", "dense"))
+    return (*found, *(["latency"] if recipe.latency else ()), "bundle")
 
 
 def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:

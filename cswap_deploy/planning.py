@@ -13,25 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cswap_deploy import budget, latency, progress, prune
-from cswap_deploy.artifacts import (
-    Approach,
-    Budget,
-    BudgetVerdict,
-    Curves,
-    File,
-    Groups,
-    ImageSet,
-    Network,
-    PruningPlan,
-    Scores,
-    Split,
-    Staircase,
-    Trial,
-    WidthTimings,
-)
+from cswap_deploy.artifacts import Curves, File, Groups, ImageSet, Network, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, WidthTimings
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError
@@ -127,19 +113,20 @@ class Meter:
         assert isinstance(self.recipe.prune.target, LatencyTarget | FpsTarget)
         return self.recipe.prune.target.percentile
 
-    def timings(self, settings: Sequence[Widths], seconds: float, warmup: float = WARMUP_S) -> WidthTimings:
-        """In one request. Errors: DeviceError, after some attempts."""
+    def timings(self, what: str, settings: Sequence[Widths], seconds: float, warmup: float = WARMUP_S) -> WidthTimings:
+        """In one request; `what` it is for is reported. Errors: DeviceError, after some attempts."""
         timing = self.timing.model_copy(update={"duration_s": seconds, "warmup_s": min(warmup, self.timing.warmup_s)})
-        return self._patiently(
-            lambda: self.work.run(
-                latency.of_widths, self.dense, self.groups, tuple(settings), timing, self.facts, self.target
+        with progress.part(what):
+            return self._patiently(
+                lambda: self.work.run(
+                    latency.of_widths, self.dense, self.groups, tuple(settings), timing, self.facts, self.target
+                )
             )
-        )
 
     def ratio(self, widths: Widths, longer: bool) -> Ratio:
         """Of one candidate, as long as the recipe measures, or `LONGER` times as long."""
         seconds = self.timing.duration_s * (LONGER if longer else 1)
-        return budget.ratios(self.timings([widths], seconds, self.timing.warmup_s), self.percentile)[0]
+        return budget.ratios(self.timings("candidate", [widths], seconds, self.timing.warmup_s), self.percentile)[0]
 
     def shipped(self, file: File) -> Ratio:
         """Of the file that ships, in turn with the dense one, as the bundle reports it. Errors: DeviceError, as above."""
@@ -170,7 +157,7 @@ def begun(meter: Meter) -> Budget:
     exact = meter.recipe.prune.round_to
     settings = design.extremes(meter.groups, exact if exact != "auto" else None) if meter.groups.groups else ()
     for seconds in (PROBE_S, LONGER * PROBE_S):
-        timings = meter.timings(settings, seconds)
+        timings = meter.timings("floor", settings, seconds)
         samples = Samples.load(timings.samples.path)
         dense = samples.percentile_ms(0, meter.percentile)
         low, high = samples.percentile_ci95_ms(0, meter.percentile)
@@ -200,7 +187,7 @@ def learned(meter: Meter) -> Staircase:
         *design.together(groups, kinds, levels, design.TOGETHER, meter.recipe.seed),
     ]
     for start in range(0, len(settings), BATCH):
-        timings.append(meter.timings(settings[start : start + BATCH], WIDTHS_S))
+        timings.append(meter.timings("widths", settings[start : start + BATCH], WIDTHS_S))
         progress.advance("networks measured", min(start + BATCH, len(settings)), len(settings))
     return meter.work.run(budget.learn, groups, tuple(timings), multiple, exact != "auto")
 
@@ -212,7 +199,7 @@ def _alignment(meter: Meter) -> int:
     found: list[float] = []
     for start in range(0, len(settings), 2 * 3):
         part = settings[start : start + 2 * 3]
-        found += [ratio.value for ratio in budget.ratios(meter.timings(part, WIDTHS_S), 50)]
+        found += [ratio.value for ratio in budget.ratios(meter.timings("multiples", part, WIDTHS_S), 50)]
     ratios = {multiple: tuple(found[3 * place : 3 * place + 3]) for place, multiple in enumerate(tried)}
     multiple = design.alignment({key: (wide, middle, narrow) for key, (wide, middle, narrow) in ratios.items()})
     shown = ", ".join(f"{key}: {' '.join(f'{value:.3f}' for value in values)}" for key, values in ratios.items())
@@ -288,10 +275,11 @@ class _Planner:
     def _approach(self, scores: Scores, curves: Curves, ratio: float) -> Approach:
         recipe = self.recipe
         fit, selection = self._images()
-        return self.work.run(
-            prune.approach, self.source, self.groups, scores, curves, fit, selection, recipe.prune, self.staircase,
-            ratio, recipe.device, recipe.seed,
-        )  # fmt: skip
+        with progress.part("approach"):
+            return self.work.run(
+                prune.approach, self.source, self.groups, scores, curves, fit, selection, recipe.prune, self.staircase,
+                ratio, recipe.device, recipe.seed,
+            )  # fmt: skip
 
     def _settle(self, scores: Scores, curves: Curves, approach: Approach, widths: Mapping[str, int]) -> PruningPlan:
         recipe = self.recipe

@@ -17,13 +17,13 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
-    0: "artifacts digests errors interrupts keys progress recipe recipe_file sources stage terminal wording",
+    0: "artifacts codec digests errors interrupts keys progress recipe recipe_file schema_words sources stage terminal wording",
     1: "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
-    "prepared units onnx_file preprocess runtime manifest details report report.* "
+    "paths prepared units onnx_file preprocess runtime manifest facts details report report.* "
     "prune.batches prune.groups prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
-    "budget.narrow budget.design budget.staircase budget.loop budget.account "
+    "budget.values budget.narrow budget.design budget.staircase budget.loop budget.account "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune budget export variants accuracy engine latency bundle",
     3: "pipeline planning sweeping checks measuring verify doctor schemas starter",

@@ -18,11 +18,12 @@ from simulated import weights
 from test_allocate import measured, whole
 from test_benchmarks import benchmark
 
-from cswap_deploy.artifacts import Axis, CostTerm, Group, Groups, Staircase
+from cswap_deploy.artifacts import Axis, CostTerm, Group, Groups
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.staircase import Observation, Steps, learn
+from cswap_deploy.budget.values import Staircase
 from cswap_deploy.errors import ExportError
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.prune.cut import cut_copy

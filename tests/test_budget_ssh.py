@@ -17,9 +17,10 @@ from conftest import make_project
 from sshd import Device, Server
 
 from cswap_deploy import planning, prepared, prune
-from cswap_deploy.artifacts import File, Groups, Staircase
+from cswap_deploy.artifacts import File, Groups
 from cswap_deploy.budget import design
 from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Staircase
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.recipe import Recipe

@@ -193,7 +193,7 @@ def test_our_commands_parse_and_set_keys_that_exist(command: Command, tmp_path: 
     program: Any = get_command(cli.app)
     name, *arguments = [word for word in command.words[1:] if word != "..."]
     if name.startswith("-"):
-        assert name == "--help"
+        assert name in ("--help", "--version")
         return
     assert name in program.commands, f"{command}: no such command"
     wanted = {parameter.name for parameter in program.commands[name].params if parameter.required}
@@ -243,8 +243,8 @@ def test_our_commands_run(command: Command, world: Path, tmp_path: Path, monkeyp
 
 def test_what_is_shown_of_a_second_run_has_the_stages_of_today() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
-    stages = pipeline.stages(recipe.load(ROOT / "recipes" / "quickstart.yaml"))
-    shown = re.findall(r"(?m)^\[ ?(\d+)/(\d+)\] (\w+) +(.+)$", text)
+    stages = pipeline.lines(recipe.load(ROOT / "recipes" / "quickstart.yaml"))
+    shown = re.findall(r"(?m)^\[ ?(\d+)/(\d+)\] (\w+(?: \([\w, -]+\))?) +(.+)$", text)
     assert shown and {(int(number), int(count), name) for number, count, name, _ in shown} <= {
         (number, len(stages), name) for number, name in enumerate(stages, 1)
     }

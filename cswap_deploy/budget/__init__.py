@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cswap_deploy.artifacts import Groups, Staircase, WidthTimings
+from cswap_deploy.artifacts import Groups
 from cswap_deploy.budget import design, staircase
 from cswap_deploy.budget.staircase import Observation
+from cswap_deploy.budget.values import Staircase, WidthTimings
 from cswap_deploy.samples import Ratio, Samples
 from cswap_deploy.stage import stage
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from cswap_deploy.artifacts import Budget, Groups, LatencyReport, Reason
+from cswap_deploy.artifacts import Groups, LatencyReport
 from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Budget
+from cswap_deploy.prepared import Reason
 from cswap_deploy.samples import Ratio, Samples
 
 MISSED = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cswap_deploy.artifacts import Trial
+from cswap_deploy.budget.values import Trial
 from cswap_deploy.samples import Ratio
 
 Widths = dict[str, int]

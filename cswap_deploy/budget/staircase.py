@@ -13,7 +13,8 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from cswap_deploy.artifacts import Axis, CostTerm, Groups, GroupSteps, LayerTime, Staircase
+from cswap_deploy.artifacts import Axis, CostTerm, Groups
+from cswap_deploy.budget.values import GroupSteps, LayerTime, Staircase
 from cswap_deploy.samples import Ratio
 
 if TYPE_CHECKING:

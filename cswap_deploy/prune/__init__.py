@@ -9,19 +9,9 @@ from pathlib import Path
 
 from typing_extensions import assert_never
 
-from cswap_deploy.artifacts import (
-    Approach,
-    Curves,
-    File,
-    Groups,
-    GroupScores,
-    ImageSet,
-    Network,
-    PruningPlan,
-    Scores,
-    Staircase,
-)
+from cswap_deploy.artifacts import Curves, File, Groups, GroupScores, ImageSet, Network, PruningPlan, Scores
 from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Approach, Staircase
 from cswap_deploy.data import require_learned
 from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches, resolve_device
