@@ -324,7 +324,13 @@ def test_the_benchmark_counts_and_compares_at_equal_latency() -> None:
     rows = [bench.Row("net", 0.5, ratio, ratio, ratio, 3, 1.0, 2.0) for ratio in (0.46, 0.49, 0.52)]
     assert [row.within for row in rows] == [True, True, False] and [row.used for row in rows] == [False, True, True]
     assert bench.at([(1.0, 0.0), (0.4, 6.0), (0.6, 2.0)], 0.5) == pytest.approx(4.0)
-    report = {"load": [0, 0], "rows": [], "predictions": {"net": [(1.0, 1.0), (1.1, 1.0)]}, "weightless": {}}
+    report = {
+        "clock": "wall",
+        "load": [0, 0],
+        "rows": [],
+        "predictions": {"net": [(1.0, 1.0), (1.1, 1.0)]},
+        "weightless": {},
+    }
     for row in rows:
         bench.add(row, report)
     report["others"] = {"macs": [(1.0, 0.0), (0.4, 6.0)], "uniform": [(1.0, 0.0), (0.4, 9.0)]}
