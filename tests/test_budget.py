@@ -18,16 +18,17 @@ from simulated import weights
 from test_allocate import measured, whole
 from test_benchmarks import benchmark
 
-from cswap_deploy.artifacts import Axis, CostTerm, Group, Groups
+from cswap_deploy import budget as budget_stage
+from cswap_deploy.artifacts import Axis, CostTerm, File, Group, Groups
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.staircase import Observation, Steps, learn
-from cswap_deploy.budget.values import Staircase
+from cswap_deploy.budget.values import Staircase, WidthTimings
 from cswap_deploy.errors import ExportError
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.prune.cut import cut_copy
-from cswap_deploy.samples import Ratio
+from cswap_deploy.samples import Ratio, Samples
 
 # --- files of any width
 
@@ -202,8 +203,8 @@ def test_unseen_widths_are_predicted(groups: Groups, step: int) -> None:
 
 def test_the_dense_network_is_1_and_changes_add_up_to_the_total() -> None:
     groups = chained((64, 96, 128))
-    steps = Steps(groups, learned(groups, 16, noise=0.01), scale=1.1)
-    assert steps.total(whole(groups)) == steps.total({}) == pytest.approx(1.1)
+    steps = Steps(groups, learned(groups, 16, noise=0.01))
+    assert steps.total(whole(groups)) == steps.total({}) == pytest.approx(1)
     at = {"c0": 32, "c1": 96, "c2": 64}
     [change] = steps.changes(at, "c1", [48])
     assert steps.total({**at, "c1": 48}) - steps.total(at) == pytest.approx(change)
@@ -342,3 +343,15 @@ def test_the_benchmark_searches_with_a_made_up_damage() -> None:
     groups = blocks(6, 64)
     widths, trials = benchmark("budget").searched(groups, learned(groups, 16), 0.7, Device(groups, 1.05).measure)
     assert truth(groups, widths, 16) * 1.05 <= 0.7 and 1 <= trials <= 8
+
+
+def test_where_all_groups_are_of_one_kind_settings_of_all_are_not_taken_for_that_kind_alone(tmp_path: Path) -> None:
+    """What the stage does with timings: widths that differ are a setting of all groups."""
+    groups = blocks(3, 64)
+    settings = ({"b0": 16, "b1": 16, "b2": 16}, {"b0": 16, "b1": 64, "b2": 48}, {"b0": 48, "b1": 16, "b2": 64})
+    ratios = [1.0, 1.0, *(truth(groups, widths, 16) for widths in settings)]
+    rounds = [[[round(1e6 * ratio)] * 5 for ratio in ratios] for _ in range(8)]
+    Samples.of(rounds).save(tmp_path / "samples.npz")
+    timings = WidthTimings(File.of(tmp_path / "samples.npz"), settings, "none", {})
+    found = budget_stage.learn(tmp_path, groups, (timings,), 16, True)
+    assert found.settings == 3 and found.steps[0].measured == (16, 64)

@@ -27,7 +27,8 @@ def learn(out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple
         for item in timings
         for widths, ratio in zip(item.settings, ratios(item, 50), strict=True)
     ]
-    alone = [item for item in seen if set(item.widths) in map(set, kinds.values())]
+    of_one_kind = [set(names) for names in kinds.values()]
+    alone = [item for item in seen if set(item.widths) in of_one_kind and len(set(item.widths.values())) == 1]
     together = [item for item in seen if item not in alone]
     options = design.options(groups, kinds, multiple, exact=exact)
     return staircase.learn(groups, kinds, options, multiple, alone, together)

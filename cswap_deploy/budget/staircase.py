@@ -82,12 +82,10 @@ class Steps:
 
     groups: Groups
     staircase: Staircase
-    scale: float = 1.0
-    """What measured candidates say of the prediction."""
 
     def total(self, widths: Widths) -> float:
         """Groups that are not named are whole."""
-        return self.scale * (
+        return (
             self.staircase.constant
             + sum(self._layer(number, widths) for number in range(len(self._layers)))
             + sum(self._excess(name, width) for name, width in widths.items())
@@ -101,7 +99,7 @@ class Steps:
             return sum(self._layer(number, changed) for number in self._of_group[name]) + self._excess(name, width)
 
         begun = own(at[name])
-        return [self.scale * (own(width) - begun) for width in widths]
+        return [own(width) - begun for width in widths]
 
     def allowed(self, name: str) -> tuple[int, ...]:
         """Widths that a group may have, narrow to wide."""
