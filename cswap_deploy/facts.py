@@ -26,7 +26,7 @@ from cswap_deploy.manifest import SCORED, VERDICTS
 from cswap_deploy.prepared import Reason
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings
 from cswap_deploy.samples import Samples
-from cswap_deploy.wording import percent
+from cswap_deploy.wording import level
 
 GATE_FAILED = 7
 """Exit code of a build whose accuracy gate failed."""
@@ -237,7 +237,7 @@ def gate_reasons(report: AccuracyReport, shipped: Evaluation, verdict: Gate) -> 
         return []
     lost, won = discordant(report.labels, report.source.predicted, shipped.predicted)
     drop, images = 100 * (lost - won) / len(report.labels), len(report.labels)
-    what = "the drop" if verdict.rule == "point" else f"the upper bound at {percent(verdict.confidence, 0)} of the drop"
+    what = "the drop" if verdict.rule == "point" else f"the upper bound at {level(verdict.confidence)} of the drop"
     text = f"{what} exceeds {verdict.max_drop_pp:g} points (observed {drop:+.2f} points on {images} images)"
     return [Reason(GATE_FAILED, f"accuracy: {text}")]
 
