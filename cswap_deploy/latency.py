@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import File, LatencyReport
+from cswap_deploy.artifacts import File, FileLatency, LatencyReport
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DataError, DeviceError
 from cswap_deploy.recipe import LatencySettings
 from cswap_deploy.samples import Samples
 from cswap_deploy.stage import stage
 
+COMPARED = ("fp32", "fp16", "int8", "int8-arm")
+"""Files whose speed is compared on the target; what TensorRT's file is worth, an engine of it shows."""
 LOAD_S, WAIT_S = 900.0, 120.0
 """Time for loading the models; time that another measurement on the target may still take."""
 
@@ -79,6 +81,16 @@ def measure(
         taken.conditions,
         layers,
     )
+
+
+@stage("latency", returns=FileLatency, libraries=("numpy",))
+def compare_files(
+    out: Path, files: Mapping[str, File], settings: LatencySettings, facts: Mapping[str, str], target: Target
+) -> FileLatency:
+    """The bundle's ONNX files in turn on `target`, which `facts` describe: is one of fewer bits faster there?"""
+    taken = take(target, tuple(files.values()), settings, names=tuple(files))
+    taken.samples.save(out / "samples.npz")
+    return FileLatency(tuple(files), File.of(out / "samples.npz"))
 
 
 def _layers(

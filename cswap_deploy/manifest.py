@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -52,6 +52,7 @@ def model_block(source: Network) -> dict[str, Any]:
         "params": source.params,
         "macs": source.macs,
         "license": source.license,
+        "outputs": source.outputs,
         "input": input_block(source.input),
     }
 
@@ -138,30 +139,6 @@ def accuracy_block(
         "worst_classes": _worst_classes(report, shipped, labels),
         "gate": asdict(verdict),
         "holdout_reads": holdout_reads,
-    }
-
-
-def onnx_block(exported: OnnxModel, models: Mapping[str, OnnxModel], names: Mapping[str, str]) -> dict[str, Any]:
-    """`names`: the bundle's file of each model."""
-    simplified = models["fp32"]
-    variants = {name: model for name, model in models.items() if name != "fp32"}
-    return {
-        "opset": simplified.opset,
-        "ir_version": simplified.ir_version,
-        "parity": asdict(simplified.parity),
-        "nodes_exported": exported.nodes,
-        "nodes_simplified": simplified.nodes,
-        "note": simplified.note,
-        "variants": {
-            name: {
-                "file": names[name],
-                "opset": model.opset,
-                "parity": asdict(model.parity),
-                "nodes": model.nodes,
-                "note": model.note,
-            }
-            for name, model in variants.items()
-        },
     }
 
 
@@ -364,9 +341,36 @@ def _pruned() -> Schema:
 
 
 def _onnx() -> Schema:
+    """What onnx_facts.py writes."""
     parity = record(max_abs=NUMBER, sqnr_db=NUMBER)
-    variant = record(file=TEXT, opset=INTEGER, parity=parity, nodes=INTEGER, note=TEXT)
-    return record(
+    speed = record(p50_ms=NUMBER, p50_ci95_ms=pair(NUMBER), samples=POSITIVE, speedup=NUMBER, speedup_ci95=pair(NUMBER))
+    covered = record(
+        provider=TEXT,
+        supported=INTEGER,
+        nodes=INTEGER,
+        partitions=INTEGER,
+        suitable=TEXT,
+        missing=listing(TEXT),
+        note=TEXT,
+    )
+    quantised = record(
+        method=TEXT, in_float=listing(TEXT), nodes=INTEGER, images=INTEGER, drop_pp=NUMBER, divergence=NUMBER,
+        tried=INTEGER, met={"type": "boolean"},
+    )  # fmt: skip
+    more: dict[str, Schema] = {
+        "beside": listing(TEXT),
+        "coverage": listing(covered),
+        "runs_on": listing(record(runtime=TEXT, runs={"type": "boolean"}, why_not=TEXT)),
+        "latency": nullable(speed),
+    }
+    variant = with_optional(
+        record(file=TEXT, opset=INTEGER, parity=parity, nodes=INTEGER, note=TEXT),
+        **more,
+        bytes=INTEGER,
+        quantised=nullable(quantised),
+        marks=listing(TEXT),
+    )
+    block = record(
         opset=INTEGER,
         ir_version=INTEGER,
         parity=parity,
@@ -374,6 +378,7 @@ def _onnx() -> Schema:
         nodes_simplified=INTEGER,
         variants={"type": "object", "additionalProperties": variant},
     )
+    return with_optional(block, **more, runtimes=listing(TEXT))
 
 
 def _engine() -> Schema:
@@ -429,6 +434,10 @@ def timing_schema() -> Schema:
 
 def _accuracy() -> Schema:
     outcome = record(top1=FRACTION, top1_ci95=pair(FRACTION), top5=FRACTION, correct=INTEGER)
+    variant = with_optional(
+        outcome, drop_pp=NUMBER, drop_ci95_pp=pair(NUMBER), drop_from_fp32_pp=NUMBER, agreement=FRACTION,
+        agreeing=INTEGER, gate={"enum": ["pass", "fail", "off"]},
+    )  # fmt: skip
     gate = record(
         max_drop_pp=nullable(NUMBER),
         rule={"enum": ["point", "bound"]},
@@ -442,7 +451,7 @@ def _accuracy() -> Schema:
         source=outcome,
         pruned=outcome,
         exported=outcome,
-        variants={"type": "object", "additionalProperties": outcome},
+        variants={"type": "object", "additionalProperties": variant},
         engine=nullable(outcome),
         shipped=outcome,
         drop_pp=NUMBER,

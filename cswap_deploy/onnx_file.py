@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,11 @@ from cswap_deploy.artifacts import File, ImageSet, Network, OnnxModel, Parity, T
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
 from cswap_deploy.images import load, normalise
+from cswap_deploy.preprocess import INPUT
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import OnnxSettings
+from cswap_deploy.runtimes import MAX_IR
+from cswap_deploy.usability import coverage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-MAX_IR = 10
-"""Highest IR version that ONNX Runtime 1.18 and the mobile runtimes of its time read."""
+LARGEST_PROTOBUF = 2_000_000_000
+"""Bytes; protobuf ends at 2 GiB. A larger model keeps its tensors in one file beside it."""
+EXTERNAL_FROM = 1024
+"""Bytes from which on a tensor of such a model lies in that file."""
 PARITY_IMAGES = 16
 MAX_SQNR = 200.0
 """What is reported where no difference is left."""
@@ -47,18 +52,44 @@ def write(model: onnx.ModelProto, path: Path, what: str = "the exported graph") 
 
     if model.ir_version > MAX_IR:
         model.ir_version = MAX_IR
+    large = size_of(model) > LARGEST_PROTOBUF
+    if large:
+        save_apart(model, path)
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(str(path) if large else model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{what} is not valid ONNX: {reason(error)}", "report this network") from error
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    if not large:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Bytes of its tensors, wherever they lie: what a serialised model takes, up to its structure."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+def save_apart(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model beyond 2 GB: its tensors go to `<name>.data` beside it. `model` keeps them too."""
+    import onnx
+
+    onnx.external_data_helper.convert_model_to_external_data(
+        model, all_tensors_to_one_file=True, location=weights_path(path).name, size_threshold=EXTERNAL_FROM
+    )
+    weights_path(path).unlink(missing_ok=True)
+    onnx.save(model, path)
+    onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
+
+
+def weights_path(path: Path) -> Path:
+    """Where the tensors of a model beyond 2 GB lie."""
+    return path.with_name(f"{path.name}.data")
 
 
 def require_as_asked(path: Path, settings: OnnxSettings) -> None:
     """A tool may silently choose another opset than asked for: read the file. Errors: ExportError."""
     import onnx
 
-    model = onnx.load(path)
+    model = onnx.load(path, load_external_data=False)
     opset = opset_of(model)
     if opset != settings.opset:
         raise ExportError(
@@ -85,8 +116,44 @@ def described(path: Path, parity: Parity, vectors: TestVectors, note: str) -> On
     """The artefact of a written file; opset, IR version and nodes are read from it."""
     import onnx
 
-    model = onnx.load(path)
-    return OnnxModel(File.of(path), opset_of(model), model.ir_version, len(model.graph.node), parity, vectors, note)
+    model = onnx.load(path, load_external_data=False)
+    beside = (File.of(weights),) if (weights := weights_path(path)).exists() else ()
+    return OnnxModel(
+        File.of(path), opset_of(model), model.ir_version, len(model.graph.node), parity, vectors, note, beside=beside,
+        operators=tuple(sorted({node.op_type for node in model.graph.node})), unsigned=_unsigned(model),
+        coverage=coverage(path),
+    )  # fmt: skip
+
+
+def _unsigned(model: onnx.ModelProto) -> bool:
+    """Whether a zero point is not the 0 of int8."""
+    from onnx import TensorProto, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    points = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
+    points |= {node.input[2] for node in model.graph.node if node.op_type == "DequantizeLinear" and len(node.input) > 2}
+    zeros = [constants[name] for name in points if name in constants]
+    return any(
+        zero.data_type == TensorProto.UINT8 or bool(numpy_helper.to_array(zero).any())
+        for zero in zeros
+        if zero.data_type in (TensorProto.UINT8, TensorProto.INT8)
+    )
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """The converters tell nodes apart by their names, which ONNX leaves optional."""
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{number}"
+
+
+class Feed:
+    """ONNX Runtime's CalibrationDataReader over batches of normalised images."""
+
+    def __init__(self, inputs: Iterable[Array]) -> None:
+        self._inputs = iter(inputs)
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(({INPUT: batch} for batch in self._inputs), None)
 
 
 # --- what tools leave in a model

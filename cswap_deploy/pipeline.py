@@ -54,9 +54,10 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     groups, plan = _plan(recipe, source, split, work)
     pruned = work.run(prune.apply, source, groups, plan, fit, recipe.prune.compensate, recipe.device)
     pruned = _located(pruned, recipe)
-    exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx)
-    models, reasons = _models(recipe, exported, pruned, fit, work, recipe.wanted_variants)
-    dense, more = _dense(recipe, source, split, fit, work)
+    exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx.graph)
+    models, reasons = _models(recipe, exported, pruned, split, work, recipe.wanted_variants)
+    reasons += _further(recipe, models, pruned, fit, work)
+    dense, more = _dense(recipe, source, split, work)
     learned = recipe.accuracy.max_drop is not None
     judged = work.run(accuracy.compare, source, pruned, models, holdout, learned, recipe.device)
     ready = Prepared(
@@ -88,7 +89,8 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
             f"run prepare again with --on TARGET, or with a latency block in the recipe, and --work {work.root}",
         )
     deployed = _on_target(recipe, ready, work) if asked else Deployed()
-    files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads)
+    created = bundle.creation_date(ready.accuracy)
+    files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
     return Bundle.read(work.publish(files.files, files.manifest.path.parent, "bundle"))
 
 
@@ -117,28 +119,48 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
 
 
 def _models(
-    recipe: Recipe, exported: OnnxModel, network: Network, fit: ImageSet, work: Workdir, wanted: Sequence[Variant]
+    recipe: Recipe, exported: OnnxModel, network: Network, split: Split, work: Workdir, wanted: Sequence[Variant]
 ) -> tuple[dict[str, OnnxModel], list[Reason]]:
     """The simplified file and its variants; one that cannot be made is a reason to fail, not the end of the build."""
-    simplified = work.run(export.simplify, exported, network, fit, recipe.onnx)
-    models, reasons = {"fp32": simplified}, []
+    root, settings = recipe.calibration.images, recipe.onnx.graph
+    fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
+    simplified = work.run(export.simplify, exported, network, fit, settings)
+    models, reasons = {"fp32": simplified}, list[Reason]()
     for variant in wanted:
         try:
-            models[variant] = work.run(variants.make, simplified, network, fit, variant, recipe.onnx)
+            made = work.run(variants.make, simplified, network, fit, selection, variant, settings, recipe.int8)
+            models[variant] = made
         except ExportError as error:
             reasons.append(Reason(error.exit_code, str(error)))
     return models, reasons
 
 
-def _dense(
-    recipe: Recipe, source: Network, split: Split, fit: ImageSet, work: Workdir
-) -> tuple[dict[str, OnnxModel], list[Reason]]:
+def _further(
+    recipe: Recipe, models: dict[str, OnnxModel], network: Network, fit: ImageSet, work: Workdir
+) -> list[Reason]:
+    """Other forms of the ONNX file that ships, added to `models`; one that cannot be made is a reason to fail."""
+    shipped, reasons = models.get(recipe.shipped_file, models["fp32"]), []
+    wanted: dict[str, Callable[[], OnnxModel]] = {
+        "ort": lambda: work.run(variants.to_ort, shipped, network, fit),
+        "image": lambda: work.run(variants.with_image_input, shipped, network, fit, recipe.onnx.graph),
+    }
+    for name, asked in (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input)):
+        try:
+            if asked:
+                models[name] = wanted[name]()
+        except ExportError as error:
+            reasons.append(Reason(error.exit_code, str(error)))
+    return reasons
+
+
+def _dense(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[dict[str, OnnxModel], list[Reason]]:
     """The dense twin of what ships, and what an engine of it may be built from."""
     if not (recipe.engine or recipe.latency):
         return {}, []
-    exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx)
+    fit = ImageSet(split.fit, recipe.calibration.images)
+    exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx.graph)
     wanted = [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
-    models, reasons = _models(recipe, exported, source, fit, work, wanted)
+    models, reasons = _models(recipe, exported, source, split, work, wanted)
     return models, [Reason(reason.exit_code, f"dense network, {reason.text}") for reason in reasons]
 
 
@@ -173,7 +195,7 @@ def _on_target(recipe: Recipe, ready: Prepared, work: Workdir) -> Deployed:
 def _through_steps(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe) -> Deployed:
     done = Deployed()
     steps: list[Step] = [*((_build_engine, _judge_engine) if recipe.engine else ())]
-    steps += [_measure] if recipe.latency else []
+    steps += [_measure, _compare_files] if recipe.latency else []
     for step in steps:
         try:
             done = step(recipe, ready, work, target, probe, done)
@@ -220,6 +242,18 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     return replace(done, latency=work.run(latency.measure, *files, recipe.latency, facts, target))
 
 
+def _compare_files(
+    recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe, done: Deployed
+) -> Deployed:
+    """Every ONNX file that ONNX Runtime runs as it is, beside the float32 one; nothing where there is but that."""
+    assert recipe.latency
+    files = {name: model.graph for name, model in ready.models.items() if name in latency.COMPARED}
+    if recipe.latency.runtime != "onnxruntime" or len(files) < 2:
+        return done
+    facts = probe.facts("onnxruntime")
+    return replace(done, files=work.run(latency.compare_files, files, recipe.latency, facts, target))
+
+
 def _engine(
     recipe: Recipe, models: dict[str, OnnxModel], ready: Prepared, work: Workdir, target: Target, probe: Probe
 ) -> Engine:
@@ -251,7 +285,8 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     """Names of the stages that this recipe runs, in order."""
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
-    wanted |= {"variants"} if recipe.wanted_variants else set()
+    further = recipe.onnx.ort_format or recipe.onnx.image_input
+    wanted |= {"variants"} if recipe.wanted_variants or further else set()
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
     return tuple(name for name in STAGES if name in wanted)

@@ -17,8 +17,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
-    0: "artifacts digests errors interrupts keys progress recipe recipe_file sources stage terminal wording",
-    1: "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
+    0: "artifacts digests errors interrupts keys progress recipe recipe_file runtimes sources stage terminal wording",
+    1: "bom choice half handoff image_input int8 isolated onnx_facts ort_format usability vectors "
+    "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
     "prepared units onnx_file preprocess runtime manifest details report report.* "
     "prune.batches prune.groups prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
