@@ -1,4 +1,4 @@
-"""Does an ONNX file keep data in other files: read from its protobuf fields, without the onnx package."""
+"""In which other files does an ONNX file keep data: read from its protobuf fields, without the onnx package."""
 
 from __future__ import annotations
 
@@ -52,11 +52,6 @@ def _location(entry: int | memoryview) -> str:
         return ""
     texts = {number: bytes(value) for number, value in _fields(entry) if isinstance(value, memoryview)}
     return texts.get(2, b"").decode("utf-8", "replace") if texts.get(1) == LOCATION else ""
-
-
-def refers_to_other_files(model: bytes) -> bool:
-    """Whether any tensor of an ONNX file keeps its data elsewhere. Errors: ValueError for what is no protobuf."""
-    return bool(locations(model))
 
 
 def _fields(body: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -136,6 +136,7 @@ class Quantiser:
             extra_options=dict(self._kind.options),
         )
         quantizer.quantize_model()
+        quantizer.model.topological_sort()
         made: onnx.ModelProto = quantizer.model.model
         return made
 
@@ -157,9 +158,9 @@ class Quantiser:
                 }[method],
                 extra_options=options,
             )
-            for some in _chunks(self._inputs(), CHUNK):
-                calibrator.collect_data(Feed(some))
-            with redirect_stdout(io.StringIO()):  # the entropy calibrator tells about its bins
+            with redirect_stdout(io.StringIO()):  # the histogram calibrators tell about their bins
+                for some in _chunks(self._inputs(), CHUNK):
+                    calibrator.collect_data(Feed(some))
                 self._ranges[method] = calibrator.compute_data()
         return self._ranges[method]
 
@@ -206,6 +207,9 @@ def weights_only(model: onnx.ModelProto) -> onnx.ModelProto:
         restores.append(
             onnx.helper.make_node("DequantizeLinear", inputs, [f"{name}_restored"], f"{name}_restore", axis=axis)
         )
+    stated = [value for value in graph.value_info if value.name not in done]  # the exporter states weights' types too
+    del graph.value_info[:]
+    graph.value_info.extend(stated)
     rest = list(graph.node)
     del graph.node[:]
     graph.node.extend([*restores, *rest])

@@ -73,8 +73,13 @@ ONNX = OnnxModel(
     ir_version=10,
     nodes=40,
     parity=Parity(8, 1e-6, 120.0),
-    vectors=artifacts.TestVectors(FILE, FILE),
+    vectors=artifacts.TestVectors(FILE, FILE, FILE, (FILE,)),
     note="ünïcode",
+    quantised=artifacts.Quantised("entropy", ("n",), 9, 16, 0.5, 1e-3, 4, True),
+    beside=(FILE,),
+    operators=("Conv",),
+    unsigned=True,
+    coverage=(artifacts.Coverage("XNNPACK", 3, 4, 0, "unknown", ("Gelu",), ""),),
 )
 
 ACCURACY = AccuracyReport((0, 3, 2), EVALUATION, EVALUATION, {"fp32": EVALUATION, "int8": EVALUATION})
