@@ -46,15 +46,17 @@ def read(path: Path) -> onnx.ModelProto:
         raise ExportError(f"{path.name} is not an ONNX file", "report this network") from error
 
 
-def write(model: onnx.ModelProto, path: Path, what: str = "the exported graph") -> None:
-    """Check the graph, types and shapes included, then write it: equal graphs give equal bytes. Errors: ExportError."""
+def write(model: onnx.ModelProto, path: Path, what: str = "the exported graph", name: str = "") -> None:
+    """Check the graph, types and shapes included, then write it: equal graphs give equal bytes. Errors: ExportError.
+
+    `name`: under which it will be handed on, where that is not the path's; tensors beyond 2 GB go to `<name>.data`.
+    """
     import onnx
 
     if model.ir_version > MAX_IR:
         model.ir_version = MAX_IR
-    large = size_of(model) > LARGEST_PROTOBUF
-    if large:
-        save_apart(model, path)
+    if large := is_large(model):
+        _save_apart(model, path, f"{name or path.name}.data")
     try:
         onnx.checker.check_model(str(path) if large else model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -63,26 +65,33 @@ def write(model: onnx.ModelProto, path: Path, what: str = "the exported graph") 
         path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def size_of(model: onnx.ModelProto) -> int:
-    """Bytes of its tensors, wherever they lie: what a serialised model takes, up to its structure."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-
-
-def save_apart(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model beyond 2 GB: its tensors go to `<name>.data` beside it. `model` keeps them too."""
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write it for a tool, unchecked, whatever its size; `model` stays as it is."""
     import onnx
 
-    onnx.external_data_helper.convert_model_to_external_data(
-        model, all_tensors_to_one_file=True, location=weights_path(path).name, size_threshold=EXTERNAL_FROM
-    )
-    weights_path(path).unlink(missing_ok=True)
+    if is_large(model):
+        _save_apart(model, path, f"{path.name}.data")
+    else:
+        onnx.save(model, path)
+
+
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether its tensors are more than one protobuf message can hold, with room for its structure."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST_PROTOBUF
+
+
+def _save_apart(model: onnx.ModelProto, path: Path, location: str) -> None:
+    """The graph, and its tensors in the file `location` beside it; `model` keeps them."""
+    import onnx
+    from onnx.external_data_helper import convert_model_to_external_data, load_external_data_for_model
+
+    path.with_name(location).unlink(missing_ok=True)
+    convert_model_to_external_data(model, location=location, size_threshold=EXTERNAL_FROM)
     onnx.save(model, path)
-    onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
-
-
-def weights_path(path: Path) -> Path:
-    """Where the tensors of a model beyond 2 GB lie."""
-    return path.with_name(f"{path.name}.data")
+    load_external_data_for_model(model, str(path.parent))
+    for tensor in model.graph.initializer:
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
 
 
 def require_as_asked(path: Path, settings: OnnxSettings) -> None:
@@ -117,7 +126,7 @@ def described(path: Path, parity: Parity, vectors: TestVectors, note: str) -> On
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    beside = (File.of(weights),) if (weights := weights_path(path)).exists() else ()
+    beside = tuple(File.of(file) for file in sorted(path.parent.glob("*.onnx.data")))
     return OnnxModel(
         File.of(path), opset_of(model), model.ir_version, len(model.graph.node), parity, vectors, note, beside=beside,
         operators=tuple(sorted({node.op_type for node in model.graph.node})), unsigned=_unsigned(model),

@@ -7,8 +7,32 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cswap_deploy import accuracy, bundle, data, engine, export, latency, model, prepared, progress, prune, variants
-from cswap_deploy.artifacts import Engine, Groups, ImageSet, Network, OnnxModel, Prepared, PruningPlan, Reason, Split
+from cswap_deploy import (
+    accuracy,
+    bundle,
+    data,
+    engine,
+    export,
+    latency,
+    model,
+    prepared,
+    progress,
+    prune,
+    signing,
+    variants,
+)
+from cswap_deploy.artifacts import (
+    Engine,
+    File,
+    Groups,
+    ImageSet,
+    Network,
+    OnnxModel,
+    Prepared,
+    PruningPlan,
+    Reason,
+    Split,
+)
 from cswap_deploy.bundle import Bundle, Deployed, Terms
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
@@ -91,7 +115,10 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
     deployed = _on_target(recipe, ready, work) if asked else Deployed()
     created = bundle.creation_date(ready.accuracy)
     files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
-    return Bundle.read(work.publish(files.files, files.manifest.path.parent, "bundle"))
+    made = Bundle.read(work.publish(files.files, files.manifest.path.parent, "bundle"))
+    if recipe.sign and not work.dry:
+        signing.sign(made.folder, recipe.sign)
+    return made
 
 
 # --- the host's half
@@ -235,7 +262,7 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
         dense = _engine(recipe, ready.dense, ready, work, target, probe)
         files = dense.file, done.engine.file
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
-        files = ready.dense[name].graph, ready.models[name].graph
+        files = _alone(ready.dense[name]), _alone(ready.models[name])
     else:
         return done
     facts = probe.facts(recipe.latency.runtime)
@@ -247,7 +274,7 @@ def _compare_files(
 ) -> Deployed:
     """Every ONNX file that ONNX Runtime runs as it is, beside the float32 one; nothing where there is but that."""
     assert recipe.latency
-    files = {name: model.graph for name, model in ready.models.items() if name in latency.COMPARED}
+    files = {name: _alone(model) for name, model in ready.models.items() if name in latency.COMPARED}
     if recipe.latency.runtime != "onnxruntime" or len(files) < 2:
         return done
     facts = probe.facts("onnxruntime")
@@ -265,8 +292,16 @@ def _engine(
         missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
         raise DeviceError(missing, "see why above", public=missing)
     spec, facts, described = ready.source.input, probe.facts("tensorrt"), probe.has_tensorrt_module
-    model, dynamic = models[name].graph, recipe.onnx.dynamic_batch
+    model, dynamic = _alone(models[name]), recipe.onnx.dynamic_batch
     return work.run(engine.build, model, spec, recipe.engine, dynamic, facts, described, target)
+
+
+def _alone(model: OnnxModel) -> File:
+    """The file that goes to a target, which takes no weights beside it. Errors: DeviceError."""
+    if model.beside:
+        missing = "the model is beyond 2 GB, so that its weights lie in a file beside it, which is not sent to a target"
+        raise DeviceError(missing, "leave latency and engine out", public=missing)
+    return model.graph
 
 
 def _warn_if_away(name: str) -> None:
@@ -324,6 +359,8 @@ def round_to(recipe: Recipe) -> int:
 
 def require_available(recipe: Recipe) -> None:
     """Refuse what the recipe language knows and this version does not do yet, rather than leave it out in silence."""
+    if recipe.sign:
+        signing.require(recipe.sign)
     missing = {
         "prune.target": isinstance(recipe.prune.target, LatencyTarget | FpsTarget),
     }

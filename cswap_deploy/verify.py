@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from cswap_deploy import isolated, vectors
+from cswap_deploy import isolated, signing, vectors
 from cswap_deploy.artifacts import File
 from cswap_deploy.bundle import ENGINE, MANIFEST, Bundle, load_pruned
 from cswap_deploy.checkpoint import reason
@@ -36,7 +36,16 @@ if TYPE_CHECKING:
 
 VARIANTS = tuple(name for name in FILES if name != "fp32")
 ALWAYS = ("manifest", "files", "unlisted", "onnx", "pytorch")
-NAMES = ("manifest", "files", "unlisted", "onnx", *(f"onnx:{kind}" for kind in VARIANTS), "pytorch", "engine")
+NAMES = (
+    "manifest",
+    "files",
+    "unlisted",
+    "signature",
+    "onnx",
+    *(f"onnx:{kind}" for kind in VARIANTS),
+    "pytorch",
+    "engine",
+)
 """Every check that there is, in order; those of variants and of the engine only where the manifest names them."""
 
 INPUT, OUTPUT, PIXELS = (f"test_vectors/{name}.npy" for name in ("input", "output", "pixels"))
@@ -53,10 +62,17 @@ class Check:
     detail: str
 
 
-def verify(folder: Path, require: Sequence[str] = (), factory: Factory | None = None) -> tuple[Check, ...]:
+def verify(
+    folder: Path,
+    require: Sequence[str] = (),
+    factory: Factory | None = None,
+    public_key: Path | None = None,
+    signature: Path | None = None,
+) -> tuple[Check, ...]:
     """All checks, in the order of NAMES; one that fails does not stop the others. A skipped one of `require` has failed.
 
     `factory` makes the network of a bundle that came from a factory, as for load_pruned; it is the caller's own code.
+    With `public_key` the signature is checked: `signature`, or the bundle's name with .sig beside it.
     Errors: UsageError when there is no bundle at all, or when `require` names a check that there is not.
     """
     try:
@@ -66,9 +82,11 @@ def verify(folder: Path, require: Sequence[str] = (), factory: Factory | None = 
         rest = [name for name in NAMES[1:] if name in ALWAYS or name in require]
         skipped = [Check(name, "skipped", "the manifest cannot be read") for name in rest]
         return _with_required([Check("manifest", "failed", str(error)), *skipped], require)
-    names = _names(bundle)
+    names = _names(bundle, signed=public_key is not None)
     _require_known(require, names)
     runs = _runs(bundle, factory)
+    if public_key is not None:
+        runs["signature"] = partial(_signature, bundle.folder, signature, public_key)
     return _with_required([_outcome(name, runs[name]) for name in names], require)
 
 
@@ -88,14 +106,15 @@ class _Contents:
         return self.files[name].path
 
 
-def _names(bundle: Bundle) -> tuple[str, ...]:
+def _names(bundle: Bundle, signed: bool) -> tuple[str, ...]:
     """The checks of this bundle, in order."""
     variants = {f"onnx:{kind}" for kind in _variants(bundle)}
     engine = {"engine"} if bundle.manifest["engine"] is not None else set()
-    return tuple(name for name in NAMES if name in {*ALWAYS, *variants, *engine})
+    signature = {"signature"} if signed else set()
+    return tuple(name for name in NAMES if name in {*ALWAYS, *variants, *engine, *signature})
 
 
-def _runs(bundle: Bundle, factory: Factory | None) -> Mapping[str, Callable[[], str]]:
+def _runs(bundle: Bundle, factory: Factory | None) -> dict[str, Callable[[], str]]:
     """Each check returns its detail, or raises VerifyError or Skipped."""
     contents, variants = _read_files(bundle), _variants(bundle)
     return {
@@ -225,6 +244,12 @@ def _present(folder: Path) -> Iterator[str]:
         yield from ((place / name).relative_to(folder).as_posix() for name in folders if (place / name).is_symlink())
         if not folders and not names and place != folder:
             yield f"{place.relative_to(folder).as_posix()}/"
+
+
+def _signature(folder: Path, signature: Path | None, public_key: Path) -> str:
+    path = signature or signing.beside(folder.absolute())
+    signing.check(folder, path, public_key)
+    return f"{path.name} holds for every file, with the key {public_key.name}"
 
 
 # --- the networks

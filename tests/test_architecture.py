@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
     0: "artifacts digests errors interrupts keys progress recipe recipe_file runtimes sources stage terminal wording",
-    1: "bom choice half handoff image_input int8 isolated onnx_facts ort_format usability vectors "
+    1: "bom choice half handoff image_input int8 isolated onnx_facts ort_format signing usability vectors "
     "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
     "prepared units onnx_file preprocess runtime manifest details report report.* "
     "prune.batches prune.groups prune.ablation prune.observe prune.rows "
@@ -34,7 +34,9 @@ FLOORS = {
 LIGHT = {"numpy", "pydantic", "pydantic_core", "ruamel", "typing_extensions"}
 """What the lowest floor may import besides the standard library."""
 
-HEAVY = set("torch timm onnx onnxruntime onnxscript onnxsim safetensors scipy PIL torch_pruning tensorrt".split())
+HEAVY = set(
+    "torch timm onnx onnxruntime onnxscript onnxsim safetensors scipy PIL torch_pruning tensorrt model_signing cryptography".split()
+)
 ONLY_IN = {"torch_pruning": "prune.groups", "timm": "model"}
 
 

@@ -520,7 +520,7 @@ def test_results_are_stored_by_kind(small: Callable[[str], Source], tmp_path: Pa
                     kind,
                     source.settings,
                     Int8Settings(),
-                )  # fmt: skip
+                )
                 for kind in kinds
             )
         assert recording.of(word) == ["variants", "variants"]
