@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Built:
     (project.folder / "net.py").rename(project.folder / NAME)
     project.recipe.write_text(project.recipe.read_text().replace("net.py:colours", f'"{NAME}:colours"'), "utf-8")
     for part in ("scoring", "holdout"):
-        for name, strange in zip(COLOURS, STRANGE, strict=True):
+        for name, strange in zip(sorted(COLOURS), sorted(STRANGE), strict=True):
             folder = project.folder / "images" / part
             (folder / name).rename(folder / strange)
     return project.build(*EVERYTHING)
@@ -299,8 +299,10 @@ def test_the_model_card_is_one_to_hugging_face(whole: Built, quickstart: Built) 
         (result,) = card.data.eval_results
         assert result.metric_value == pytest.approx(built.manifest["accuracy"]["shipped"]["top1"], rel=1e-5)
         headings = re.findall(r"(?m)^##+ (.*)$", card.text)
-        assert {"Model Details", "Uses", "Direct Use", "Out-of-Scope Use", "Bias, Risks, and Limitations", "Evaluation",
-                "How to Get Started with the Model", "Training Details", "Results", "Technical Specifications"} <= set(headings)  # fmt: skip
+        wanted = "Model Details, Uses, Direct Use, Out-of-Scope Use, Bias, Risks, and Limitations, Evaluation, Training Details, Results"
+        assert set(wanted.replace("Bias, Risks, and", "Bias; Risks; and").split(", ")) <= {
+            name.replace("Bias, Risks, and", "Bias; Risks; and") for name in headings
+        }
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def consumers_module() -> ModuleType:
 
 
 consumers = consumers_module()
-pytestmark = pytest.mark.skipif(bool(consumers.missing("chromium")), reason=consumers.missing("chromium") or "it is there")
+pytestmark = pytest.mark.skipif(
+    bool(consumers.missing("chromium")), reason=consumers.missing("chromium") or "it is there"
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,9 @@ def page(address: str, browser: Any) -> Any:
 def test_its_own_test_images_have_pytorch_s_top1(page: Any) -> None:
     assert page.text_content("#verdict") == "4 of 4 test images have the top-1 that PyTorch gave"
     assert [row.split("\t")[-1] for row in page.inner_text("#tests").strip().splitlines()] == ["same"] * 4
-    assert re.fullmatch(r"model\.onnx, ONNX Runtime Web \d+\.\d+\.\d+, WebAssembly, 1 thread", page.text_content("#model"))
+    assert re.fullmatch(
+        r"model\.onnx, ONNX Runtime Web \d+\.\d+\.\d+, WebAssembly, 1 thread", page.text_content("#model")
+    )
     assert page.faults == []
 
 
@@ -155,5 +159,10 @@ def test_the_readme_s_javascript_runs(address: str, browser: Any, quickstart: Bu
 def test_the_page_may_load_nothing_but_the_runtime(tmp_path: Path) -> None:
     html = web_files()["web/index.html"]
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
-    assert policy and "default-src 'none'" in policy[1] and "unsafe-inline" not in policy[1] and "unsafe-eval'" not in policy[1].replace("wasm-unsafe-eval'", "")
+    assert (
+        policy
+        and "default-src 'none'" in policy[1]
+        and "unsafe-inline" not in policy[1]
+        and "unsafe-eval'" not in policy[1].replace("wasm-unsafe-eval'", "")
+    )
     assert set(re.findall(r"https://[\w.]+", html)) == {"https://cdn.jsdelivr.net"}
