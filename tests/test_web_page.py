@@ -66,7 +66,7 @@ def page(address: str, browser: Any) -> Any:
 
 def test_its_own_test_images_have_pytorch_s_top1(page: Any) -> None:
     assert page.text_content("#verdict") == "4 of 4 test images have the top-1 that PyTorch gave"
-    assert [row.split("\t")[-1] for row in page.inner_text("#tests").strip().splitlines()] == ["same"] * 4
+    assert page.locator("#tests td:last-child").all_text_contents() == ["same"] * 4
     assert re.fullmatch(
         r"model\.onnx, ONNX Runtime Web \d+\.\d+\.\d+, WebAssembly, 1 thread", page.text_content("#model")
     )
@@ -105,7 +105,7 @@ def spec_of(built: Built) -> Any:
 
 def test_a_button_times_the_model_on_this_device(page: Any) -> None:
     page.click("#time")
-    page.wait_for_function("document.getElementById('latency').textContent.startsWith('p50')", timeout=60_000)
+    page.locator("#latency", has_text="p50").wait_for(timeout=60_000)
     said = page.text_content("#latency")
     found = re.fullmatch(r"p50 ([\d.]+) ms, p90 ([\d.]+) ms, (\d+) runs, batch 1, on (.*)", said)
     assert found, said
@@ -116,7 +116,7 @@ def test_a_button_times_the_model_on_this_device(page: Any) -> None:
 def test_an_image_of_the_visitor_s_is_classified(page: Any, quickstart: Built) -> None:
     path = next(HOLDOUT.rglob("*.png"))
     page.set_input_files("#file", path)
-    page.wait_for_function("document.getElementById('answer').textContent.includes('%')", timeout=30_000)
+    page.locator("#answer", has_text="%").wait_for(timeout=30_000)
     assert len(page.text_content("#answer").splitlines()) == 5
 
 

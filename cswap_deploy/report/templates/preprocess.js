@@ -1,4 +1,5 @@
-// An image → the tensor that the model takes, as preprocess.json says: to the bit as Pillow resizes and crops.
+// An image → the tensor that the model takes, as preprocess.json says: Pillow's filters in its fixed point. Pillow may take the
+// vertical pass first, so that single values differ by the rounding between the passes.
 
 const FILTERS = {
   bilinear: [1, (x) => Math.max(0, 1 - Math.abs(x))],
@@ -102,12 +103,12 @@ function pass(data, width, height, channels, size, interpolation, vertical) {
 }
 
 function kernels(length, size, support, filter) {
-  const scale = length / size, wider = Math.max(scale, 1), reach = support * wider;
+  const scale = length / size, wider = Math.max(scale, 1), reach = support * wider, narrower = 1 / wider;
   return Array.from({ length: size }, (_, at) => {
     const centre = (at + 0.5) * scale;
     const first = Math.max(0, Math.trunc(centre - reach + 0.5));
     const last = Math.min(length, Math.trunc(centre + reach + 0.5));
-    const raw = Array.from({ length: last - first }, (_, k) => filter((k + first - centre + 0.5) / wider));
+    const raw = Array.from({ length: last - first }, (_, k) => filter((k + first - centre + 0.5) * narrower));
     const sum = raw.reduce((a, b) => a + b, 0);
     return [first, raw.map((value) => Math.trunc((value / sum) * ONE + (value < 0 ? -0.5 : 0.5)))];
   });
@@ -115,10 +116,17 @@ function kernels(length, size, support, filter) {
 
 function nearest(image, width, height) {
   const { data, channels } = image, out = new Uint8Array(width * height * channels);
+  const rows = steps(image.height, height), columns = steps(image.width, width);
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
-    const fromY = Math.floor(((y + 0.5) * image.height) / height), fromX = Math.floor(((x + 0.5) * image.width) / width);
-    const from = (fromY * image.width + fromX) * channels;
+    const from = (rows[y] * image.width + columns[x]) * channels;
     out.set(data.subarray(from, from + channels), (y * width + x) * channels);
   }
   return { data: out, width, height, channels };
+}
+
+/** Where each value comes from; added up, since Pillow's places have the rounding of its sum. */
+function steps(from, to) {
+  const found = [], step = from / to;
+  for (let at = step * 0.5; found.length < to; at += step) found.push(Math.trunc(at));
+  return found;
 }
