@@ -106,6 +106,8 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
 
 def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
     """The device's half: build and measure on the target, then assemble the bundle in `<work>/bundle`. Needs no torch."""
+    if recipe.sign:
+        signing.require(recipe.sign)
     asked = recipe.engine or recipe.latency
     if asked and not ready.dense:
         raise UsageError(

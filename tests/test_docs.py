@@ -29,7 +29,7 @@ NEEDS = {
     r"cswap-deploy (build|deploy) .*--on local": "seconds of measuring; test_deploy measures",
     r"cswap-deploy build .*prune\.": "a minute of pruning anew; test_pipeline and test_a_criterion_can_be_added prune",
     r"--trust-engine": "an engine of TensorRT; test_agent_tensorrt has a double",
-    r"recipes/cifar10-resnet56\.yaml": "images and weights that are not in the repository",
+    r"recipes/cifar10-(resnet56|vit)\.yaml": "images and weights that are not in the repository",
     r"^cswap-deploy [a-z]+( --[a-z-]+)*( [A-Z]+)*( --[a-z-]+( [A-Z.,a-z]+)?)*$": "names in capitals replaced",
     r"docs/generate_recipe\.py": "a copy of docs/; test_a_criterion_can_be_added and test_recipe run it",
     r"^(pip|uv) install": "a package index; .ci/wheel installs the wheel",

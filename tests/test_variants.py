@@ -395,6 +395,21 @@ def test_tensorrt_reads_residual_sums_in_8_bits(made: Callable[[str, Variant], M
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-arm"])
+def test_every_operator_of_a_cnn_lies_between_dequantise_and_quantise(
+    kind: Variant, made: Callable[[str, Variant], Made]
+) -> None:
+    """What QNN and ONNX Runtime fuse to one operator of 8 bits; in uint8 the rectifiers are the ends of the ranges."""
+    found = made("cnn", kind)
+    readers = {name: {node.op_type for node in found.file.graph.node if name in node.input} for name in found.makers}
+    between = [node for node in found.file.graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(between) > 30
+    for node in between:
+        assert {found.makers[name].op_type for name in node.input if name in found.makers} == {"DequantizeLinear"}
+        assert readers[node.output[0]] == {"QuantizeLinear"}
+    assert bool(found.nodes("Relu")) == (kind == "int8-arm")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-arm"])
 def test_biases_are_of_32_bits(kind: Variant, made: Callable[[str, Variant], Made]) -> None:
     found = made("cnn", kind)
     biases = [found.makers[node.input[2]] for node in found.nodes("Conv", "Gemm")]
