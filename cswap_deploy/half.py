@@ -28,19 +28,16 @@ def to_half(original: onnx.ModelProto, inputs: Iterable[Array], scratch: Path) -
     import onnx
     from onnxconverter_common.float16 import convert_float_to_float16  # type: ignore[import-untyped]
 
-    onnx_file.save(original, scratch / "float32.onnx")
-    large = onnx_file.is_large(original)
-    _require_within(_ranges(scratch / "float32.onnx", inputs, large))
+    onnx.save(original, scratch / "float32.onnx")
+    _require_within(_ranges(scratch / "float32.onnx", inputs))
     copy = onnx.ModelProto()
     copy.CopyFrom(original)
     onnx_file.name_nodes(copy)
-    converted: onnx.ModelProto = convert_float_to_float16(
-        copy, keep_io_types=True, max_finite_val=float("inf"), disable_shape_infer=large
-    )
+    converted: onnx.ModelProto = convert_float_to_float16(copy, keep_io_types=True, max_finite_val=float("inf"))
     return converted
 
 
-def _ranges(path: Path, inputs: Iterable[Array], large: bool) -> dict[str, float]:
+def _ranges(path: Path, inputs: Iterable[Array]) -> dict[str, float]:
     """Largest magnitude of each activation in a float32 graph."""
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
@@ -48,7 +45,6 @@ def _ranges(path: Path, inputs: Iterable[Array], large: bool) -> dict[str, float
         path,
         augmented_model_path=str(path.with_name("augmented.onnx")),
         calibrate_method=CalibrationMethod.MinMax,
-        use_external_data_format=large,
     )
     calibrator.collect_data(Feed(inputs))
     found = calibrator.compute_data()

@@ -46,33 +46,23 @@ def read(path: Path) -> onnx.ModelProto:
         raise ExportError(f"{path.name} is not an ONNX file", "report this network") from error
 
 
-def write(model: onnx.ModelProto, path: Path, what: str = "the exported graph", name: str = "") -> None:
+def write(model: onnx.ModelProto, path: Path, what: str = "the exported graph") -> None:
     """Check the graph, types and shapes included, then write it: equal graphs give equal bytes. Errors: ExportError.
 
-    `name`: under which it will be handed on, where that is not the path's; tensors beyond 2 GB go to `<name>.data`.
+    Tensors of more than 2 GB go to `<name>.data` beside it.
     """
     import onnx
 
     if model.ir_version > MAX_IR:
         model.ir_version = MAX_IR
     if large := is_large(model):
-        _save_apart(model, path, f"{name or path.name}.data")
+        _save_apart(model, path, f"{path.name}.data")
     try:
         onnx.checker.check_model(str(path) if large else model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{what} is not valid ONNX: {reason(error)}", "report this network") from error
     if not large:
         path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write it for a tool, unchecked, whatever its size; `model` stays as it is."""
-    import onnx
-
-    if is_large(model):
-        _save_apart(model, path, f"{path.name}.data")
-    else:
-        onnx.save(model, path)
 
 
 def is_large(model: onnx.ModelProto) -> bool:

@@ -18,7 +18,6 @@ from cswap_deploy.checkpoint import reason
 from cswap_deploy.choice import Judged
 from cswap_deploy.errors import CswapError, ExportError
 from cswap_deploy.half import to_half
-from cswap_deploy.handoff import FILES
 from cswap_deploy.images import batches, load, normalise
 from cswap_deploy.int8 import KINDS, WEIGHTED, Quantiser, Way
 from cswap_deploy.model import quiet
@@ -59,12 +58,13 @@ def make(
     """
     with _named(kind), tempfile.TemporaryDirectory(dir=out) as scratch, _quiet_tools(Path(scratch)):
         original = onnx_file.read(model.graph.path)
+        _require_small(original)
         if kind == "fp16":
             inputs = _batches(original, network, _first(fit, int8.images))
             graph, note, quantised = to_half(original, inputs, Path(scratch)), "", None
         else:
             graph, note, quantised = _int8(original, network, fit, selection, kind, int8, Path(scratch))
-        _write(graph, original, out / "model.onnx", settings, FILES[kind])
+        _write(graph, original, out / "model.onnx", settings)
         found = _checked(out / "model.onnx", network, fit, model.vectors, note)
         return replace(found, quantised=quantised)
 
@@ -93,8 +93,9 @@ def with_image_input(
     """The same file with the preprocessing inside: pixels in, probabilities out; its parity is that of probabilities."""
     with _named("image"), tempfile.TemporaryDirectory(dir=out):
         original = onnx_file.read(model.graph.path)
+        _require_small(original)
         graph = image_input.wrapped(original, network.input)
-        onnx_file.write(graph, out / "model.onnx", "the graph with its preprocessing", FILES["image"])
+        onnx_file.write(graph, out / "model.onnx", "the graph with its preprocessing")
         onnx_file.require_as_asked(out / "model.onnx", settings)
         chosen = ImageSet(images.images[: onnx_file.PARITY_IMAGES], images.root)
         pixels, _ = load(chosen, network.input)
@@ -118,7 +119,6 @@ def _int8(
     scratch: Path,
 ) -> tuple[onnx.ModelProto, str, Quantised]:
     """The chosen graph, what about it is not as its name says, and how it was chosen."""
-    _require_small(original)
     asked, ranged = KINDS[kind], _first(fit, settings.images)
     quantiser = Quantiser(original, asked, lambda: _batches(original, network, ranged), scratch)
     seen = _first(selection, SELECTION_IMAGES)
@@ -179,8 +179,7 @@ def _batches(original: onnx.ModelProto, network: Network, images: ImageSet) -> I
 # --- the written file
 
 
-def _write(graph: onnx.ModelProto, original: onnx.ModelProto, path: Path, settings: OnnxSettings, name: str) -> None:
-    """`name`: the file's in the bundle."""
+def _write(graph: onnx.ModelProto, original: onnx.ModelProto, path: Path, settings: OnnxSettings) -> None:
     onnx_file.without_traces(graph)
     onnx_file.restore_metadata(graph, original)
     graph.ir_version = original.ir_version
@@ -188,7 +187,7 @@ def _write(graph: onnx.ModelProto, original: onnx.ModelProto, path: Path, settin
         found, wanted = ([(value.name, value.type) for value in getattr(m.graph, which)] for m in (graph, original))
         if found != wanted:
             raise ExportError(f"the conversion changed the graph's {which}", "report this network")
-    onnx_file.write(graph, path, "the converted graph", name)
+    onnx_file.write(graph, path, "the converted graph")
     onnx_file.require_as_asked(path, settings)
 
 
@@ -200,10 +199,10 @@ def _checked(path: Path, network: Network, images: ImageSet, vectors: TestVector
 
 
 def _require_small(original: onnx.ModelProto) -> None:
-    """ONNX Runtime's quantiser and its own format hold a model in one message."""
+    """The converters hold a model in one message."""
     if onnx_file.is_large(original):
         raise ExportError(
-            "the model is beyond 2 GB, which ONNX Runtime's tools for this do not take", "ship fp16, or remove it"
+            "the model is beyond 2 GB, which the converters do not take", "remove it: model.onnx alone is made of it"
         )
 
 

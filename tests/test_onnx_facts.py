@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cswap_deploy import onnx_facts
+from cswap_deploy import artifacts, onnx_facts
 from cswap_deploy.artifacts import (
     AccuracyReport,
     Evaluation,
@@ -19,13 +19,14 @@ from cswap_deploy.artifacts import (
     OnnxModel,
     Parity,
     Quantised,
-    TestVectors,
 )
 from cswap_deploy.handoff import FILES
 from cswap_deploy.samples import Samples
 
 FILE = File(Path("model.onnx"), "0" * 64, 100)
-MODEL = OnnxModel(FILE, 18, 10, 9, Parity(16, 1e-6, 120.0), TestVectors(FILE, FILE, FILE), "", operators=("Conv",))
+MODEL = OnnxModel(
+    FILE, 18, 10, 9, Parity(16, 1e-6, 120.0), artifacts.TestVectors(FILE, FILE, FILE), "", operators=("Conv",)
+)
 MADE = Quantised("percentile", ("node_3",), 20, 256, 2.5, 0.1, 31, met=False)
 ASKED = Gate(1.0, "point", 0.95, "pass", True, None)
 TRUTH = (0, 1) * 100
