@@ -6,13 +6,11 @@ A bundle is not trusted: reading one imports nothing that it names and follows n
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -20,14 +18,12 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy import bom, handoff, onnx_facts
 from cswap_deploy import manifest as facts
 from cswap_deploy.artifacts import (
-    AccuracyReport,
     Architecture,
     BundleFiles,
     Engine,
     Evaluation,
     File,
     FileLatency,
-    Gate,
     LatencyReport,
     OnnxModel,
     Prepared,
@@ -271,7 +267,9 @@ def _manifest(
         "exit_code": reasons[0].exit_code if reasons else 0,
         "model": facts.model_block(ready.source),
         "pruned": facts.pruned_block(ready.pruned, ready.plan, ready.groups, *how),
-        "accuracy": _accuracy(ready, deployed, shipped, verdict, holdout_reads),
+        "accuracy": facts.accuracy_block(
+            ready.accuracy, deployed.on_engine, shipped, verdict, ready.labels, holdout_reads
+        ),
         "size": facts.size_block(ready.source, ready.pruned, *_sizes(name, ready, deployed)),
         "onnx": onnx_facts.onnx_block(
             ready.exported, ready.models, FILES, ready.accuracy, verdict, terms.onnx.runtimes, deployed.files
@@ -283,30 +281,6 @@ def _manifest(
         "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine) if terms.engine else None,
         "environment": ready.environment,
     }
-
-
-def _accuracy(
-    ready: Prepared, deployed: Deployed, shipped: Evaluation, verdict: Gate, holdout_reads: int
-) -> dict[str, Any]:
-    """The manifest's block, with each variant's own drop and gate."""
-    report = ready.accuracy
-    block = facts.accuracy_block(report, deployed.on_engine, shipped, verdict, ready.labels, holdout_reads)
-    for name, outcome in block["variants"].items():
-        outcome |= onnx_facts.variant_outcome(report, report.models[name], verdict)
-    return block
-
-
-def creation_date(report: AccuracyReport) -> str:
-    """ISO 8601, UTC: SOURCE_DATE_EPOCH where it is set, else when the models were judged, so that a bundle can be made again.
-
-    Errors: UsageError for a SOURCE_DATE_EPOCH that is no time.
-    """
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    if epoch is None:
-        return report.at
-    if not (epoch.isascii() and epoch.isdigit() and len(epoch) < 12):
-        raise UsageError(f"SOURCE_DATE_EPOCH is {epoch!r}, expected whole seconds since 1970", "correct or unset it")
-    return datetime.fromtimestamp(int(epoch), timezone.utc).isoformat(timespec="seconds")
 
 
 def _placed(recipe: str, terms: Terms, deployed: Deployed) -> str:

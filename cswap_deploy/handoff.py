@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.artifacts import File, InputSpec, OnnxModel, TestVectors
-from cswap_deploy.errors import DataError
+from cswap_deploy.artifacts import AccuracyReport, File, InputSpec, OnnxModel, TestVectors
+from cswap_deploy.errors import DataError, UsageError
 from cswap_deploy.preprocess import IMAGE, INPUT, OUTPUT, PROBABILITIES, preprocess
 
 if TYPE_CHECKING:
@@ -62,6 +64,19 @@ def one_a_line(labels: tuple[str, ...]) -> str:
                 "rename the class folder, or correct the file of calibration.labels",
             )
     return "".join(f"{label}\n" for label in labels)
+
+
+def creation_date(report: AccuracyReport) -> str:
+    """ISO 8601, UTC: SOURCE_DATE_EPOCH where it is set, else when the models were judged, so that a bundle can be made again.
+
+    Errors: UsageError for a SOURCE_DATE_EPOCH that is no time.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None:
+        return report.at
+    if not (epoch.isascii() and epoch.isdigit() and len(epoch) < 12):
+        raise UsageError(f"SOURCE_DATE_EPOCH is {epoch!r}, expected whole seconds since 1970", "correct or unset it")
+    return datetime.fromtimestamp(int(epoch), timezone.utc).isoformat(timespec="seconds")
 
 
 def _expected(folder: Path, models: Mapping[str, OnnxModel], labels: tuple[str, ...]) -> dict[str, Any]:

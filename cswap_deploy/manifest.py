@@ -363,9 +363,14 @@ def _onnx() -> Schema:
         "runs_on": listing(record(runtime=TEXT, runs={"type": "boolean"}, why_not=TEXT)),
         "latency": nullable(speed),
     }
+    judged = record(
+        drop_pp=NUMBER, drop_ci95_pp=pair(NUMBER), drop_from_fp32_pp=NUMBER, agreement=FRACTION, agreeing=INTEGER,
+        gate={"enum": ["pass", "fail", "off"]},
+    )  # fmt: skip
     variant = with_optional(
         record(file=TEXT, opset=INTEGER, parity=parity, nodes=INTEGER, note=TEXT),
         **more,
+        accuracy=judged,
         bytes=INTEGER,
         quantised=nullable(quantised),
         marks=listing(TEXT),
@@ -434,10 +439,6 @@ def timing_schema() -> Schema:
 
 def _accuracy() -> Schema:
     outcome = record(top1=FRACTION, top1_ci95=pair(FRACTION), top5=FRACTION, correct=INTEGER)
-    variant = with_optional(
-        outcome, drop_pp=NUMBER, drop_ci95_pp=pair(NUMBER), drop_from_fp32_pp=NUMBER, agreement=FRACTION,
-        agreeing=INTEGER, gate={"enum": ["pass", "fail", "off"]},
-    )  # fmt: skip
     gate = record(
         max_drop_pp=nullable(NUMBER),
         rule={"enum": ["point", "bound"]},
@@ -451,7 +452,7 @@ def _accuracy() -> Schema:
         source=outcome,
         pruned=outcome,
         exported=outcome,
-        variants={"type": "object", "additionalProperties": variant},
+        variants={"type": "object", "additionalProperties": outcome},
         engine=nullable(outcome),
         shipped=outcome,
         drop_pp=NUMBER,

@@ -29,7 +29,13 @@ def onnx_block(
         if name != "fp32":
             speed = speeds.get(name)
             marks = [*_marks(name, model, report, asked, speed)]
-            variants[name] = {**_file(names[name], model, wishes), "latency": speed, "marks": marks}
+            outcome = variant_outcome(report, report.models[name], asked)
+            variants[name] = {
+                **_file(names[name], model, wishes),
+                "accuracy": outcome,
+                "latency": speed,
+                "marks": marks,
+            }
     whole = _file(names["fp32"], simplified, wishes)
     return {
         **{key: whole[key] for key in ("opset", "parity", "note", "runs_on", "coverage", "beside")},

@@ -13,6 +13,7 @@ from cswap_deploy import (
     data,
     engine,
     export,
+    handoff,
     latency,
     model,
     prepared,
@@ -115,7 +116,7 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
             f"run prepare again with --on TARGET, or with a latency block in the recipe, and --work {work.root}",
         )
     deployed = _on_target(recipe, ready, work) if asked else Deployed()
-    created = bundle.creation_date(ready.accuracy)
+    created = handoff.creation_date(ready.accuracy)
     files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
     made = Bundle.read(work.publish(files.files, files.manifest.path.parent, "bundle"))
     if recipe.sign and not work.dry:
