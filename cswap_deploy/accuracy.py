@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import AccuracyReport, Engine, Evaluation, File, ImageSet, InputSpec, Network, OnnxModel
 from cswap_deploy.data import require_learned
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DeviceError
-from cswap_deploy.images import batches, load, normalise
+from cswap_deploy.images import Pixels, batches, load, normalise
 from cswap_deploy.prune.batches import resolve_device
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.runtime import Session
@@ -22,8 +24,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
-    Predict = Callable[[Array], Array]
 
+
+@dataclass(frozen=True)
+class Shown:
+    """A batch of images: pixels as they were cropped, uint8 (n, C, H, W), and normalised."""
+
+    pixels: Pixels
+    inputs: Array
+
+
+Predict: TypeAlias = Callable[[Shown], "Array"]
+"""To logits, or to whatever else rises with them, (n, classes)."""
 BATCH = 64
 NO_CLASS = -1
 """What is predicted where a logit is NaN or infinite: never right, whereas sorting would put the first class first."""
@@ -48,11 +60,12 @@ def compare(
 ) -> AccuracyReport:
     """Every model sees the same decoded pixels, batch by batch. `learned`: a source at chance level is a DataError."""
     where = resolve_device(device)
-    sessions = [Session(model.graph.path).logits for model in models.values()]
+    sessions = [_onnx(model.graph.path) for model in models.values()]
     labels, (dense, cut, *others) = evaluate((_torch(source, where), _torch(pruned, where), *sessions), source, holdout)
     correct = sum(best == truth for best, truth in zip(dense.predicted, labels, strict=True))
     require_learned(correct, len(labels), source.outputs, "hold-out", gated=learned)
-    return AccuracyReport(labels, dense, cut, dict(zip(models, others, strict=True)))
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return AccuracyReport(labels, dense, cut, dict(zip(models, others, strict=True)), now)
 
 
 @stage("accuracy", returns=File, libraries=("numpy", "pillow"))
@@ -95,10 +108,10 @@ def evaluate(
     predicted: list[list[int]] = [[] for _ in models]
     in_top5: list[list[bool]] = [[] for _ in models]
     for pixels, truth in batches(images, network.input, BATCH):
-        inputs = normalise(pixels, network.input)
+        shown = Shown(pixels, normalise(pixels, network.input))
         labels += truth.tolist()
         for number, predict in enumerate(models):
-            best, top5 = _outcome(predict(inputs.copy()), truth)
+            best, top5 = _outcome(predict(shown), truth)
             predicted[number] += best
             in_top5[number] += top5
         progress.advance("hold-out images", len(labels), len(images.images))
@@ -122,14 +135,21 @@ def _warn_of_lost(what: str, predicted: list[int]) -> None:
         progress.warn(f"{what}: logits of {lost} images are not finite and count as wrong")
 
 
+def _onnx(path: Path) -> Predict:
+    session = Session(path)
+    if session.takes_pixels:
+        return lambda shown: session.run(shown.pixels.transpose(0, 2, 3, 1))
+    return lambda shown: session.logits(shown.inputs.copy())
+
+
 def _torch(network: Network, device: str) -> Predict:
     import torch
 
     module = restore(network).to(device)
 
-    def predict(inputs: Array) -> Array:
+    def predict(shown: Shown) -> Array:
         with torch.no_grad():
-            logits: Array = module(torch.from_numpy(inputs).to(device)).cpu().numpy()
+            logits: Array = module(torch.from_numpy(shown.inputs.copy()).to(device)).cpu().numpy()
         return logits
 
     return predict

@@ -318,10 +318,49 @@ class TestVectors:
 
     input: File
     output: File
+    pixels: File
+    """The same images before they are normalised: uint8 (n, H, W, C), as .npy."""
+    pictures: tuple[File, ...] = ()
+    """The same images before they are resized, as PNG; those too large to hand on are left out."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many nodes an accelerator of phones takes, by the operator tables of ONNX Runtime."""
+
+    provider: str
+    supported: int
+    nodes: int
+    partitions: int
+    suitable: str
+    """yes, maybe or no, as ONNX Runtime's checker has it; else unknown."""
+    missing: tuple[str, ...]
+    """Operators that it lacks."""
+    note: str
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How an int8 file was chosen, against the float32 file on the selection images."""
+
+    method: str
+    """How ranges were found; `weights`: only weights are in 8 bits."""
+    in_float: tuple[str, ...]
+    """Weighted nodes that stay in float, the most sensitive first."""
+    nodes: int
+    images: int
+    drop_pp: float
+    divergence: float
+    """Nats per image."""
+    tried: int
+    met: bool
+    """Whether the drop is within what the recipe allows."""
 
 
 @dataclass(frozen=True)
 class OnnxModel:
+    """One ONNX file (or one in ORT format) with what was found out about it when it was written."""
+
     graph: File
     opset: int
     ir_version: int
@@ -330,6 +369,13 @@ class OnnxModel:
     vectors: TestVectors
     note: str
     """Why the graph is what it is, when it is not what was asked for; else empty."""
+    quantised: Quantised | None = None
+    beside: tuple[File, ...] = ()
+    """Files that belong to it: weights of a model beyond 2 GB, the operators that a model in ORT format needs."""
+    operators: tuple[str, ...] = ()
+    unsigned: bool = False
+    """It quantises to uint8, or around a zero point: not for TensorRT."""
+    coverage: tuple[Coverage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -350,6 +396,8 @@ class AccuracyReport:
     pruned: Evaluation
     models: dict[str, Evaluation]
     """Of the ONNX files: `fp32` and the variants."""
+    at: str = "1970-01-01T00:00:00+00:00"
+    """When it was made, ISO 8601."""
 
 
 # --- the device ------------------------------------------------------------------------------------------------------
@@ -372,6 +420,14 @@ class Engine:
     power_mode: str | None = None
     gpu_layers: tuple[str, ...] = ()
     """Of an engine for a DLA: what runs on the GPU all the same."""
+
+
+@dataclass(frozen=True)
+class FileLatency:
+    """Raw durations of the bundle's ONNX files, run in turn by ONNX Runtime on the target; `fp32` comes first."""
+
+    names: tuple[str, ...]
+    samples: File
 
 
 @dataclass(frozen=True)

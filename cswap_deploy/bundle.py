@@ -11,12 +11,11 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy import facts
+from cswap_deploy import bom, facts, handoff, onnx_facts
 from cswap_deploy import manifest as manifests
 from cswap_deploy.artifacts import (
     Architecture,
@@ -24,17 +23,26 @@ from cswap_deploy.artifacts import (
     Engine,
     Evaluation,
     File,
+    FileLatency,
     LatencyReport,
     OnnxModel,
     sha256_of,
 )
 from cswap_deploy.budget import account
 from cswap_deploy.digests import SEAL, is_sealed, sealed
-from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
+from cswap_deploy.errors import ModelError, UsageError, VerifyError, require_module
+from cswap_deploy.handoff import FILES
 from cswap_deploy.prepared import Prepared, Reason
-from cswap_deploy.preprocess import preprocess
-from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings, Precision, PruneSettings, Recipe
-from cswap_deploy.report import render_html, render_readme
+from cswap_deploy.recipe import (
+    AccuracySettings,
+    EngineSettings,
+    LatencySettings,
+    OnnxSettings,
+    Precision,
+    PruneSettings,
+    Recipe,
+)
+from cswap_deploy.report import render_card, render_html, render_readme, web_files
 from cswap_deploy.stage import stage
 
 if TYPE_CHECKING:
@@ -45,14 +53,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 RECORD = "# A record of what was built; local files are named without their folders, with their sha256.\n"
 LARGEST_MANIFEST = 64 << 20
-FILES = {
-    "fp32": "model.onnx",
-    "fp16": "model.fp16.onnx",
-    "int8": "model.int8.onnx",
-    "int8-tensorrt": "model.int8.tensorrt.onnx",
-    "int8-arm": "model.int8.arm.onnx",
-}
-"""The bundle's file of each ONNX model."""
 ENGINE, LAYERS = "engine/model.engine", "engine/layers.json"
 ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "torch-pruning", "numpy")
 SAFE_KWARGS = frozenset(
@@ -179,12 +179,11 @@ class Terms:
     remote: bool
     engine: EngineSettings | None
     latency: LatencySettings | None
-    dynamic_batch: bool
+    onnx: OnnxSettings
 
     @staticmethod
     def of(recipe: Recipe) -> Terms:
-        named = {item.name: getattr(recipe, item.name) for item in fields(Terms) if item.name != "dynamic_batch"}
-        return Terms(**named, dynamic_batch=recipe.onnx.dynamic_batch)
+        return Terms(**{item.name: getattr(recipe, item.name) for item in fields(Terms)})
 
 
 @dataclass(frozen=True)
@@ -194,47 +193,55 @@ class Deployed:
     engine: Engine | None = None
     on_engine: Evaluation | None = None
     latency: LatencyReport | None = None
+    files: FileLatency | None = None
     reasons: tuple[Reason, ...] = ()
 
 
 @stage("bundle", returns=BundleFiles, libraries=("cswap-deploy", "jinja2"))
-def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdout_reads: int) -> BundleFiles:
-    """Write the bundle; the manifest is written last and lists every other file."""
+def assemble(
+    out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdout_reads: int, created: str
+) -> BundleFiles:
+    """Write the bundle; the manifest is written last and lists every other file. Equal arguments give equal bytes."""
     assert ready.pruned.plan is not None
-    vectors = ready.models["fp32"].vectors
-    copies = {FILES[name]: model.graph for name, model in ready.models.items()}
+    copies = handoff.copies(ready.models, ready.models["fp32"].vectors)
     copies |= {"plan.json": ready.pruned.plan, "weights.safetensors": ready.pruned.weights}
-    copies |= {"test_vectors/input.npy": vectors.input, "test_vectors/output.npy": vectors.output}
     if deployed.engine:
         copies |= {ENGINE: deployed.engine.file, LAYERS: deployed.engine.layers}
     for name, file in copies.items():
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file.path, out / name)
     (out / "recipe.yaml").write_text(RECORD + _placed(ready.recipe, terms, deployed), encoding="utf-8")
-    (out / "labels.txt").write_text(_one_a_line(ready.labels), encoding="utf-8")
-    spec = json.dumps(preprocess(ready.source.input), indent=1)
-    (out / "preprocess.json").write_text(spec + "\n", encoding="utf-8")
-    document = _manifest(terms, ready, deployed, holdout_reads, sha256_of(out / "recipe.yaml"))
-    (out / "README.md").write_text(render_readme(document), encoding="utf-8")
-    listed = [File.of(path) for path in out.rglob("*") if path.is_file()]
-    document["files"] = _entries(listed, out)
-    (out / "report.html").write_text(render_html(document), encoding="utf-8")  # it names all files but itself
-    listed.append(File.of(out / "report.html"))
-    document["files"] = _entries(listed, out)
-    (out / MANIFEST).write_text(json.dumps(sealed(document), indent=1, ensure_ascii=False), encoding="utf-8")
-    manifest = File.of(out / MANIFEST)
-    return BundleFiles(manifest, (*listed, manifest))
+    handoff.write(out, ready.models, ready.labels, ready.source.input)
+    for name, text in web_files().items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text, encoding="utf-8")
+    document = _manifest(terms, ready, deployed, holdout_reads, sha256_of(out / "recipe.yaml"), created)
+    document["files"] = _entries(out)
+    later: dict[str, Callable[[], str]] = {
+        "bom.cdx.json": lambda: json.dumps(bom.bill(document), indent=1, ensure_ascii=False) + "\n",
+        "README.md": lambda: render_readme(document),
+        "MODEL_CARD.md": lambda: render_card(document),
+        "report.html": lambda: render_html(document),  # it names all files but itself
+        MANIFEST: lambda: json.dumps(sealed(document), indent=1, ensure_ascii=False),
+    }
+    for name, text_of in later.items():
+        (out / name).write_text(text_of(), encoding="utf-8")
+        document["files"] = _entries(out)
+    manifest = out / MANIFEST
+    others = [File.of(path) for path in sorted(out.rglob("*")) if path.is_file() and path != manifest]
+    return BundleFiles(File.of(manifest), (*others, File.of(manifest)))
 
 
-def _entries(files: list[File], folder: Path) -> list[dict[str, Any]]:
-    files.sort(key=lambda file: file.path)
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """Every file in it, by name."""
+    files = sorted((File.of(path) for path in folder.rglob("*") if path.is_file()), key=lambda file: file.path)
     return [
         {"path": file.path.relative_to(folder).as_posix(), "sha256": file.sha256, "bytes": file.bytes} for file in files
     ]
 
 
 def _manifest(
-    terms: Terms, ready: Prepared, deployed: Deployed, holdout_reads: int, recipe_sha256: str
+    terms: Terms, ready: Prepared, deployed: Deployed, holdout_reads: int, recipe_sha256: str, created: str
 ) -> dict[str, Any]:
     """Everything but the list of files."""
     name, shipped = _shipped(terms, ready, deployed)
@@ -252,7 +259,7 @@ def _manifest(
     return {
         "schema": manifests.SCHEMA,
         "name": terms.name,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": created,
         "tool": {"name": "cswap-deploy", "version": metadata.version("cswap-deploy")},
         "recipe_sha256": recipe_sha256,
         "shipped": name,
@@ -265,12 +272,14 @@ def _manifest(
             ready.accuracy, deployed.on_engine, shipped, verdict, ready.labels, holdout_reads
         ),
         "size": facts.size_block(ready.source, ready.pruned, *_sizes(name, ready, deployed)),
-        "onnx": facts.onnx_block(ready.exported, ready.models, FILES),
+        "onnx": onnx_facts.onnx_block(
+            ready.exported, ready.models, FILES, ready.accuracy, verdict, terms.onnx.runtimes, deployed.files
+        ),
         "latency": facts.latency_block(latency, terms.latency, terms.ship, terms.remote)
         if latency and terms.latency
         else None,
         "budget": budget,
-        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine, terms.dynamic_batch)
+        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine, terms.onnx.dynamic_batch)
         if terms.engine
         else None,
         "environment": ready.environment,
@@ -298,17 +307,6 @@ def _sizes(name: str, ready: Prepared, deployed: Deployed) -> tuple[OnnxModel | 
         return None, deployed.engine.file.bytes
     nearest = next(key for key in ready.models if FILES[key] == name)
     return ready.dense.get(nearest), ready.models[nearest].graph.bytes
-
-
-def _one_a_line(labels: tuple[str, ...]) -> str:
-    """Text in which line i names output i for every reader. Errors: DataError."""
-    for label in labels:
-        if label.splitlines() != [label]:
-            raise DataError(
-                f"class name {label!r} holds a line break, so labels.txt could not give one line to each output",
-                "rename the class folder, or correct the file of calibration.labels",
-            )
-    return "".join(f"{label}\n" for label in labels)
 
 
 def _architecture(model: dict[str, Any]) -> Architecture:

@@ -15,7 +15,6 @@ from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
 from cswap_deploy.errors import CswapError, DeviceError, PruningError
 from cswap_deploy.factory import code_files
-from cswap_deploy.paths import require_paths
 from cswap_deploy.prune.select import CostKind, narrowest
 from cswap_deploy.recipe import MacsTarget, ParamsTarget, Recipe
 from cswap_deploy.stage import Workdir, WouldRun
@@ -35,7 +34,7 @@ class CheckReport:
 
 def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
     """`prove`: also find the groups, which takes as long as in a build. Errors: those that a build would begin with."""
-    require_paths(recipe)
+    pipeline.require_inputs(recipe)
     work, faults = Workdir(folder, dry=True), list[CswapError]()
     facts = {"model": model.describe(recipe.model)}
     with work.open():

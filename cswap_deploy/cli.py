@@ -341,15 +341,24 @@ def verify(
     require: Annotated[
         str | None, typer.Option("--require", metavar="CHECK[,CHECK]", help="these checks must not be skipped")
     ] = None,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", metavar="FILE", help="also check the signature with this key (PEM)")
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option("--signature", metavar="FILE", help="the signature (default: <BUNDLE>.sig)")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle: sha256, test vectors, reload in PyTorch. What cannot run here is skipped with the reason."""
+    """Check a bundle: sha256 of every file, test vectors through each ONNX file, reload in PyTorch where it is."""
     with session("verify", as_json) as answer:
         from cswap_deploy import verify as checks
         from cswap_deploy.console import verified_lines
         from cswap_deploy.errors import VerifyError
 
-        found = checks.verify(bundle, [name for name in (require or "").split(",") if name])
+        if signature and not public_key:
+            raise UsageError("--signature is checked with a key", "add --public-key FILE")
+        wanted = [name for name in (require or "").split(",") if name]
+        found = checks.verify(bundle, wanted, public_key=public_key, signature=signature)
         answer.document = {"bundle": str(bundle), "checks": [asdict(check) for check in found]}
         answer.lines = [*verified_lines(found)]
         if any(check.outcome == "failed" for check in found):

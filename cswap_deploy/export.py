@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,21 +15,28 @@ from cswap_deploy import onnx_file, progress
 from cswap_deploy.artifacts import File, ImageSet, InputSpec, Network, OnnxModel, TestVectors
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
+from cswap_deploy.images import decoded, load
 from cswap_deploy.model import quiet
-from cswap_deploy.preprocess import INPUT, OUTPUT, preprocess
+from cswap_deploy.preprocess import INPUT, LABELS_KEY, OUTPUT, PREPROCESS_KEY, preprocess
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import OnnxSettings
 from cswap_deploy.runtime import Session
 from cswap_deploy.stage import disk_fault, stage
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
 
 LIBRARIES = ("torch", "timm", "numpy", "pillow", "onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3
 """Largest difference from PyTorch, relative to the largest logit; the worst seen on sound fp32 exports is 1e-4."""
 VECTORS = 4
 """Images in the bundle's test vectors."""
+LARGEST_PICTURE = 4_000_000
+"""Pixels of a picture that the test vectors hold."""
 SIMPLIFY = """
 import ctypes, sys
 if sys.platform == "linux":
@@ -47,6 +55,7 @@ def to_onnx(
     """Export with torch's dynamo exporter; opset and IR version are asserted on the written file. Errors: ExportError."""
     model = onnx_file.without_traces(_export(network, settings))
     _describe(model, network.input, labels)
+    model.ir_version = min(model.ir_version, settings.ir_version)
     path = out / "model.onnx"
     onnx_file.write(model, path)
     onnx_file.require_as_asked(path, settings)
@@ -63,14 +72,17 @@ def simplify(out: Path, exported: OnnxModel, network: Network, images: ImageSet,
     if fault is None:
         try:
             model = onnx_file.without_traces(onnx_file.read(path))
-            onnx_file.restore_metadata(model, onnx.load(exported.graph.path))
+            original = onnx.load(exported.graph.path, load_external_data=False)
+            onnx_file.restore_metadata(model, original)
+            model.ir_version = min(model.ir_version, original.ir_version)
             onnx_file.write(model, path)
             onnx_file.require_as_asked(path, settings)
             return _checked(path, network, images, "")
         except ExportError as error:
             fault = error.message
     progress.warn(f"the graph is shipped unsimplified: {fault}")
-    path.write_bytes(exported.graph.path.read_bytes())
+    for file in (exported.graph, *exported.beside):
+        shutil.copyfile(file.path, out / file.path.name)
     return _checked(path, network, images, f"not simplified: {fault}")
 
 
@@ -117,7 +129,7 @@ def _export(network: Network, settings: OnnxSettings) -> onnx.ModelProto:
 
 def _describe(model: onnx.ModelProto, spec: InputSpec, labels: tuple[str, ...]) -> None:
     """Labels and preprocessing in the file's metadata, one namespaced JSON key each."""
-    for key, value in (("cswap.labels", list(labels)), ("cswap.preprocess", preprocess(spec))):
+    for key, value in ((LABELS_KEY, list(labels)), (PREPROCESS_KEY, preprocess(spec))):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, json.dumps(value, ensure_ascii=False)
 
@@ -166,7 +178,25 @@ def _checked(path: Path, network: Network, images: ImageSet, note: str) -> OnnxM
             f"(largest logit {largest:.2e}, SQNR {found.sqnr_db:.1f} dB)",
             "report this network; try another onnx.opset",
         )
-    np.save(path.with_name("input.npy"), inputs[:VECTORS])
-    np.save(path.with_name("output.npy"), wanted[:VECTORS])
-    vectors = TestVectors(File.of(path.with_name("input.npy")), File.of(path.with_name("output.npy")))
+    vectors = _vectors(path.parent, network.input, images, inputs[:VECTORS], wanted[:VECTORS])
     return onnx_file.described(path, found, vectors, note)
+
+
+def _vectors(folder: Path, spec: InputSpec, images: ImageSet, inputs: Array, wanted: Array) -> TestVectors:
+    """Test vectors with the pictures that they come from, decoded, upright, without metadata; huge pictures are left out."""
+    import numpy as np
+    from PIL import Image
+
+    first = ImageSet(images.images[:VECTORS], images.root)
+    pixels, _ = load(first, spec)
+    shown = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+    for name, array in (("input", inputs), ("output", wanted), ("pixels", shown)):
+        np.save(folder / f"{name}.npy", array)
+    pictures = []
+    for number, image in enumerate(first.images):
+        picture = np.asarray(decoded(images.root, image, spec.shape[0]))
+        if picture.shape[0] * picture.shape[1] <= LARGEST_PICTURE:
+            Image.fromarray(picture).save(folder / f"image_{number}.png")
+            pictures.append(File.of(folder / f"image_{number}.png"))
+    written = {name: File.of(folder / f"{name}.npy") for name in ("input", "output", "pixels")}
+    return TestVectors(**written, pictures=tuple(pictures))

@@ -1,4 +1,4 @@
-"""Does an ONNX file keep data in other files: read from its protobuf fields, without the onnx package."""
+"""In which other files does an ONNX file keep data: read from its protobuf fields, without the onnx package."""
 
 from __future__ import annotations
 
@@ -22,20 +22,36 @@ EXTERNAL_DATA, DATA_LOCATION = 13, 14
 """Fields of TensorProto."""
 
 
-def refers_to_other_files(model: bytes) -> bool:
-    """Whether any tensor of an ONNX file keeps its data elsewhere. Errors: ValueError for what is no protobuf.
+LOCATION = b"location"
 
-    ONNX Runtime 1.20 reads such data from wherever the file says, /etc/passwd included; later ones refuse some of it.
+
+def locations(model: bytes) -> set[str]:
+    """Files in which an ONNX file keeps data of its tensors, as it names them; empty where it stands alone.
+
+    Errors: ValueError for what is no protobuf. ONNX Runtime 1.20 reads such data from wherever the file says, /etc/passwd
+    included; later ones refuse some of it.
     """
+    found: set[str] = set()
     waiting = [("ModelProto", memoryview(model))]
     while waiting:
         kind, body = waiting.pop()
         for number, value in _fields(body):
-            if kind == "TensorProto" and (number == EXTERNAL_DATA or (number == DATA_LOCATION and value != 0)):
-                return True
+            if kind == "TensorProto" and number == DATA_LOCATION and value != 0:
+                found.add("")
+            elif kind == "TensorProto" and number == EXTERNAL_DATA:
+                found.add(_location(value))
             if number in TENSORS[kind] and isinstance(value, memoryview):
                 waiting.append((TENSORS[kind][number], value))
-    return False
+    named = found - {""}
+    return named or found
+
+
+def _location(entry: int | memoryview) -> str:
+    """The file of one key and value of a tensor's external data; empty for another key."""
+    if not isinstance(entry, memoryview):
+        return ""
+    texts = {number: bytes(value) for number, value in _fields(entry) if isinstance(value, memoryview)}
+    return texts.get(2, b"").decode("utf-8", "replace") if texts.get(1) == LOCATION else ""
 
 
 def _fields(body: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -41,6 +41,7 @@ def model_block(source: Network) -> dict[str, Any]:
         "params": source.params,
         "macs": source.macs,
         "license": source.license,
+        "outputs": source.outputs,
         "input": input_block(source.input),
     }
 
@@ -127,30 +128,6 @@ def accuracy_block(
         "worst_classes": _worst_classes(report, shipped, labels),
         "gate": asdict(verdict),
         "holdout_reads": holdout_reads,
-    }
-
-
-def onnx_block(exported: OnnxModel, models: Mapping[str, OnnxModel], names: Mapping[str, str]) -> dict[str, Any]:
-    """`names`: the bundle's file of each model."""
-    simplified = models["fp32"]
-    variants = {name: model for name, model in models.items() if name != "fp32"}
-    return {
-        "opset": simplified.opset,
-        "ir_version": simplified.ir_version,
-        "parity": asdict(simplified.parity),
-        "nodes_exported": exported.nodes,
-        "nodes_simplified": simplified.nodes,
-        "note": simplified.note,
-        "variants": {
-            name: {
-                "file": names[name],
-                "opset": model.opset,
-                "parity": asdict(model.parity),
-                "nodes": model.nodes,
-                "note": model.note,
-            }
-            for name, model in variants.items()
-        },
     }
 
 

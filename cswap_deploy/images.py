@@ -114,6 +114,11 @@ def _decoded(images: ImageSet, spec: InputSpec, ahead: int, workers: int) -> Gen
         pool.shutdown(cancel_futures=True)
 
 
+def decoded(root: Path, image: Image, channels: int) -> Picture:
+    """The picture as the transform gets it, but in the network's colours: decoded, upright, of its own size."""
+    return _in_mode(_open(_checked(root / image.path, image.sha256), root / image.path), channels)
+
+
 def _pixels(root: Path, image: Image, spec: InputSpec) -> Pixels:
     picture = _open(_checked(root / image.path, image.sha256), root / image.path)
     wide, high = resized(picture.size, spec)

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import File, Groups, LatencyReport
+from cswap_deploy.artifacts import File, FileLatency, Groups, LatencyReport
 from cswap_deploy.budget.narrow import Template
 from cswap_deploy.budget.values import WidthTimings
 from cswap_deploy.device import conditions, exports, trtexec
@@ -22,6 +22,8 @@ from cswap_deploy.recipe import LatencySettings
 from cswap_deploy.samples import Samples
 from cswap_deploy.stage import stage
 
+COMPARED = ("fp32", "fp16", "int8", "int8-arm")
+"""Files whose speed is compared on the target; what TensorRT's file is worth, an engine of it shows."""
 LOAD_S, WAIT_S = 900.0, 120.0
 """Time for loading the models; time that another measurement on the target may still take."""
 COLD, LONGEST_PAUSE_S = 10, 0.1
@@ -127,6 +129,16 @@ def of_widths(
         taken = take(target, (dense, *files), timing, names=names, thorough=False)
     taken.samples.save(out / "samples.npz")
     return WidthTimings(File.of(out / "samples.npz"), settings, taken.runtime, taken.conditions)
+
+
+@stage("latency", returns=FileLatency, libraries=("numpy",))
+def compare_files(
+    out: Path, files: Mapping[str, File], settings: LatencySettings, facts: Mapping[str, str], target: Target
+) -> FileLatency:
+    """The bundle's ONNX files in turn on `target`, which `facts` describe: is one of fewer bits faster there?"""
+    taken = take(target, tuple(files.values()), settings, names=tuple(files))
+    taken.samples.save(out / "samples.npz")
+    return FileLatency(tuple(files), File.of(out / "samples.npz"))
 
 
 def _layers(

@@ -119,9 +119,41 @@ def _pruned() -> Schema:
 
 
 def _onnx() -> Schema:
+    """What onnx_facts.py writes."""
     parity = record(max_abs=NUMBER, sqnr_db=NUMBER)
-    variant = record(file=TEXT, opset=INTEGER, parity=parity, nodes=INTEGER, note=TEXT)
-    return record(
+    speed = record(p50_ms=NUMBER, p50_ci95_ms=pair(NUMBER), samples=POSITIVE, speedup=NUMBER, speedup_ci95=pair(NUMBER))
+    covered = record(
+        provider=TEXT,
+        supported=INTEGER,
+        nodes=INTEGER,
+        partitions=INTEGER,
+        suitable=TEXT,
+        missing=listing(TEXT),
+        note=TEXT,
+    )
+    quantised = record(
+        method=TEXT, in_float=listing(TEXT), nodes=INTEGER, images=INTEGER, drop_pp=NUMBER, divergence=NUMBER,
+        tried=INTEGER, met={"type": "boolean"},
+    )  # fmt: skip
+    more: dict[str, Schema] = {
+        "beside": listing(TEXT),
+        "coverage": listing(covered),
+        "runs_on": listing(record(runtime=TEXT, runs={"type": "boolean"}, why_not=TEXT)),
+        "latency": nullable(speed),
+    }
+    judged = record(
+        drop_pp=NUMBER, drop_ci95_pp=pair(NUMBER), drop_from_fp32_pp=NUMBER, agreement=FRACTION, agreeing=INTEGER,
+        gate={"enum": ["pass", "fail", "off"]},
+    )  # fmt: skip
+    variant = with_optional(
+        record(file=TEXT, opset=INTEGER, parity=parity, nodes=INTEGER, note=TEXT),
+        **more,
+        accuracy=judged,
+        bytes=INTEGER,
+        quantised=nullable(quantised),
+        marks=listing(TEXT),
+    )
+    block = record(
         opset=INTEGER,
         ir_version=INTEGER,
         parity=parity,
@@ -129,6 +161,7 @@ def _onnx() -> Schema:
         nodes_simplified=INTEGER,
         variants={"type": "object", "additionalProperties": variant},
     )
+    return with_optional(block, **more, runtimes=listing(TEXT))
 
 
 def _engine() -> Schema:

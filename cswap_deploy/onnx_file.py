@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,11 @@ from cswap_deploy.artifacts import File, ImageSet, Network, OnnxModel, Parity, T
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
 from cswap_deploy.images import load, normalise
+from cswap_deploy.preprocess import INPUT
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import OnnxSettings
+from cswap_deploy.runtimes import MAX_IR
+from cswap_deploy.usability import coverage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-MAX_IR = 10
-"""Highest IR version that ONNX Runtime 1.18 and the mobile runtimes of its time read."""
+LARGEST_PROTOBUF = 2_000_000_000
+"""Bytes; protobuf ends at 2 GiB. A larger model keeps its tensors in one file beside it."""
+EXTERNAL_FROM = 1024
+"""Bytes from which on a tensor of such a model lies in that file."""
 PARITY_IMAGES = 16
 MAX_SQNR = 200.0
 """What is reported where no difference is left."""
@@ -42,23 +47,48 @@ def read(path: Path) -> onnx.ModelProto:
 
 
 def write(model: onnx.ModelProto, path: Path, what: str = "the exported graph") -> None:
-    """Check the graph, types and shapes included, then write it: equal graphs give equal bytes. Errors: ExportError."""
+    """Check the graph, types and shapes included, then write it: equal graphs give equal bytes. Errors: ExportError.
+
+    Tensors of more than 2 GB go to `<name>.data` beside it.
+    """
     import onnx
 
     if model.ir_version > MAX_IR:
         model.ir_version = MAX_IR
+    if large := is_large(model):
+        _save_apart(model, path, f"{path.name}.data")
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(str(path) if large else model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{what} is not valid ONNX: {reason(error)}", "report this network") from error
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    if not large:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether its tensors are more than one protobuf message can hold, with room for its structure."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST_PROTOBUF
+
+
+def _save_apart(model: onnx.ModelProto, path: Path, location: str) -> None:
+    """The graph, and its tensors in the file `location` beside it; `model` keeps them."""
+    import onnx
+    from onnx.external_data_helper import convert_model_to_external_data, load_external_data_for_model
+
+    path.with_name(location).unlink(missing_ok=True)
+    convert_model_to_external_data(model, location=location, size_threshold=EXTERNAL_FROM)
+    onnx.save(model, path)
+    load_external_data_for_model(model, str(path.parent))
+    for tensor in model.graph.initializer:
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
 
 
 def require_as_asked(path: Path, settings: OnnxSettings) -> None:
     """A tool may silently choose another opset than asked for: read the file. Errors: ExportError."""
     import onnx
 
-    model = onnx.load(path)
+    model = onnx.load(path, load_external_data=False)
     opset = opset_of(model)
     if opset != settings.opset:
         raise ExportError(
@@ -85,8 +115,44 @@ def described(path: Path, parity: Parity, vectors: TestVectors, note: str) -> On
     """The artefact of a written file; opset, IR version and nodes are read from it."""
     import onnx
 
-    model = onnx.load(path)
-    return OnnxModel(File.of(path), opset_of(model), model.ir_version, len(model.graph.node), parity, vectors, note)
+    model = onnx.load(path, load_external_data=False)
+    beside = tuple(File.of(file) for file in sorted(path.parent.glob("*.onnx.data")))
+    return OnnxModel(
+        File.of(path), opset_of(model), model.ir_version, len(model.graph.node), parity, vectors, note, beside=beside,
+        operators=tuple(sorted({node.op_type for node in model.graph.node})), unsigned=_unsigned(model),
+        coverage=coverage(path),
+    )  # fmt: skip
+
+
+def _unsigned(model: onnx.ModelProto) -> bool:
+    """Whether a zero point is not the 0 of int8."""
+    from onnx import TensorProto, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    points = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
+    points |= {node.input[2] for node in model.graph.node if node.op_type == "DequantizeLinear" and len(node.input) > 2}
+    zeros = [constants[name] for name in points if name in constants]
+    return any(
+        zero.data_type == TensorProto.UINT8 or bool(numpy_helper.to_array(zero).any())
+        for zero in zeros
+        if zero.data_type in (TensorProto.UINT8, TensorProto.INT8)
+    )
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """The converters tell nodes apart by their names, which ONNX leaves optional."""
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{number}"
+
+
+class Feed:
+    """ONNX Runtime's CalibrationDataReader over batches of normalised images."""
+
+    def __init__(self, inputs: Iterable[Array]) -> None:
+        self._inputs = iter(inputs)
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(({INPUT: batch} for batch in self._inputs), None)
 
 
 # --- what tools leave in a model

@@ -11,12 +11,14 @@ from cswap_deploy import (
     data,
     engine,
     export,
+    handoff,
     latency,
     model,
     planning,
     prepared,
     progress,
     prune,
+    signing,
     variants,
 )
 from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
@@ -58,17 +60,18 @@ def build(recipe: Recipe, work: Workdir, folder: str = BUNDLE) -> Bundle:
 
 def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     """The host's half: load, split, prune, export, simplify, make variants, judge them on the hold-out images."""
-    require_paths(recipe)
+    require_inputs(recipe)
     source = load(recipe, work)
     images, calibration = recipe.calibration.images, recipe.calibration
     catalogue = data.catalogue(images, calibration.labels, source.outputs, work.digest)
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
-    dense, more = _dense(recipe, source, split, fit, work) if planning.goal_ms(recipe) else ({}, [])
+    dense, more = _dense(recipe, source, split, work) if planning.goal_ms(recipe) else ({}, [])
     groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work)
     pruned, exported, models, reasons = _made(recipe, source, split, groups, plan, work, recipe.wanted_variants)
+    reasons += _further(recipe, models, pruned, fit, work)
     if not dense:
-        dense, more = _dense(recipe, source, split, fit, work)
+        dense, more = _dense(recipe, source, split, work)
     learned = recipe.accuracy.max_drop is not None
     judged = work.run(accuracy.compare, source, pruned, models, holdout, learned, recipe.device)
     ready = Prepared(
@@ -94,6 +97,8 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
 
 def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE) -> Bundle:
     """The device's half: build and measure on the target, then assemble the bundle in the work folder's `folder`. Needs no torch."""
+    if recipe.sign:
+        signing.require(recipe.sign)
     asked = recipe.engine or recipe.latency
     if asked and not ready.dense:
         raise UsageError(
@@ -101,8 +106,12 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE)
             f"run prepare again with --on TARGET, or with a latency block in the recipe, and --work {work.root}",
         )
     deployed = _on_target(recipe, ready, work) if asked else Deployed()
-    files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads)
-    return Bundle.read(work.publish(files.files, files.manifest.path.parent, folder))
+    created = handoff.creation_date(ready.accuracy)
+    files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
+    made = Bundle.read(work.publish(files.files, files.manifest.path.parent, folder))
+    if recipe.sign and not work.dry:
+        signing.sign(made.folder, recipe.sign)
+    return made
 
 
 # --- the host's half
@@ -161,8 +170,8 @@ def _made(
     fit = ImageSet(split.fit, recipe.calibration.images)
     pruned = work.run(prune.apply, source, groups, plan, fit, recipe.prune.compensate, recipe.device)
     pruned = _located(pruned, recipe)
-    exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx)
-    return pruned, exported, *_models(recipe, exported, pruned, fit, work, wanted)
+    exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx.graph)
+    return pruned, exported, *_models(recipe, exported, pruned, split, work, wanted)
 
 
 def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Groups, PruningPlan]:
@@ -187,29 +196,51 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
 
 
 def _models(
-    recipe: Recipe, exported: OnnxModel, network: Network, fit: ImageSet, work: Workdir, wanted: Sequence[Variant]
+    recipe: Recipe, exported: OnnxModel, network: Network, split: Split, work: Workdir, wanted: Sequence[Variant]
 ) -> tuple[dict[str, OnnxModel], list[Reason]]:
     """The simplified file and its variants; one that cannot be made is a reason to fail, not the end of the build."""
-    simplified = work.run(export.simplify, exported, network, fit, recipe.onnx)
-    models, reasons = {"fp32": simplified}, []
+    root, settings = recipe.calibration.images, recipe.onnx.graph
+    fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
+    simplified = work.run(export.simplify, exported, network, fit, settings)
+    models, reasons = {"fp32": simplified}, list[Reason]()
     for variant in wanted:
         try:
             with progress.part(variant):
-                models[variant] = work.run(variants.make, simplified, network, fit, variant, recipe.onnx)
+                models[variant] = work.run(
+                    variants.make, simplified, network, fit, selection, variant, settings, recipe.int8
+                )
         except ExportError as error:
             reasons.append(Reason(error.exit_code, str(error)))
     return models, reasons
 
 
-def _dense(
-    recipe: Recipe, source: Network, split: Split, fit: ImageSet, work: Workdir
-) -> tuple[dict[str, OnnxModel], list[Reason]]:
+def _further(
+    recipe: Recipe, models: dict[str, OnnxModel], network: Network, fit: ImageSet, work: Workdir
+) -> list[Reason]:
+    """Other forms of the ONNX file that ships, added to `models`; one that cannot be made is a reason to fail."""
+    shipped, reasons = models.get(recipe.shipped_file, models["fp32"]), []
+    wanted: dict[str, Callable[[], OnnxModel]] = {
+        "ort": lambda: work.run(variants.to_ort, shipped, network, fit),
+        "image": lambda: work.run(variants.with_image_input, shipped, network, fit, recipe.onnx.graph),
+    }
+    for name, asked in (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input)):
+        try:
+            if asked:
+                with progress.part(name):
+                    models[name] = wanted[name]()
+        except ExportError as error:
+            reasons.append(Reason(error.exit_code, str(error)))
+    return reasons
+
+
+def _dense(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[dict[str, OnnxModel], list[Reason]]:
     """The dense twin of what ships, and what an engine of it may be built from."""
     if not (recipe.engine or recipe.latency):
         return {}, []
+    fit = ImageSet(split.fit, recipe.calibration.images)
     with progress.part("dense"):
-        exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx)
-        models, reasons = _models(recipe, exported, source, fit, work, _dense_variants(recipe))
+        exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx.graph)
+        models, reasons = _models(recipe, exported, source, split, work, _dense_variants(recipe))
     return models, [Reason(reason.exit_code, f"dense network, {reason.text}") for reason in reasons]
 
 
@@ -246,7 +277,7 @@ def _on_target(recipe: Recipe, ready: Prepared, work: Workdir) -> Deployed:
 def _through_steps(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe) -> Deployed:
     done = Deployed()
     steps: list[Step] = [*((_build_engine, _judge_engine) if recipe.engine else ())]
-    steps += [_measure] if recipe.latency else []
+    steps += [_measure, _compare_files] if recipe.latency else []
     for step in steps:
         try:
             done = step(recipe, ready, work, target, probe, done)
@@ -288,12 +319,25 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
             dense = _engine(recipe, ready.dense, ready, work, target, probe)
         files, name = (dense.file, done.engine.file), _built_from(recipe, probe)
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
-        files = ready.dense[name].graph, ready.models[name].graph
+        files = _alone(ready.dense[name]), _alone(ready.models[name])
     else:
         return done
     facts, graphs = probe.facts(recipe.latency.runtime), (ready.dense[name].graph, ready.models[name].graph)
     report = work.run(latency.measure, *files, graphs, ready.groups, recipe.latency, facts, target)
     return replace(done, latency=report)
+
+
+def _compare_files(
+    recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe, done: Deployed
+) -> Deployed:
+    """Every ONNX file that ONNX Runtime runs as it is, beside the float32 one; nothing where there is but that."""
+    assert recipe.latency
+    files = {name: _alone(model) for name, model in ready.models.items() if name in latency.COMPARED}
+    if recipe.latency.runtime != "onnxruntime" or len(files) < 2:
+        return done
+    facts = probe.facts("onnxruntime")
+    with progress.part("files"):
+        return replace(done, files=work.run(latency.compare_files, files, recipe.latency, facts, target))
 
 
 def _engine(
@@ -305,7 +349,7 @@ def _engine(
     if name not in models:
         missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
         raise DeviceError(missing, "see why above", public=missing)
-    spec, facts, model = ready.source.input, probe.facts("tensorrt"), models[name].graph
+    spec, facts, model = ready.source.input, probe.facts("tensorrt"), _alone(models[name])
     try:
         return work.run(
             engine.build, model, spec, recipe.engine, recipe.onnx.dynamic_batch, ready.groups, facts, target
@@ -321,6 +365,14 @@ def _built_from(recipe: Recipe, probe: Probe) -> str:
     """The file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
     assert recipe.engine
     return "fp32" if recipe.engine.precision == "fp16" and not probe.typed else recipe.engine_file
+
+
+def _alone(model: OnnxModel) -> File:
+    """The file that goes to a target, which takes no weights beside it. Errors: DeviceError."""
+    if model.beside:
+        missing = "the model is beyond 2 GB, so that its weights lie in a file beside it, which is not sent to a target"
+        raise DeviceError(missing, "leave latency and engine out", public=missing)
+    return model.graph
 
 
 def _warn_if_away(recipe: Recipe) -> None:
@@ -343,7 +395,8 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
     wanted |= {"staircase"} if planning.goal_ms(recipe) else set()
-    wanted |= {"variants"} if recipe.wanted_variants else set()
+    further = recipe.onnx.ort_format or recipe.onnx.image_input
+    wanted |= {"variants"} if recipe.wanted_variants or further else set()
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
     return tuple(name for name in STAGES if name in wanted)
@@ -351,7 +404,11 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
 
 def lines(recipe: Recipe) -> tuple[str, ...]:
     """What a run reports, in order, as `progress.spelt`: a stage that runs several times has a line for each."""
-    names, made = stages(recipe), [*_model_lines(recipe.wanted_variants)]
+    names, further = stages(recipe), (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input))
+    made = [
+        *_model_lines(recipe.wanted_variants),
+        *(progress.spelt("variants", name) for name, asked in further if asked),
+    ]
     dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
     before = [*names[: names.index("exported")]]
     if planning.goal_ms(recipe):
@@ -377,7 +434,10 @@ def device_lines(recipe: Recipe) -> tuple[str, ...]:
     found = ["engine", progress.spelt("accuracy", "engine")] if recipe.engine else []
     if recipe.latency and recipe.latency.runtime == "tensorrt":
         found.append(progress.spelt("engine", "dense"))
-    return (*found, *(["latency"] if recipe.latency else ()), "bundle")
+    found += ["latency"] if recipe.latency else []
+    if recipe.latency and recipe.latency.runtime == "onnxruntime" and {*recipe.wanted_variants} & {*latency.COMPARED}:
+        found.append(progress.spelt("latency", "files"))
+    return (*found, "bundle")
 
 
 def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
@@ -408,3 +468,10 @@ def round_to(recipe: Recipe) -> int:
     if recipe.prune.round_to != "auto":
         return recipe.prune.round_to
     return {"fp32": 1, "fp16": 8, "int8": 32}[recipe.engine.precision] if recipe.engine else 1
+
+
+def require_inputs(recipe: Recipe) -> None:
+    """Errors: DataError, ModelError, UsageError where files that the recipe names are not there or not what they have to be."""
+    require_paths(recipe)
+    if recipe.sign:
+        signing.require(recipe.sign)

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from cswap_deploy import recipe_file
+from cswap_deploy import recipe_file, runtimes
 
 Conflicts: TypeAlias = Iterator[tuple[str, str]]
 """Keys relative to the block, each with what is wrong."""
@@ -452,11 +452,63 @@ class AccuracySettings(Settings):
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="confidence of the interval, as a fraction")
 
 
+RuntimeWish: TypeAlias = Annotated[
+    str,
+    Field(
+        pattern=runtimes.WISH,
+        json_schema_extra={
+            "errorMessage": "expected onnxruntime, onnxruntime-web, onnxruntime-node or tensorrt with >= or == and a version"
+        },
+    ),
+]
+
+
 class OnnxSettings(Settings):
     """The ONNX export."""
 
     opset: int = Field(default=18, ge=18, le=22, description="version of the ONNX operator set")
     dynamic_batch: bool = Field(default=False, description="leave the batch size open")
+    runtimes: Annotated[tuple[RuntimeWish, ...], Field(strict=False)] = Field(
+        default=(),
+        description="what the files must run on, such as onnxruntime>=1.18 or tensorrt==10.3; impossible ones are refused",
+    )
+    ort_format: bool = Field(
+        default=False, description="also write what ships in ORT format (model.ort), for minimal builds of ONNX Runtime"
+    )
+    image_input: bool = Field(
+        default=False,
+        description="also write what ships with the preprocessing inside (model.image.onnx): uint8 NHWC in, probabilities out",
+    )
+
+    @property
+    def graph(self) -> OnnxSettings:
+        """What the exported graph depends on: further files of it do not make it another."""
+        return self.model_copy(update={"ort_format": False, "image_input": False})
+
+    @property
+    def ir_version(self) -> int:
+        """Of the written files, at most 10."""
+        return runtimes.ir_version(self.runtimes)
+
+    def _conflicts(self) -> Conflicts:
+        for _, fault in runtimes.impossible(self.runtimes, self.opset):
+            yield "runtimes", f"{fault}; lower onnx.opset, or drop it"
+
+
+class Int8Settings(Settings):
+    """How the int8 files are made: ranges from `fit`, every choice on `selection`."""
+
+    images: int = Field(default=128, ge=1, description="fit images that the ranges come from; capped at their number")
+    max_drop: float = Field(
+        default=0.5,
+        ge=0,
+        le=100,
+        description="top-1 that an int8 file may lose on `selection` against the float32 file, in percentage points, "
+        "before nodes stay in float",
+    )
+    max_float: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.25, description="fraction of the weighted nodes that may stay in float"
+    )
 
 
 class BatchSettings(Settings):
@@ -554,6 +606,10 @@ class Recipe(Settings):
     onnx: OnnxSettings = Field(default_factory=OnnxSettings, description="the ONNX export")
     variants: Annotated[tuple[Variant, ...], Field(strict=False)] = Field(
         default=(), description="further ONNX files; int8 is U8S8 (phones, x86), int8-tensorrt and int8-arm are S8S8"
+    )
+    int8: Int8Settings = Field(default_factory=Int8Settings, description="how the int8 files are made")
+    sign: LocalPath | None = Field(
+        default=None, description="private key (EC, PEM) that signs the bundle, beside it; null: it is not signed"
     )
     engine: EngineSettings | None = Field(default=None, description="the TensorRT engine; null: none is built")
     latency: LatencySettings | None = Field(default=None, description="the latency measurement; null: not measured")
@@ -677,7 +733,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Paths become absolute: the file's against its folder, an override's against the current folder.
     """
     document = recipe_file.read(Path(path), overrides)
-    for key in ("model.checkpoint", "calibration.images", "calibration.labels"):
+    for key in ("model.checkpoint", "calibration.images", "calibration.labels", "sign"):
         document.replace(key, recipe_file.absolute)
     document.replace("model.factory", _absolute_factory)
     try:
@@ -773,6 +829,8 @@ def _portable(recipe: Recipe, digest: Callable[[Path], str], board: str) -> dict
     values: dict[str, tuple[Any, str]] = {
         key: (path.name, f"sha256:{digest(path)}") for key, path in paths.items() if path is not None
     }
+    if recipe.sign:
+        values["sign"] = recipe.sign.name, "a private key, which is not in the bundle"
     if model.factory_file:
         values["model.factory"] = model.factory_shown, f"sha256:{digest(model.factory_file)}"
     if model.name is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
@@ -31,8 +31,17 @@ class Session:
             ) from error
         self._input = self._session.get_inputs()[0]
 
+    @property
+    def takes_pixels(self) -> bool:
+        """The preprocessing is inside: uint8 (n, H, W, C) in place of normalised (n, C, H, W)."""
+        return bool(self._input.type == "tensor(uint8)")
+
     def logits(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, C, H, W) normalised images → (n, classes); one by one where the file's batch is fixed to one."""
+        return self.run(inputs)
+
+    def run(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """What the file takes, (n, ...), → its first output."""
         import numpy as np
 
         step = 1 if self._input.shape[0] == 1 else len(inputs)

@@ -1,4 +1,4 @@
-"""The simplified graph in fewer bits: one more self-contained ONNX file per kind; inputs and outputs stay float32."""
+"""The simplified graph in fewer bits, or in another form: one more self-contained file per kind."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from cswap_deploy import onnx_file, progress
-from cswap_deploy.artifacts import File, ImageSet, InputSpec, Network, OnnxModel, TestVectors
+from cswap_deploy import choice, image_input, onnx_file, ort_format, progress
+from cswap_deploy.artifacts import File, ImageSet, Network, OnnxModel, Quantised, TestVectors
 from cswap_deploy.checkpoint import reason
+from cswap_deploy.choice import Judged
 from cswap_deploy.errors import CswapError, ExportError
-from cswap_deploy.images import batches, normalise
+from cswap_deploy.half import to_half
+from cswap_deploy.images import batches, load, normalise
+from cswap_deploy.int8 import KINDS, WEIGHTED, Quantiser, Way
 from cswap_deploy.model import quiet
-from cswap_deploy.preprocess import INPUT
-from cswap_deploy.recipe import OnnxSettings, Variant
+from cswap_deploy.recipe import Int8Settings, OnnxSettings, Variant
 from cswap_deploy.runtime import Session
 from cswap_deploy.stage import stage
+from cswap_deploy.vectors import softmax
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,196 +34,146 @@ if TYPE_CHECKING:
     Array: TypeAlias = NDArray[np.float32]
 
 LIBRARIES = ("torch", "timm", "numpy", "pillow", "onnx", "onnxruntime", "onnxconverter-common")
-CALIBRATION_IMAGES = 128
 CALIBRATION_BATCH = 8
 """Images at a time where the file leaves the batch open."""
-LARGEST_HALF = 65504.0
-WEIGHTED = ("Conv", "Gemm", "MatMul")
-TRANSFORMER = frozenset({"LayerNormalization", "Softmax"})
-"""A graph with one of these is taken for a transformer: its activations have outliers that 8 bits flatten."""
-
-
-@dataclass(frozen=True)
-class Half:
-    """Weights and activations in float16, but for the operators that onnxconverter-common knows to lack it."""
-
-
-@dataclass(frozen=True)
-class Int8:
-    """Static quantisation in QDQ format, weights signed and per channel; `options` are those of `quantize_static`."""
-
-    activations: Literal["QUInt8", "QInt8"]
-    operators: tuple[str, ...] = ()
-    """Operators that are quantised; empty: all that the quantizer knows."""
-    options: Mapping[str, object] = field(default_factory=dict)
-    note: str = ""
-
-
-TENSORRT = (*WEIGHTED, "ConvTranspose", "Add")
-KINDS: dict[Variant, Half | Int8] = {
-    "fp16": Half(),
-    "int8": Int8("QUInt8"),
-    "int8-arm": Int8("QInt8"),
-    "int8-tensorrt": Int8(
-        "QInt8",
-        operators=TENSORRT,
-        options={
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "QuantizeBias": False,
-            "AddQDQPairToWeight": True,
-            "DedicatedQDQPair": False,
-            "OpTypesToExcludeOutputQuantization": list(TENSORRT),
-        },
-        note="weights are stored as float32, each behind QuantizeLinear: the engine holds them in 8 bits",
-    ),
-}
-"""`int8` is U8S8, for phones and x86; `int8-arm` S8S8; `int8-tensorrt` S8S8 with zero point 0, as TensorRT reads it:
-inputs of weighted layers and of residual additions, biases in float."""
+SELECTION_IMAGES = 1024
+"""Of the selection images that int8 files are chosen on, at most."""
 
 
 @stage("variants", returns=OnnxModel, libraries=LIBRARIES)
 def make(
-    out: Path, model: OnnxModel, network: Network, images: ImageSet, kind: Variant, settings: OnnxSettings
+    out: Path,
+    model: OnnxModel,
+    network: Network,
+    fit: ImageSet,
+    selection: ImageSet,
+    kind: Variant,
+    settings: OnnxSettings,
+    int8: Int8Settings,
 ) -> OnnxModel:
-    """Convert `model`; `images` are the fit split: int8 ranges are the least and greatest value on the first of them.
+    """Convert `model`: int8 ranges come from `fit`, method and nodes in float are chosen on `selection` (choice.py).
 
     The parity is the distance from `network` in PyTorch on the first images; how much is too much, accuracy decides.
     Errors: ExportError that names the variant; also where logits, or activations in float16, leave the finite numbers.
     """
     with _named(kind), tempfile.TemporaryDirectory(dir=out) as scratch, _quiet_tools(Path(scratch)):
         original = onnx_file.read(model.graph.path)
-        graph, note = _converted(original, network.input, images, kind, Path(scratch))
+        _require_small(original)
+        if kind == "fp16":
+            inputs = _batches(original, network, _first(fit, int8.images))
+            graph, note, quantised = to_half(original, inputs, Path(scratch)), "", None
+        else:
+            graph, note, quantised = _int8(original, network, fit, selection, kind, int8, Path(scratch))
         _write(graph, original, out / "model.onnx", settings)
+        found = _checked(out / "model.onnx", network, fit, model.vectors, note)
+        return replace(found, quantised=quantised)
+
+
+@stage("variants", returns=OnnxModel, libraries=(*LIBRARIES,))
+def to_ort(out: Path, model: OnnxModel, network: Network, images: ImageSet) -> OnnxModel:
+    """The same file in ORT format, with the list of operators that a minimal build of ONNX Runtime needs for it."""
+    with _named("ort"), tempfile.TemporaryDirectory(dir=out) as scratch, _quiet_tools(Path(scratch)):
+        _require_small(onnx_file.read(model.graph.path))
+        ort_format.convert(model.graph.path, out, Path(scratch))
         inputs, wanted = onnx_file.reference(network, images)
-        found = Session(out / "model.onnx").logits(inputs)
-        _require_finite(found)
-        return onnx_file.described(
-            out / "model.onnx", onnx_file.parity(found, wanted), _copied(model.vectors, out), note
+        found = onnx_file.parity(Session(out / ort_format.MODEL).logits(inputs), wanted)
+        return replace(
+            model,
+            graph=File.of(out / ort_format.MODEL),
+            parity=found,
+            vectors=_copied(model.vectors, out),
+            beside=(File.of(out / ort_format.OPERATORS),),
         )
 
 
-def _converted(
-    original: onnx.ModelProto, spec: InputSpec, images: ImageSet, kind: Variant, scratch: Path
-) -> tuple[onnx.ModelProto, str]:
-    """A new graph, and what about it is not as its name says."""
-    match KINDS[kind]:
-        case Half():
-            return _half(original, spec, images, scratch), ""
-        case Int8() as asked:
-            operators, note = _operators(original, asked)
-            return _int8(original, spec, images, asked, operators, scratch), note
-
-
-# --- float16
-
-
-def _half(original: onnx.ModelProto, spec: InputSpec, images: ImageSet, scratch: Path) -> onnx.ModelProto:
-    """Weights beyond float16 become infinite, not clipped in silence as is the converter's default."""
-    import onnx
-    from onnxconverter_common.float16 import convert_float_to_float16  # type: ignore[import-untyped]
-
-    onnx.save(original, scratch / "float32.onnx")
-    _require_within_half(_ranges(scratch / "float32.onnx", _batches(original, spec, images)))
-    copy = onnx.ModelProto()
-    copy.CopyFrom(original)
-    _name_nodes(copy)
-    converted: onnx.ModelProto = convert_float_to_float16(copy, keep_io_types=True, max_finite_val=float("inf"))
-    return converted
-
-
-def _ranges(path: Path, inputs: Iterable[Array]) -> dict[str, float]:
-    """Largest magnitude of each activation in a float32 graph."""
-    from onnxruntime.quantization import CalibrationMethod, create_calibrator
-
-    calibrator = create_calibrator(
-        path, augmented_model_path=str(path.with_name("augmented.onnx")), calibrate_method=CalibrationMethod.MinMax
-    )
-    calibrator.collect_data(_Feed(inputs))
-    found = calibrator.compute_data()
-    return {name: max(abs(float(end.min())) for end in found[name].range_value) for name in found}
-
-
-def _require_within_half(ranges: Mapping[str, float]) -> None:
-    """ONNX Runtime computes float16 graphs in float32 on a CPU: what overflows on a device has to be looked for."""
-    name, largest = max(ranges.items(), key=lambda item: (item[1], item[0]))
-    if largest > LARGEST_HALF:
-        raise ExportError(
-            f"{name!r} reaches {largest:.3g} in float32, and float16 ends at {LARGEST_HALF:g}",
-            "remove fp16 from variants; this network needs float32's range",
-        )
-
-
-def _name_nodes(model: onnx.ModelProto) -> None:
-    """The converters tell nodes apart by their names, which ONNX leaves optional."""
-    for number, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{number}"
+@stage("variants", returns=OnnxModel, libraries=LIBRARIES)
+def with_image_input(
+    out: Path, model: OnnxModel, network: Network, images: ImageSet, settings: OnnxSettings
+) -> OnnxModel:
+    """The same file with the preprocessing inside: pixels in, probabilities out; its parity is that of probabilities."""
+    with _named("image"), tempfile.TemporaryDirectory(dir=out):
+        original = onnx_file.read(model.graph.path)
+        _require_small(original)
+        graph = image_input.wrapped(original, network.input)
+        onnx_file.write(graph, out / "model.onnx", "the graph with its preprocessing")
+        onnx_file.require_as_asked(out / "model.onnx", settings)
+        chosen = ImageSet(images.images[: onnx_file.PARITY_IMAGES], images.root)
+        pixels, _ = load(chosen, network.input)
+        _, wanted = onnx_file.reference(network, images)
+        found = Session(out / "model.onnx").run(pixels.transpose(0, 2, 3, 1))
+        parity = onnx_file.parity(found, softmax(wanted))
+        made = onnx_file.described(out / "model.onnx", parity, _copied(model.vectors, out), model.note)
+        return replace(made, quantised=model.quantised)
 
 
 # --- int8
 
 
-def _operators(original: onnx.ModelProto, asked: Int8) -> tuple[tuple[str, ...], str]:
-    """What is quantised in this graph, and the remark about it."""
-    outliers = sorted(TRANSFORMER & {node.op_type for node in original.graph.node})
-    if not outliers:
-        return asked.operators, asked.note
-    remark = f"only {', '.join(WEIGHTED)} in 8 bits, since the graph has {' and '.join(outliers)}"
-    return WEIGHTED, "; ".join(filter(None, (remark, asked.note)))
-
-
 def _int8(
     original: onnx.ModelProto,
-    spec: InputSpec,
-    images: ImageSet,
-    asked: Int8,
-    operators: tuple[str, ...],
+    network: Network,
+    fit: ImageSet,
+    selection: ImageSet,
+    kind: Variant,
+    settings: Int8Settings,
     scratch: Path,
-) -> onnx.ModelProto:
+) -> tuple[onnx.ModelProto, str, Quantised]:
+    """The chosen graph, what about it is not as its name says, and how it was chosen."""
+    asked, ranged = KINDS[kind], _first(fit, settings.images)
+    quantiser = Quantiser(original, asked, lambda: _batches(original, network, ranged), scratch)
+    seen = _first(selection, SELECTION_IMAGES)
+    judge = _judge(original, quantiser, network, seen, scratch)
+    chosen = choice.choose(quantiser.nodes, judge, settings)
+    best = chosen.best
+    quantised = Quantised(
+        best.way.method, best.way.in_float, len(quantiser.nodes), len(seen.images), best.drop_pp, best.divergence,
+        chosen.tried, chosen.met,
+    )  # fmt: skip
+    return quantiser.graph(best.way), _note(quantiser, best.way, asked.note), quantised
+
+
+def _judge(
+    original: onnx.ModelProto, quantiser: Quantiser, network: Network, selection: ImageSet, scratch: Path
+) -> Callable[[Way, int | None], Judged]:
+    """What a way loses on the selection images, or on the first so many, against the float32 graph."""
     import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quant_pre_process, quantize_static
 
-    source, prepared, target = (scratch / f"{name}.onnx" for name in ("float32", "prepared", "int8"))
-    onnx.save(original, source)
-    # The exporter has written all shapes; symbolic inference would only add sympy and its failures.
-    quant_pre_process(source, prepared, skip_symbolic_shape=True)
-    model = onnx.load(prepared)
-    _name_nodes(model)
-    onnx.save(model, prepared)
-    quantize_static(
-        prepared,
-        target,
-        _Feed(_batches(original, spec, images)),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=list(operators),
-        per_channel=True,
-        activation_type=QuantType[asked.activations],
-        weight_type=QuantType.QInt8,
-        calibrate_method=CalibrationMethod.MinMax,
-        extra_options=dict(asked.options),
-    )
-    return onnx.load(target)
+    pixels, labels = load(selection, network.input)
+    inputs = normalise(pixels, network.input)
+    onnx.save(original, scratch / "original.onnx")
+    wanted = Session(scratch / "original.onnx").logits(inputs)
+
+    def judge(way: Way, images: int | None = None) -> Judged:
+        onnx.save(quantiser.graph(way), scratch / "tried.onnx")
+        found = Session(scratch / "tried.onnx").logits(inputs[:images])
+        return choice.judged(way, found, wanted[:images], labels[:images].tolist())
+
+    return judge
 
 
-class _Feed:
-    """onnxruntime's CalibrationDataReader."""
+def _note(quantiser: Quantiser, way: Way, own: str) -> str:
+    remarks = []
+    if way.method == "weights":
+        return "only weights are in 8 bits, activations in float32: the file is smaller, not faster"
+    if quantiser.outliers:
+        remarks.append(f"only {', '.join(WEIGHTED)} in 8 bits, since the graph has {' and '.join(quantiser.outliers)}")
+    if way.in_float:
+        remarks.append(f"in float: {', '.join(way.in_float)}")
+    return "; ".join(filter(None, (*remarks, own)))
 
-    def __init__(self, inputs: Iterable[Array]) -> None:
-        self._inputs = iter(inputs)
 
-    def get_next(self) -> dict[str, Array] | None:
-        return next(({INPUT: batch} for batch in self._inputs), None)
+def _first(images: ImageSet, count: int) -> ImageSet:
+    return ImageSet(images.images[:count], images.root)
 
 
-def _batches(original: onnx.ModelProto, spec: InputSpec, images: ImageSet) -> Iterator[Array]:
+def _batches(original: onnx.ModelProto, network: Network, images: ImageSet) -> Iterator[Array]:
     """Calibration images, normalised, as many at a time as the graph takes."""
-    chosen = ImageSet(images.images[:CALIBRATION_IMAGES], images.root)
     fixed = original.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     done = 0
-    for pixels, _ in batches(chosen, spec, fixed or CALIBRATION_BATCH):
-        yield normalise(pixels, spec)
+    for pixels, _ in batches(images, network.input, fixed or CALIBRATION_BATCH):
+        yield normalise(pixels, network.input)
         done += len(pixels)
-        progress.advance("calibration images", done, len(chosen.images))
+        progress.advance("calibration images", done, len(images.images))
 
 
 # --- the written file
@@ -238,6 +191,21 @@ def _write(graph: onnx.ModelProto, original: onnx.ModelProto, path: Path, settin
     onnx_file.require_as_asked(path, settings)
 
 
+def _checked(path: Path, network: Network, images: ImageSet, vectors: TestVectors, note: str) -> OnnxModel:
+    inputs, wanted = onnx_file.reference(network, images)
+    found = Session(path).logits(inputs)
+    _require_finite(found)
+    return onnx_file.described(path, onnx_file.parity(found, wanted), _copied(vectors, path.parent), note)
+
+
+def _require_small(original: onnx.ModelProto) -> None:
+    """The converters hold a model in one message."""
+    if onnx_file.is_large(original):
+        raise ExportError(
+            "the model is beyond 2 GB, which the converters do not take", "remove it: model.onnx alone is made of it"
+        )
+
+
 def _require_finite(logits: Array) -> None:
     import numpy as np
 
@@ -253,14 +221,16 @@ def _copied(vectors: TestVectors, out: Path) -> TestVectors:
     def copy(file: File) -> File:
         return File.of(Path(shutil.copyfile(file.path, out / file.path.name)))
 
-    return TestVectors(copy(vectors.input), copy(vectors.output))
+    return TestVectors(
+        copy(vectors.input), copy(vectors.output), copy(vectors.pixels), tuple(map(copy, vectors.pictures))
+    )
 
 
 # --- tools of others
 
 
 @contextmanager
-def _named(kind: Variant) -> Iterator[None]:
+def _named(kind: str) -> Iterator[None]:
     """What fails inside fails with the variant's name; faults of images and disks keep their own."""
     try:
         yield

@@ -8,10 +8,6 @@ it is another question. Needs numpy; onnxruntime, and torch with timm, where a c
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,69 +15,42 @@ from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+from cswap_deploy import isolated, signing, vectors
 from cswap_deploy.artifacts import File
-from cswap_deploy.bundle import ENGINE, FILES, MANIFEST, Bundle, load_pruned
+from cswap_deploy.bundle import ENGINE, MANIFEST, Bundle, load_pruned
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.digests import SEAL
 from cswap_deploy.errors import CswapError, DeviceError, UsageError, VerifyError
-from cswap_deploy.external_data import refers_to_other_files
+from cswap_deploy.external_data import locations
+from cswap_deploy.handoff import FILES
+from cswap_deploy.isolated import AGAIN, Skipped
+from cswap_deploy.ort_format import IDENTIFIER
+from cswap_deploy.vectors import softmax
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import nn
 
-    Array = NDArray[np.float32]
-    Vectors = tuple[Array, Array]
     Factory = Callable[..., nn.Module]
 
 VARIANTS = tuple(name for name in FILES if name != "fp32")
 ALWAYS = ("manifest", "files", "unlisted", "onnx", "pytorch")
-NAMES = ("manifest", "files", "unlisted", "onnx", *(f"onnx:{kind}" for kind in VARIANTS), "pytorch", "engine")
+NAMES = (
+    "manifest",
+    "files",
+    "unlisted",
+    "signature",
+    "onnx",
+    *(f"onnx:{kind}" for kind in VARIANTS),
+    "pytorch",
+    "engine",
+)
 """Every check that there is, in order; those of variants and of the engine only where the manifest names them."""
 
-VECTORS = ("test_vectors/input.npy", "test_vectors/output.npy")
-TOLERANCE = 1e-3
-"""Largest difference from PyTorch, relative to the largest logit: the export's own limit."""
-VARIANT_MARGIN = 1.5
-"""A variant's test vectors may differ by this much more than the 16 images did at build; other CPUs round otherwise."""
-LARGEST_FILE = 4 << 30
-LARGEST_VECTOR = 256 << 20
+INPUT, OUTPUT, PIXELS = (f"test_vectors/{name}.npy" for name in ("input", "output", "pixels"))
+LARGEST_FILE = 16 << 30
 MOST_FILES = 1000
-SECONDS: float = 300
-"""Time that one ONNX file has for the test vectors."""
-NOT_IMPORTED = 3
-AGAIN = "copy the bundle again, or build it again"
-
-MEMORY = 16 << 30
-"""Bytes of addresses that an ONNX file may take; a hostile one asks for all there is."""
-
-RUN = f"""
-import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-try:
-    import numpy as np, onnxruntime
-    from pathlib import Path
-    from cswap_deploy.checkpoint import reason
-    from cswap_deploy.runtime import Session
-except ImportError as error:
-    print(error, file=sys.stderr)
-    sys.exit({NOT_IMPORTED})
-try:
-    inputs, wanted = np.load(sys.argv[2]), np.load(sys.argv[3])
-    found = np.asarray(Session(Path(sys.argv[1])).logits(inputs), np.float32)
-    if found.shape != wanted.shape:
-        sys.exit(f"it returns {{found.shape}}, the test vectors hold {{wanted.shape}}")
-    np.save(sys.argv[4], found, allow_pickle=False)
-except Exception as error:
-    sys.exit(reason(error))
-print(onnxruntime.__version__)
-"""
-"""Runs an ONNX file: model, input, output, where to put the logits. What it refuses is its last line on standard error."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +62,17 @@ class Check:
     detail: str
 
 
-def verify(folder: Path, require: Sequence[str] = (), factory: Factory | None = None) -> tuple[Check, ...]:
+def verify(
+    folder: Path,
+    require: Sequence[str] = (),
+    factory: Factory | None = None,
+    public_key: Path | None = None,
+    signature: Path | None = None,
+) -> tuple[Check, ...]:
     """All checks, in the order of NAMES; one that fails does not stop the others. A skipped one of `require` has failed.
 
     `factory` makes the network of a bundle that came from a factory, as for load_pruned; it is the caller's own code.
+    With `public_key` the signature is checked: `signature`, or the bundle's name with .sig beside it.
     Errors: UsageError when there is no bundle at all, or when `require` names a check that there is not.
     """
     try:
@@ -106,14 +82,12 @@ def verify(folder: Path, require: Sequence[str] = (), factory: Factory | None = 
         rest = [name for name in NAMES[1:] if name in ALWAYS or name in require]
         skipped = [Check(name, "skipped", "the manifest cannot be read") for name in rest]
         return _with_required([Check("manifest", "failed", str(error)), *skipped], require)
-    names = _names(bundle)
+    names = _names(bundle, signed=public_key is not None)
     _require_known(require, names)
     runs = _runs(bundle, factory)
+    if public_key is not None:
+        runs["signature"] = partial(_signature, bundle.folder, signature, public_key)
     return _with_required([_outcome(name, runs[name]) for name in names], require)
-
-
-class _Skipped(Exception):
-    """Why a check could not be made here."""
 
 
 @dataclass(frozen=True)
@@ -124,31 +98,32 @@ class _Contents:
     faults: Mapping[str, str]
 
     def path(self, name: str) -> Path:
-        """A file that may be used. Errors: VerifyError when it is not listed, _Skipped when it is not sound."""
+        """A file that may be used. Errors: VerifyError when it is not listed, Skipped when it is not sound."""
         if name in self.faults:
-            raise _Skipped(f"{name}: {self.faults[name]}, see files")
+            raise Skipped(f"{name}: {self.faults[name]}, see files")
         if name not in self.files:
             raise VerifyError(f"the manifest lists no file {name!r}", "build the bundle again")
         return self.files[name].path
 
 
-def _names(bundle: Bundle) -> tuple[str, ...]:
+def _names(bundle: Bundle, signed: bool) -> tuple[str, ...]:
     """The checks of this bundle, in order."""
     variants = {f"onnx:{kind}" for kind in _variants(bundle)}
     engine = {"engine"} if bundle.manifest["engine"] is not None else set()
-    return tuple(name for name in NAMES if name in {*ALWAYS, *variants, *engine})
+    signature = {"signature"} if signed else set()
+    return tuple(name for name in NAMES if name in {*ALWAYS, *variants, *engine, *signature})
 
 
-def _runs(bundle: Bundle, factory: Factory | None) -> Mapping[str, Callable[[], str]]:
-    """Each check returns its detail, or raises VerifyError or _Skipped."""
+def _runs(bundle: Bundle, factory: Factory | None) -> dict[str, Callable[[], str]]:
+    """Each check returns its detail, or raises VerifyError or Skipped."""
     contents, variants = _read_files(bundle), _variants(bundle)
     return {
         "manifest": partial(_manifest, bundle),
         "files": partial(_files, bundle, contents),
         "unlisted": partial(_unlisted, bundle),
-        "onnx": partial(_onnx, contents, FILES["fp32"]),
+        "onnx": partial(_onnx, contents, "fp32", FILES["fp32"]),
         **{
-            f"onnx:{kind}": partial(_onnx, contents, entry["file"], entry["parity"]["max_abs"])
+            f"onnx:{kind}": partial(_onnx, contents, kind, entry["file"], entry["parity"]["max_abs"])
             for kind, entry in variants.items()
         },
         "pytorch": partial(_pytorch, bundle, contents, factory),
@@ -159,7 +134,7 @@ def _runs(bundle: Bundle, factory: Factory | None) -> Mapping[str, Callable[[], 
 def _outcome(name: str, run: Callable[[], str]) -> Check:
     try:
         return Check(name, "passed", run())
-    except _Skipped as why:
+    except Skipped as why:
         return Check(name, "skipped", str(why))
     except CswapError as error:
         return Check(name, "failed", str(error))
@@ -271,71 +246,64 @@ def _present(folder: Path) -> Iterator[str]:
             yield f"{place.relative_to(folder).as_posix()}/"
 
 
+def _signature(folder: Path, signature: Path | None, public_key: Path) -> str:
+    path = signature or signing.beside(folder.absolute())
+    signing.check(folder, path, public_key)
+    return f"{path.name} holds for every file, with the key {public_key.name}"
+
+
 # --- the networks
 
 
-def _onnx(contents: _Contents, name: str, recorded: float | None = None) -> str:
+def _onnx(contents: _Contents, kind: str, name: str, recorded: float | None = None) -> str:
     """Replay the test vectors through an ONNX file; `recorded`: a variant's difference from PyTorch when it was built."""
-    path, (_, wanted) = contents.path(name), _vectors(contents)
+    pixels = kind == "image"
+    path, given, expected = contents.path(name), contents.path(PIXELS if pixels else INPUT), contents.path(OUTPUT)
+    _, logits = vectors.read(given, expected, pixels)
+    wanted = softmax(logits) if pixels else logits
     _require_installed("onnxruntime", "pip install onnxruntime")
-    if path.suffix != ".onnx":  # ONNX Runtime chooses its parser by the name
-        raise VerifyError(f"{name!r} is not named .onnx", "build the bundle again")
+    _require_plain_file(contents, kind, name, path)
+    found, version = isolated.run(name, path, given)
+    return f"{vectors.compare(name, found, wanted, recorded)}; ONNX Runtime {version}, CPU"
+
+
+def _require_plain_file(contents: _Contents, kind: str, name: str, path: Path) -> None:
+    """ONNX Runtime chooses its parser by the name; weights may lie in the one file beside it that the manifest lists."""
+    ending = ".ort" if kind == "ort" else ".onnx"
+    if path.suffix != ending:
+        raise VerifyError(f"{name!r} is not named {ending}", "build the bundle again")
+    if kind == "ort":
+        with path.open("rb") as stream:
+            if stream.read(8)[4:] != IDENTIFIER:
+                raise VerifyError(f"{name} is not in ORT format", AGAIN)
+        return
     try:
-        external = refers_to_other_files(path.read_bytes())
+        places = locations(path.read_bytes())
     except ValueError as error:
         raise VerifyError(f"{name} is not an ONNX file: {error}", AGAIN) from error
-    if external:
+    if not places:
+        return
+    own = f"{name}.data"
+    if places != {own} or own not in contents.files:
         raise VerifyError(f"{name} keeps weights in other files, which is not followed", "build the bundle again")
-    found, version = _run(name, [path, *(contents.path(vector) for vector in VECTORS)])
-    return f"{_compare(name, found, wanted, recorded)}; ONNX Runtime {version}, CPU"
-
-
-def _run(name: str, arguments: Sequence[Path]) -> tuple[Array, str]:
-    """Logits of an ONNX file and the version of ONNX Runtime. The process starts in / with this one's search path, so that
-    no module can come from the folder that one stands in, which may be the bundle.
-    """
-    import numpy as np
-
-    bundle = arguments[0].absolute().parent
-    places = [Path(place).absolute() for place in sys.path if place]
-    search = os.pathsep.join(str(place) for place in places if not place.is_relative_to(bundle))
-    with TemporaryDirectory() as scratch:
-        target = Path(scratch) / "logits.npy"
-        command = [sys.executable, "-c", RUN, *(str(path.absolute()) for path in arguments), str(target)]
-        try:
-            done = subprocess.run(
-                command, cwd="/", env={**os.environ, "PYTHONPATH": search}, capture_output=True,
-                timeout=SECONDS, check=False, errors="replace",
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise VerifyError(f"{name} did not end within {SECONDS:g} s", AGAIN) from error
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        if done.returncode == NOT_IMPORTED:
-            raise _Skipped(f"onnxruntime cannot be imported: {said}; pip install onnxruntime")
-        if done.returncode < 0:
-            fault = signal.strsignal(-done.returncode)
-            raise VerifyError(f"{name} ended ONNX Runtime by signal {-done.returncode} ({fault})", AGAIN)
-        if done.returncode > 0:
-            raise VerifyError(f"{name} cannot run on the test vectors: {said}", AGAIN)
-        return np.load(target), done.stdout.split()[-1]
 
 
 def _pytorch(bundle: Bundle, contents: _Contents, factory: Factory | None) -> str:
     model = bundle.manifest["model"]
     if factory is None and model["source"] == "factory":
-        raise _Skipped(
+        raise Skipped(
             f"the network comes from a factory ({model['name']}), which is not imported from a bundle; "
             "in Python: cswap_deploy.verify.verify(folder, factory=your_function)"
         )
     for name in ("plan.json", "weights.safetensors"):
         contents.path(name)
-    inputs, wanted = _vectors(contents)
+    inputs, wanted = vectors.read(contents.path(INPUT), contents.path(OUTPUT))
     for library in ("torch", "timm", "safetensors"):
         _require_installed(library, 'pip install "cswap-deploy[host]"')
         try:
             import_module(library)
         except Exception as error:  # a half-installed torch raises ImportError, OSError, RuntimeError
-            raise _Skipped(f"{library} cannot be imported: {reason(error)}; install it again") from error
+            raise Skipped(f"{library} cannot be imported: {reason(error)}; install it again") from error
     import torch
 
     try:
@@ -347,22 +315,22 @@ def _pytorch(bundle: Bundle, contents: _Contents, factory: Factory | None) -> st
     except Exception as error:  # names, sizes and weights come from the bundle, the factory from the caller
         raise VerifyError(f"the network cannot be rebuilt: {reason(error)}", AGAIN) from error
     versions = ", ".join(f"{library} {metadata.version(library)}" for library in ("torch", "timm"))
-    return f"{_compare('the reloaded network', found, wanted, None)}; {versions}"
+    return f"{vectors.compare('the reloaded network', found, wanted, None)}; {versions}"
 
 
 def _engine(engine: Mapping[str, Any], contents: _Contents) -> str:
     if not engine["built"]:
-        raise _Skipped(f"it was not built: {engine['reason'] or 'the manifest gives no reason'}")
+        raise Skipped(f"it was not built: {engine['reason'] or 'the manifest gives no reason'}")
     contents.path(ENGINE)
     if find_spec("tensorrt") is None:
-        raise _Skipped("its sha256 agrees; running it needs the device: cswap-deploy measure")
+        raise Skipped("its sha256 agrees; running it needs the device: cswap-deploy measure")
     from cswap_deploy.engine_check import replay
 
-    inputs, wanted = (contents.path(name) for name in VECTORS)
+    inputs, wanted = (contents.path(f"test_vectors/{name}.npy") for name in ("input", "output"))
     try:
         return replay(contents.files[ENGINE], inputs, wanted, dict(engine))
     except DeviceError as error:
-        raise _Skipped(f"its sha256 agrees; it is not run: {error}") from error
+        raise Skipped(f"its sha256 agrees; it is not run: {error}") from error
 
 
 def _require_installed(library: str, command: str) -> None:
@@ -371,67 +339,4 @@ def _require_installed(library: str, command: str) -> None:
     except (ImportError, ValueError):
         found = False
     if not found:
-        raise _Skipped(f"{library} is not installed; {command}")
-
-
-# --- test vectors
-
-
-def _vectors(contents: _Contents) -> Vectors:
-    """Normalised images (n, C, H, W) and PyTorch's logits for them (n, classes)."""
-    import numpy as np
-
-    inputs, wanted = (_vector(contents.path(name), name) for name in VECTORS)
-    if inputs.ndim != 4 or wanted.ndim != 2 or len(inputs) != len(wanted):
-        raise VerifyError(
-            f"the test vectors are {inputs.shape} and {wanted.shape}, expected images and as many rows of logits", AGAIN
-        )
-    if not (np.isfinite(inputs).all() and np.isfinite(wanted).all()):
-        raise VerifyError("the test vectors hold numbers that are not finite", AGAIN)
-    return inputs, wanted
-
-
-def _vector(path: Path, name: str) -> Array:
-    """A plain array of float32. It is mapped before it is copied: a header that promises more than the file holds is refused."""
-    import numpy as np
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # on garbage NumPy raises almost anything
-        raise VerifyError(f"{name} is not a plain array: {reason(error)}", AGAIN) from error
-    if array.dtype != np.float32 or not array.size:
-        raise VerifyError(f"{name} is not an array of float32", AGAIN)
-    if array.nbytes > LARGEST_VECTOR:
-        raise VerifyError(f"{name} holds {array.nbytes} bytes, at most {LARGEST_VECTOR} are read", AGAIN)
-    return np.array(array)
-
-
-def _compare(what: str, found: Array, wanted: Array, recorded: float | None) -> str:
-    """The measured difference and its tolerance. Errors: VerifyError beyond it, or when a variant's top-1 differs."""
-    import numpy as np
-
-    exact, largest = wanted.astype(np.float64), float(np.abs(wanted).max())
-    tolerance = TOLERANCE * max(largest, 1e-6) + VARIANT_MARGIN * (recorded or 0.0)
-    if found.shape != wanted.shape:
-        raise VerifyError(f"{what} returns {found.shape}, the test vectors hold {wanted.shape}", AGAIN)
-    difference = float(np.abs(found - exact).max())
-    numbers = f"{len(wanted)} test vectors differ from PyTorch by up to {difference:.2e}, tolerance {tolerance:.2e}"
-    if not difference <= tolerance:
-        raise VerifyError(f"{what}: {numbers}", AGAIN)
-    if recorded is None:
-        return numbers
-    if other := int(((found.argmax(1) != exact.argmax(1)) & (_leads(exact) > tolerance)).sum()):
-        raise VerifyError(f"{what}: top-1 of {other} differs, though their best logit leads by more; {numbers}", AGAIN)
-    proof = f"; that is more than the largest logit ({largest:.2e}) and proves little" if tolerance > largest else ""
-    return f"{numbers}, top-1 agrees{proof}"
-
-
-def _leads(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far the best logit of each row is ahead of the next; 0 where there is one class only."""
-    import numpy as np
-
-    ordered = np.sort(logits, 1)
-    lead: NDArray[np.float64] = ordered[:, -1] - ordered[:, -min(2, logits.shape[1])]
-    return lead
+        raise Skipped(f"{library} is not installed; {command}")

@@ -1,4 +1,4 @@
-"""Screenshots of a bundle's report for these pages, as Chromium shows it: `python docs/screenshots.py BUNDLE`."""
+"""Screenshots of a bundle's report and page for these pages, as Chromium shows them: `python docs/screenshots.py BUNDLE`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import io
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import consumers
 
 SHOTS = {
     "light": {"viewport": {"width": 1200, "height": 1180}, "color_scheme": "light"},
@@ -28,11 +32,20 @@ def main(bundle: Path) -> None:
             page.goto((bundle / "report.html").resolve().as_uri())
             if name in BEGINS:
                 page.evaluate("(place) => document.querySelector(place).scrollIntoView()", BEGINS[name])
-            picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            picture.quantize(COLOURS, dither=Image.Dither.NONE).save(
-                Path(__file__).with_name(f"report-{name}.png"), optimize=True
-            )
+            _save(page, f"report-{name}.png")
+        with consumers.serving(bundle) as address:
+            page = browser.new_context(viewport={"width": 720, "height": 760}).new_page()
+            page.goto(f"{address}/web/index.html?ort=/node_modules/onnxruntime-web/dist/")
+            page.evaluate("window.ready")
+            page.click("#time")
+            page.locator("#latency", has_text="p50").wait_for(timeout=60_000)
+            _save(page, "web-page.png")
         browser.close()
+
+
+def _save(page: Any, name: str) -> None:
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(Path(__file__).with_name(name), optimize=True)
 
 
 if __name__ == "__main__":

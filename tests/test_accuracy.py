@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cswap_deploy import facts, manifest, progress
-from cswap_deploy.accuracy import BATCH, evaluate
+from cswap_deploy.accuracy import BATCH, Shown, evaluate
 from cswap_deploy.artifacts import (
     AccuracyReport,
     Architecture,
@@ -55,7 +55,9 @@ class Canned:
         self.logits = np.array(logits, np.float32)
         self.batches: list[int] = []
 
-    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, shown: Shown) -> np.ndarray:
+        inputs = shown.inputs
+        assert shown.pixels.shape == inputs.shape and shown.pixels.dtype == np.uint8
         assert inputs.shape[1:] == SPEC.shape and inputs.dtype == np.float32
         start = sum(self.batches)
         self.batches.append(len(inputs))

@@ -17,8 +17,9 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
-    0: "artifacts codec digests errors interrupts keys progress recipe recipe_file schema_words sources stage terminal wording",
-    1: "device device.* external_data model factory checkpoint data images intervals samples "
+    0: "artifacts codec digests errors interrupts keys progress recipe recipe_file runtimes schema_words sources stage terminal wording",
+    1: "bom choice half handoff image_input int8 isolated onnx_facts ort_format signing usability vectors "
+    "device device.* external_data model factory checkpoint data images intervals samples "
     "paths prepared units onnx_file preprocess runtime manifest facts details report report.* "
     "prune.batches prune.groups prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
@@ -34,7 +35,9 @@ FLOORS = {
 LIGHT = {"numpy", "pydantic", "pydantic_core", "ruamel", "typing_extensions"}
 """What the lowest floor may import besides the standard library."""
 
-HEAVY = set("torch timm onnx onnxruntime onnxscript onnxsim safetensors scipy PIL torch_pruning tensorrt".split())
+HEAVY = set(
+    "torch timm onnx onnxruntime onnxscript onnxsim safetensors scipy PIL torch_pruning tensorrt model_signing cryptography".split()
+)
 ONLY_IN = {"torch_pruning": "prune.groups", "timm": "model"}
 
 

@@ -25,6 +25,7 @@ from cswap_deploy.artifacts import (
     Engine,
     Evaluation,
     File,
+    FileLatency,
     Group,
     Groups,
     GroupScores,
@@ -70,8 +71,13 @@ ONNX = OnnxModel(
     ir_version=10,
     nodes=40,
     parity=Parity(8, 1e-6, 120.0),
-    vectors=artifacts.TestVectors(FILE, FILE),
+    vectors=artifacts.TestVectors(FILE, FILE, FILE, (FILE,)),
     note="ünïcode",
+    quantised=artifacts.Quantised("entropy", ("n",), 9, 16, 0.5, 1e-3, 4, True),
+    beside=(FILE,),
+    operators=("Conv",),
+    unsigned=True,
+    coverage=(artifacts.Coverage("XNNPACK", 3, 4, 0, "unknown", ("Gelu",), ""),),
 )
 
 ACCURACY = AccuracyReport((0, 3, 2), EVALUATION, EVALUATION, {"fp32": EVALUATION, "int8": EVALUATION})
@@ -96,7 +102,8 @@ EXAMPLES: list[Any] = [
     ACCURACY,
     Gate(None, "bound", 0.95, "off", False, None),
     LatencyReport(FILE, "onnxruntime 1.32.0", (61.5, 60.25), 0.01, {"device": "x", "load": [0.1, None]}),
-    Engine(FILE, None, "10.3.0", "Orin", 27.8, ""),
+    FileLatency(("fp32", "int8"), FILE),
+    Engine(FILE, FILE, "10.3.0", "Orin", 27.8, ""),
     Prepared(
         "name: x\n",
         NETWORK,

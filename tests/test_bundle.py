@@ -24,8 +24,10 @@ from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError
 from cswap_deploy.prune.cut import restore
 
 LISTED = {
-    "README.md", "report.html", "recipe.yaml", "model.onnx", "labels.txt", "preprocess.json", "plan.json",
-    "weights.safetensors", "test_vectors/input.npy", "test_vectors/output.npy",
+    "README.md", "MODEL_CARD.md", "bom.cdx.json", "report.html", "recipe.yaml", "model.onnx", "labels.txt", "preprocess.json",
+    "plan.json", "weights.safetensors", "test_vectors/expected.json", "web/index.html", "web/page.js", "web/preprocess.js",
+    *(f"test_vectors/{name}.npy" for name in ("input", "output", "pixels")),
+    *(f"test_vectors/image_{number}.png" for number in range(4)),
 }  # fmt: skip
 RELOAD = """
 import sys

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 import pytest
@@ -24,10 +24,12 @@ from typer.testing import CliRunner
 
 from cswap_deploy import cli, pipeline, progress, schemas, variants
 from cswap_deploy.artifacts import File, OnnxModel, sha256_of
-from cswap_deploy.bundle import FILES, Bundle
+from cswap_deploy.bundle import Bundle
 from cswap_deploy.device.target import AWAY, Probe, reach
 from cswap_deploy.digests import sealed
 from cswap_deploy.errors import DeviceError
+from cswap_deploy.handoff import FILES
+from cswap_deploy.recipe import Variant
 from cswap_deploy.stage import Workdir
 
 MEASURED = ("latency.duration_s=0.2", "latency.warmup_s=0.05")
@@ -199,7 +201,8 @@ def test_a_change_of_the_gate_reruns_the_bundle(own):
 
 def test_int8_that_ships_is_what_is_measured_and_judged(own):
     bundle, ran = again(own, *MEASURED, "ship=int8")
-    assert ran == ["variants (int8)", "variants (int8, dense)", "accuracy", "latency", "bundle"]
+    made = ["variants (int8)", "variants (int8, dense)"]
+    assert ran == [*made, "accuracy", "latency", "latency (files)", "bundle"], "the last: both files of the bundle"
     manifest = require_complete(bundle.folder)
     assert manifest["shipped"] == "model.int8.onnx" and manifest["latency"]["precision"] == "int8"
     assert manifest["accuracy"]["shipped"] == manifest["accuracy"]["variants"]["int8"]
@@ -225,9 +228,10 @@ def test_variants_are_listed_in_the_bundle_and_judged(own):
     assert ran == [*made, "accuracy", "bundle"], "without a measurement nothing needs the dense twin"
     assert manifest["shipped"] == "model.fp16.onnx" and manifest["latency"] is None
     listed = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
-    assert {name for name in listed if name.endswith(".onnx")} == set(FILES.values())
-    assert len({listed[name] for name in FILES.values()}) == len(FILES)
-    assert manifest["accuracy"]["variants"].keys() == manifest["onnx"]["variants"].keys() == FILES.keys() - {"fp32"}
+    names = [FILES[kind] for kind in ("fp32", *get_args(Variant))]
+    assert {name for name in listed if name.endswith(".onnx")} == set(names)
+    assert len({listed[name] for name in names}) == len(names)
+    assert manifest["accuracy"]["variants"].keys() == manifest["onnx"]["variants"].keys() == set(get_args(Variant))
     assert {found["top1"] for found in manifest["accuracy"]["variants"].values()} == {1.0}
     assert manifest["accuracy"]["shipped"] == manifest["accuracy"]["variants"]["fp16"]
     for name, found in manifest["onnx"]["variants"].items():

@@ -30,7 +30,7 @@ NEEDS = {
     r"cswap-deploy build .*prune\.": "a minute of pruning anew; test_pipeline and test_a_criterion_can_be_added prune",
     r"^cswap-deploy sweep": "minutes of measuring; test_planning sweeps on a simulated device",
     r"--trust-engine": "an engine of TensorRT; test_agent_tensorrt has a double",
-    r"recipes/cifar10-resnet56\.yaml": "images and weights that are not in the repository",
+    r"recipes/cifar10-(resnet56|vit)\.yaml": "images and weights that are not in the repository",
     r"^cswap-deploy [a-z]+( --[a-z-]+)*( [A-Z]+)*( --[a-z-]+( [A-Z.,a-z]+)?)*$": "names in capitals replaced",
     r"docs/generate_recipe\.py": "a copy of docs/; test_a_criterion_can_be_added and test_recipe run it",
     r"^(pip|uv) install": "a package index; .ci/wheel installs the wheel",
@@ -40,7 +40,7 @@ NEEDS = {
     r"^(\.venv/bin/)?python3? benchmarks/": "images, weights and hours; its options are looked up in its source",
     r"^(\.venv/bin/)?python3? calibration/": "minutes of training; it is there",
     r"^\.ci/": "minutes; it is there",
-    r"^(trtexec|git|ssh|ssh-copy-id|docker) ": "a program of somebody else's",
+    r"^(trtexec|git|ssh|ssh-copy-id|docker|openssl|npm) ": "a program of somebody else's",
 }
 """Commands that do not run here (a pattern) and what they need that is absent here. They are still looked up."""
 PROGRAMS = (

@@ -163,7 +163,8 @@ def test_file_stands_alone(either: Exported) -> None:
     _, model, _ = either
     onnx.checker.check_model(graph_of(model), full_check=True)
     beside = {path.name for path in model.graph.path.parent.iterdir()}
-    assert beside == {"model.onnx", "input.npy", "output.npy"}
+    pictures = {f"image_{number}.png" for number in range(4)}
+    assert beside == {"model.onnx", "input.npy", "output.npy", "pixels.npy", *pictures}
     assert all(tensor.data_location == TensorProto.DEFAULT for tensor in graph_of(model).graph.initializer)
     assert model.graph.sha256 == sha256_of(model.graph.path)
 

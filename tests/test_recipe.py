@@ -75,8 +75,16 @@ def test_defaults(write: Callable[[str], Path], tmp_path: Path) -> None:
         },
         "ship": "fp32",
         "accuracy": {"max_drop": 1.0, "rule": "point", "confidence": 0.95},
-        "onnx": {"opset": 18, "dynamic_batch": False},
+        "onnx": {
+            "opset": 18,
+            "dynamic_batch": False,
+            "runtimes": (),
+            "ort_format": False,
+            "image_input": False,
+        },
         "variants": (),
+        "int8": {"images": 128, "max_drop": 0.5, "max_float": 0.25},
+        "sign": None,
         "engine": None,
         "latency": None,
     }
@@ -90,6 +98,7 @@ def test_defaults_of_the_device_half(write: Callable[[str], Path]) -> None:
         "workspace_mib": 1024,
         "optimization_level": 3,
         "dla_core": None,
+        "dla_fallback": False,
         "batch": {"min": 1, "opt": 1, "max": 1},
         "keep_fp32": "auto",
     }

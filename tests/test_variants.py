@@ -19,12 +19,14 @@ from conftest import ROOT
 from onnx import TensorProto, numpy_helper
 from PIL import Image as Pictures
 
-from cswap_deploy import data, export, model, onnx_file, progress, variants
+from cswap_deploy import data, export, half, model, onnx_file, progress, variants
 from cswap_deploy.artifacts import File, Image, ImageSet, Network, OnnxModel, sha256_of
 from cswap_deploy.errors import DataError, ExportError
 from cswap_deploy.images import load as pixels_of
 from cswap_deploy.images import normalise
-from cswap_deploy.recipe import ModelSettings, OnnxSettings, Variant
+from cswap_deploy.int8 import KINDS as INT8_KINDS
+from cswap_deploy.int8 import METHODS, Quantiser, Way, weights_only
+from cswap_deploy.recipe import Int8Settings, ModelSettings, OnnxSettings, Variant
 from cswap_deploy.recipe import load as load_recipe
 from cswap_deploy.runtime import Session
 from cswap_deploy.stage import Workdir
@@ -59,11 +61,12 @@ class Source:
     model: OnnxModel
     network: Network
     fit: ImageSet
+    selection: ImageSet
     settings: OnnxSettings
 
-    def make(self, out: Path, kind: Variant) -> OnnxModel:
+    def make(self, out: Path, kind: Variant, int8: Int8Settings = Int8Settings()) -> OnnxModel:  # noqa: B008
         out.mkdir(parents=True, exist_ok=True)
-        return variants.make(out, self.model, self.network, self.fit, kind, self.settings)
+        return variants.make(out, self.model, self.network, self.fit, self.selection, kind, self.settings, int8)
 
     @cached_property
     def graph(self) -> onnx.ModelProto:
@@ -104,7 +107,8 @@ def quickstart_source(folder: Path, recipe: str, settings: OnnxSettings) -> Sour
     images = asked.calibration.images
     split = data.divide(data.catalogue(images, None, network.outputs, sha256_of), 256, 64, 0)
     fit = ImageSet(split.fit, images)
-    return Source(export.to_onnx(out, network, split.labels, fit, settings), network, fit, settings)
+    selection = ImageSet(split.selection, images)
+    return Source(export.to_onnx(out, network, split.labels, fit, settings), network, fit, selection, settings)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,7 @@ def small(folder: Path) -> Callable[[str], Source]:
             (out := folder / name).mkdir()
             network = model.load(out, ModelSettings(factory=f"{folder / 'nets.py'}:{name}", input={"size": 8}))
             exported = export.to_onnx(out, network, tuple("abcde")[: network.outputs], images, OnnxSettings())
-            sources[name] = Source(exported, network, images, OnnxSettings())
+            sources[name] = Source(exported, network, images, images, OnnxSettings())
         return sources[name]
 
     return source
@@ -216,7 +220,8 @@ def test_file_tells_of_us_and_of_no_tool_or_machine(any_made: Made) -> None:
 
 def test_folder_holds_the_file_and_the_sources_vectors(any_made: Made) -> None:
     out, vectors = any_made.model.graph.path.parent, any_made.source.model.vectors
-    assert {path.name for path in out.iterdir()} == {"model.onnx", "input.npy", "output.npy"}
+    pictures = {f"image_{number}.png" for number in range(4)}
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "input.npy", "output.npy", "pixels.npy", *pictures}
     assert any_made.model.graph == File.of(out / "model.onnx")
     assert any_made.model.vectors.input == replace(vectors.input, path=out / "input.npy")
     assert any_made.model.vectors.output == replace(vectors.output, path=out / "output.npy")
@@ -311,7 +316,7 @@ def test_weights_beyond_half_become_infinite_and_are_refused(
     small: Callable[[str], Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The converter would clip them in silence."""
-    monkeypatch.setattr(variants, "_require_within_half", lambda ranges: None)
+    monkeypatch.setattr(half, "_require_within", lambda ranges: None)
     with pytest.raises(ExportError, match=r"^variant fp16: the logits of 16 of 16 images are NaN or infinite"):
         scaled(small("sound"), tmp_path, (1e6, 1e-6)).make(tmp_path / "out", "fp16")
 
@@ -366,6 +371,7 @@ def test_activations(name: str, kind: Variant, dtype: type, made: Callable[[str,
     assert len(activations) > 20
     assert {zero.dtype for zero in activations} == {np.dtype(dtype)}
     assert {zero.ndim for zero in activations} == {0}
+    assert kind == "int8" or not any(zero.any() for zero in activations), "symmetric around zero"
 
 
 @pytest.mark.parametrize("name", ["cnn", "vit"])
@@ -389,6 +395,21 @@ def test_tensorrt_reads_residual_sums_in_8_bits(made: Callable[[str, Variant], M
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-arm"])
+def test_every_operator_of_a_cnn_lies_between_dequantise_and_quantise(
+    kind: Variant, made: Callable[[str, Variant], Made]
+) -> None:
+    """What QNN and ONNX Runtime fuse to one operator of 8 bits; in uint8 the rectifiers are the ends of the ranges."""
+    found = made("cnn", kind)
+    readers = {name: {node.op_type for node in found.file.graph.node if name in node.input} for name in found.makers}
+    between = [node for node in found.file.graph.node if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(between) > 30
+    for node in between:
+        assert {found.makers[name].op_type for name in node.input if name in found.makers} == {"DequantizeLinear"}
+        assert readers[node.output[0]] == {"QuantizeLinear"}
+    assert bool(found.nodes("Relu")) == (kind == "int8-arm")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-arm"])
 def test_biases_are_of_32_bits(kind: Variant, made: Callable[[str, Variant], Made]) -> None:
     found = made("cnn", kind)
     biases = [found.makers[node.input[2]] for node in found.nodes("Conv", "Gemm")]
@@ -409,14 +430,57 @@ def test_a_transformer_keeps_what_is_sensitive_in_float(kind: Variant, made: Cal
         assert beyond & set(WEIGHTED) or (maker and maker.op_type in WEIGHTED), node.name
 
 
-def test_ranges_are_the_extremes_of_the_first_128_normalised_images(made: Callable[[str, Variant], Made]) -> None:
-    found = made("cnn", "int8")
-    first = next(node for node in found.nodes("QuantizeLinear") if node.input[0] == "input")
-    scale, zero = (numpy_helper.to_array(found.constants[name]) for name in first.input[1:])
-    pixels, _ = pixels_of(ImageSet(found.source.fit.images[:128], found.source.fit.root), found.source.network.input)
-    values = normalise(pixels, found.source.network.input)
-    assert scale == pytest.approx((values.max() - values.min()) / 255)
-    assert abs(int(zero) + values.min() / scale) <= 0.51
+def quantiser(source: Source, folder: Path, kind: Variant = "int8", images: int = 32) -> tuple[Quantiser, np.ndarray]:
+    """It, and the normalised images that its ranges come from."""
+    pixels, _ = pixels_of(ImageSet(source.fit.images[:images], source.fit.root), source.network.input)
+    inputs = normalise(pixels, source.network.input)
+    return Quantiser(source.graph, INT8_KINDS[kind], lambda: iter(inputs[:, None]), folder), inputs
+
+
+def input_range(graph: onnx.ModelProto) -> tuple[float, int]:
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    first = next(node for node in graph.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "input")
+    return float(constants[first.input[1]]), int(constants[first.input[2]])
+
+
+def test_ranges_end_at_the_extremes_or_within(cnn: Source, tmp_path: Path) -> None:
+    made, inputs = quantiser(cnn, tmp_path)
+    scales = {method: input_range(made.graph(Way(method))) for method in METHODS}
+    scale, zero = scales["minmax"]
+    assert scale == pytest.approx((inputs.max() - inputs.min()) / 255)
+    assert abs(zero + inputs.min() / scale) <= 0.51
+    assert all(0 < scales[method][0] <= scale * 1.001 for method in METHODS)
+
+
+def test_nodes_stay_in_float_or_are_alone_in_8_bits(cnn: Source, tmp_path: Path) -> None:
+    made, _ = quantiser(cnn, tmp_path)
+    weights = {node.name: node.input[1] for node in cnn.graph.graph.node if node.op_type in WEIGHTED}
+    assert set(made.nodes) == set(weights)
+    chosen = made.nodes[3]
+    for way, rounded in (
+        (Way("minmax", in_float=(chosen,)), set(made.nodes) - {chosen}),
+        (Way("minmax", only=chosen), {chosen}),
+    ):
+        kinds = {tensor.name: tensor.data_type for tensor in made.graph(way).graph.initializer}
+        found = {name for name, weight in weights.items() if kinds.get(f"{weight}_quantized") == TensorProto.INT8}
+        assert found == rounded
+        assert kinds.get(weights[chosen]) == (TensorProto.FLOAT if chosen not in rounded else None)
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_weights_alone(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Activations are not touched: the logits are those of a network whose weights were rounded."""
+    source: Source = request.getfixturevalue(name)
+    copy = onnx.load_from_string(source.graph.SerializeToString())
+    onnx.save(weights_only(copy), tmp_path / "weights.onnx")
+    onnx.checker.check_model(copy, full_check=True)
+    kinds = Counter(tensor.data_type for tensor in copy.graph.initializer)
+    assert kinds[TensorProto.INT8] == sum(node.op_type == "DequantizeLinear" for node in copy.graph.node) > 15
+    assert not [node for node in copy.graph.node if node.op_type == "QuantizeLinear"]
+    inputs = np.load(source.model.vectors.input.path)
+    wanted = Session(source.model.graph.path).logits(inputs)
+    assert sqnr(Session(tmp_path / "weights.onnx").logits(inputs), wanted) > 30
+    assert (tmp_path / "weights.onnx").stat().st_size < 0.35 * source.model.graph.bytes
 
 
 @pytest.mark.parametrize(("name", "steps"), [("cnn", range(1, 129)), ("vit", range(8, 129, 8))])
@@ -426,7 +490,7 @@ def test_calibration_goes_image_by_image_where_the_batch_is_fixed(
     with progress.reporting(recording := progress.Recording()):
         request.getfixturevalue(name).make(tmp_path, "int8")
     told = [event[2] for event in recording.events if event[:2] == ("advance", "calibration images")]
-    assert told == [f"{done}/128" for done in steps]
+    assert told == [f"{done}/128" for done in steps] * len(METHODS)
 
 
 # --- manners
@@ -462,7 +526,16 @@ def test_results_are_stored_by_kind(small: Callable[[str], Source], tmp_path: Pa
     for word in ("finished", "up to date"):
         with progress.reporting(recording := progress.Recording()), Workdir(tmp_path / "work").open() as work:
             half, byte = (
-                work.run(variants.make, source.model, source.network, source.fit, kind, source.settings)
+                work.run(
+                    variants.make,
+                    source.model,
+                    source.network,
+                    source.fit,
+                    source.selection,
+                    kind,
+                    source.settings,
+                    Int8Settings(),
+                )
                 for kind in kinds
             )
         assert recording.of(word) == ["variants", "variants"]
@@ -505,11 +578,11 @@ def test_a_converter_that_goes_wrong(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def wrong(original: onnx.ModelProto, *_: object) -> tuple[onnx.ModelProto, str]:
+    def wrong(original: onnx.ModelProto, *_: object) -> tuple[onnx.ModelProto, str, None]:
         edit(copy := onnx.load_from_string(original.SerializeToString()))
-        return copy, ""
+        return copy, "", None
 
-    monkeypatch.setattr(variants, "_converted", wrong)
+    monkeypatch.setattr(variants, "_int8", wrong)
     with pytest.raises(ExportError, match=f"^variant int8: {re.escape(words)}") as caught:
         small("sound").make(tmp_path, "int8")
     assert caught.value.exit_code == 6 and caught.value.hint

@@ -18,12 +18,12 @@ import pytest
 from conftest import Built, run
 from onnx import TensorProto, helper, numpy_helper
 
-from cswap_deploy import external_data
+from cswap_deploy import external_data, isolated, vectors
 from cswap_deploy import verify as module
 from cswap_deploy.artifacts import File, sha256_of
 from cswap_deploy.digests import sealed
 from cswap_deploy.errors import UsageError
-from cswap_deploy.external_data import TENSORS, refers_to_other_files
+from cswap_deploy.external_data import TENSORS, locations
 from cswap_deploy.verify import ALWAYS, Check, verify
 
 LIGHT = """
@@ -240,7 +240,7 @@ def test_a_changed_file_is_named_and_not_run(copy: Path):
     ],
 )  # fmt: skip
 def test_a_changed_file_stops_only_what_needs_it(copy: Path, monkeypatch, name, skipped):
-    monkeypatch.setattr(module, "_run", lambda *_: (np.load(copy / "test_vectors/output.npy"), "0"))
+    monkeypatch.setattr(isolated, "run", lambda *_: (np.load(copy / "test_vectors/output.npy"), "0"))
     flip(copy / name)
     found = checks(copy)
     assert found["files"].outcome == "failed"
@@ -326,21 +326,21 @@ def test_variants_are_compared_with_the_difference_of_their_build(copy: Path, mo
 def test_top1_of_a_variant_must_agree_unless_the_best_two_are_close():
     wanted = np.array([[1.0, 0.9, 0.0], [2.0, 0.5, 0.0]], np.float32)
     close, far = wanted + np.float32([[-0.1, 0.1, 0], [0, 0, 0]]), wanted + np.float32([[0, 0, 0], [-0.8, 0.8, 0]])
-    assert "top-1 agrees" in module._compare("it", close, wanted, 0.1)
+    assert "top-1 agrees" in vectors.compare("it", close, wanted, 0.1)
     with pytest.raises(module.VerifyError, match="top-1 of 1 differs, though their best logit leads by more"):
-        module._compare("it", far, wanted, 0.6)
-    assert "more than the largest logit (2.00e+00) and proves little" in module._compare("it", wanted, wanted, 9.0)
+        vectors.compare("it", far, wanted, 0.6)
+    assert "more than the largest logit (2.00e+00) and proves little" in vectors.compare("it", wanted, wanted, 9.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
 def test_logits_that_are_no_numbers_are_no_agreement(bad):
     wanted = np.ones((2, 3), np.float32)
     with pytest.raises(module.VerifyError, match="differ from PyTorch by up to"):
-        module._compare("it", np.full((2, 3), bad, np.float32), wanted, 1.0)
+        vectors.compare("it", np.full((2, 3), bad, np.float32), wanted, 1.0)
 
 
 def test_a_network_of_one_class_has_no_runner_up():
-    assert "top-1 agrees" in module._compare("it", np.ones((2, 1), np.float32), np.ones((2, 1), np.float32), 0.1)
+    assert "top-1 agrees" in vectors.compare("it", np.ones((2, 1), np.float32), np.ones((2, 1), np.float32), 0.1)
 
 
 def entry(file: str, max_abs: Any = 0.01) -> dict[str, Any]:
@@ -368,7 +368,7 @@ def entry(file: str, max_abs: Any = 0.01) -> dict[str, Any]:
     ],
 )
 def test_variants_that_the_manifest_names_wrongly(copy: Path, monkeypatch, variants, check, outcome, words):
-    monkeypatch.setattr(module, "_run", lambda *_: (np.load(copy / "test_vectors/output.npy"), "0"))
+    monkeypatch.setattr(isolated, "run", lambda *_: (np.load(copy / "test_vectors/output.npy"), "0"))
     monkeypatch.setattr(module, "_pytorch", lambda *_: "not run")
     edit(copy, lambda m: m["onnx"].update(variants=variants))
     found = checks(copy)[check]
@@ -412,14 +412,14 @@ def test_a_model_that_never_ends_is_stopped(copy: Path, monkeypatch):
     limits = [numpy_helper.from_array(np.array(2**62), "times"), numpy_helper.from_array(np.array(True), "yes")]
     put(copy, "model.onnx", graph_of([loop], limits))
     monkeypatch.setattr(module, "_pytorch", lambda *_: "not run")
-    monkeypatch.setattr(module, "SECONDS", 1.5)
+    monkeypatch.setattr(isolated, "SECONDS", 1.5)
     found = checks(copy)["onnx"]
     assert found.outcome == "failed" and found.detail.startswith("model.onnx did not end within 1.5 s")
 
 
 def test_a_model_that_crashes_the_runtime_fails(copy: Path, monkeypatch):
     monkeypatch.setattr(module, "_pytorch", lambda *_: "not run")
-    monkeypatch.setattr(module, "RUN", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(isolated, "RUN", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     found = checks(copy)["onnx"]
     assert found.outcome == "failed" and "ended ONNX Runtime by signal 9 (Killed)" in found.detail
 
@@ -449,7 +449,7 @@ def test_a_flatbuffer_is_not_taken_for_an_onnx_file(copy: Path, tmp_path, monkey
 def test_weights_in_other_files_are_not_read(copy: Path, monkeypatch, location):
     (copy.parent / "secret.bin").write_bytes(bytes(16))
     monkeypatch.setattr(module, "_pytorch", lambda *_: "not run")
-    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("it was run"))
+    monkeypatch.setattr(isolated, "run", lambda *_: pytest.fail("it was run"))
     nodes = [helper.make_node("Add", ["input", "w"], ["logits"])]
     put(copy, "model.onnx", graph_of(nodes, [external(location)], (1, 3, 32, 4)))
     found = checks(copy)["onnx"]
@@ -484,8 +484,10 @@ def nested(tensor: Any) -> Iterator[Any]:
 
 def test_data_elsewhere_is_found_wherever_a_tensor_can_be():
     inside = numpy_helper.from_array(np.ones(4, np.float32), "location external_data")
-    assert [refers_to_other_files(model.SerializeToString()) for model in nested(inside)] == [False] * 14
-    assert [refers_to_other_files(model.SerializeToString()) for model in nested(external("x"))] == [True] * 14
+    assert [locations(model.SerializeToString()) for model in nested(inside)] == [set()] * 14
+    assert [locations(model.SerializeToString()) for model in nested(external("x"))] == [{"x"}] * 14
+    unnamed = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    assert [locations(model.SerializeToString()) for model in nested(unnamed)] == [{""}] * 14
 
 
 def test_places_of_tensors_are_those_of_onnx_proto():
@@ -522,7 +524,7 @@ def test_places_of_tensors_are_those_of_onnx_proto():
 )  # fmt: skip
 def test_what_parsers_may_read_differently_is_refused(content):
     with pytest.raises(ValueError, match=r"no protobuf message|ends in the middle"):
-        refers_to_other_files(content)
+        locations(content)
 
 
 def test_deep_nesting_is_read_without_recursion():
@@ -531,7 +533,7 @@ def test_deep_nesting_is_read_without_recursion():
         attribute = b"\x32" + _length(graph) + graph
         node = b"\x2a" + _length(attribute) + attribute
         graph = b"\x0a" + _length(node) + node
-    assert refers_to_other_files(b"\x3a" + _length(graph) + graph) is False
+    assert locations(b"\x3a" + _length(graph) + graph) == set()
 
 
 def _length(content: bytes) -> bytes:
@@ -586,7 +588,7 @@ def header(shape: str, data: bytes = b"") -> bytes:
     ],
 )  # fmt: skip
 def test_test_vectors_that_are_no_arrays_fail_with_a_reason(copy: Path, monkeypatch, name, content, words):
-    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("it was run"))
+    monkeypatch.setattr(isolated, "run", lambda *_: pytest.fail("it was run"))
     put(copy, f"test_vectors/{name}.npy", content)
     found = checks(copy)
     for check in ("onnx", "pytorch"):
@@ -601,7 +603,7 @@ def test_pickled_test_vectors_are_not_unpickled(copy: Path, tmp_path: Path):
 
 
 def test_huge_test_vectors_are_not_read(copy: Path, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST_VECTOR", 1000)
+    monkeypatch.setattr(vectors, "LARGEST", 1000)
     found = checks(copy)
     assert "at most 1000 are read" in found["onnx"].detail and found["pytorch"].outcome == "failed"
 

@@ -48,6 +48,9 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
         yield from busy_lines(latency["conditions"])
         yield from _budget(manifest["budget"])
         yield from wrapped(f"latency of {manifest['shipped']} and its dense twin, on {conditions(latency)}")
+    for file in manifest["onnx"]["variants"].values():
+        for mark in file.get("marks", ()):
+            yield from wrapped(f"{file['file']}: {mark}")
 
 
 def next_commands(bundle: Bundle) -> Iterator[str]:

@@ -13,10 +13,14 @@ from markupsafe import Markup
 
 from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.manifest import VERDICTS
-from cswap_deploy.report import figures, words
+from cswap_deploy.report import card, figures, words
 from cswap_deploy.report.junit import render_junit
+from cswap_deploy.report.snippets import Snippet
 
-__all__ = ["FORMATS", "render", "render_html", "render_junit", "render_markdown", "render_readme", "render_sweep"]
+__all__ = [
+    "FORMATS", "render", "render_card", "render_html", "render_junit", "render_markdown", "render_readme", "render_sweep",
+    "web_files",
+]  # fmt: skip
 
 FILTERS = (
     "percent",
@@ -71,8 +75,22 @@ def render_markdown(manifest: dict[str, Any]) -> str:
 
 
 def render_readme(manifest: dict[str, Any]) -> str:
-    """How to run the model in ten lines of code."""
-    return _environment().get_template("bundle_readme.md").render(m=manifest)
+    """How to run the model, in ten lines of code for each of four languages."""
+    page = _environment().get_template("bundle_readme.md")
+    return page.render(m=manifest, snippet=Snippet.of(manifest))
+
+
+def render_card(manifest: dict[str, Any]) -> str:
+    """A model card with the front matter and the headings of Hugging Face."""
+    page = _environment().get_template("model_card.md")
+    return page.render(m=manifest, words=words, card=card.of(manifest))
+
+
+def web_files() -> dict[str, str]:
+    """The page that runs the model in a browser, by the bundle's names; it is the same in every bundle."""
+    style = _asset("page.css")
+    page = _environment().get_template("page.html").render(style=style, digest=Markup(_digest(style)))
+    return {"web/index.html": page, "web/page.js": _asset("page.js"), "web/preprocess.js": _asset("preprocess.js")}
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -87,6 +87,28 @@ def cell(text: str) -> str:
     return code(text).replace("|", "\\|")
 
 
+def quantised(made: Facts) -> str:
+    """How an int8 file was chosen."""
+    how = {
+        "minmax": "ranges from the extremes",
+        "percentile": "ranges from the 99.99th percentile",
+        "entropy": "ranges by entropy",
+        "weights": "weights alone",
+    }.get(made["method"], made["method"])
+    kept = f", {len(made['in_float'])} of {made['nodes']} weighted nodes in float" if made["in_float"] else ""
+    return (
+        f"{how}{kept}; of {plural(made['tried'], 'file')} tried, drop {points(made['drop_pp'])} points from float32 on "
+        f"{made['images']} selection images"
+    )
+
+
+def runs(manifest: Facts) -> list[tuple[str, list[Facts]]]:
+    """Each ONNX file with what every runtime of the recipe makes of it."""
+    onnx = manifest["onnx"]
+    files = [("model.onnx", onnx.get("runs_on") or [])]
+    return files + [(found["file"], found.get("runs_on") or []) for found in onnx["variants"].values()]
+
+
 def headline(manifest: Facts) -> str:
     """What came out, in one sentence."""
     accuracy, latency = manifest["accuracy"], manifest["latency"]

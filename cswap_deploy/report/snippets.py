@@ -1,0 +1,85 @@
+"""What the code in a bundle's README needs to be about this very model: names, shapes, preprocessing as literals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+Facts = dict[str, Any]
+PURPOSES = {
+    "fp16": "half the size; GPUs and NPUs that compute in float16",
+    "int8": "x86 with VNNI, Qualcomm (QNN)",
+    "int8-arm": "ARM CPUs",
+    "int8-tensorrt": "TensorRT",
+    "ort": "minimal builds of ONNX Runtime",
+    "image": "apps that feed pixels: `image` uint8 (1, H, W, C) in, `probabilities` out",
+}
+ANDROID = "1.24.3"
+"""Version of onnxruntime-android in the README; it reads IR version 13 and opset 25."""
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """Literals of the README's code; `python_resize` are whole lines."""
+
+    order: str
+    color: str
+    classes: int | str
+    pictures: int
+    mean: list[float]
+    std: list[float]
+    rule: str
+    python_resize: str
+    purposes: dict[str, str]
+    android: str = ANDROID
+
+    @property
+    def mean_kotlin(self) -> str:
+        return ", ".join(f"{value}f" for value in self.mean)
+
+    @property
+    def std_kotlin(self) -> str:
+        return ", ".join(f"{value}f" for value in self.std)
+
+    @staticmethod
+    def of(manifest: Facts) -> Snippet:
+        spec = manifest["model"]["input"]
+        channels = spec["shape"][0]
+        squash = spec.get("crop_mode") == "squash"
+        pictures = [file for file in manifest.get("files", ()) if file["path"].startswith("test_vectors/image_")]
+        return Snippet(
+            order="channels",
+            color="RGB" if channels == 3 else "L",
+            classes=manifest["model"].get("outputs", "classes"),
+            pictures=len(pictures),
+            mean=spec["mean"][:channels],
+            std=spec["std"][:channels],
+            rule="straight to its size" if squash else "shorter side first, then the centre",
+            python_resize=_python_resize(spec, squash),
+            purposes=PURPOSES,
+        )
+
+
+def _python_resize(spec: Facts, squash: bool) -> str:
+    """Lines that resize and crop `image`, as images.transform does."""
+    _, height, width = spec["shape"]
+    high, wide = (floor(side / spec["crop_pct"]) for side in (height, width))
+    method = f"Image.Resampling.{spec['interpolation'].upper()}"
+    if squash:
+        return f"    image = image.resize(({wide}, {high}), {method})"
+    if high == wide:
+        lines = [
+            "short = min(image.size)",
+            f"image = image.resize([{wide} * side // short for side in image.size], {method})",
+        ]
+    else:
+        lines = [
+            f"ratio = min(image.height / {high}, image.width / {wide})",
+            f"image = image.resize((round(image.width / ratio), round(image.height / ratio)), {method})",
+        ]
+    lines += [
+        f"left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)",
+        f"image = image.crop((left, top, left + {width}, top + {height}))",
+    ]
+    return "\n".join(f"    {line}" for line in lines)

@@ -1,0 +1,547 @@
+"""What a phone team gets: each file agrees with the model beside it, tells nothing about this machine, and can be made again."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import COLOURS, ROOT, Built, Project, build, make_project, run, tree
+from PIL import Image
+from ruamel.yaml import YAML
+
+from cswap_deploy import bom, handoff, onnx_file, pipeline, progress, signing
+from cswap_deploy.artifacts import InputSpec
+from cswap_deploy.bundle import Bundle
+from cswap_deploy.errors import UsageError, VerifyError
+from cswap_deploy.handoff import FILES
+from cswap_deploy.images import normalise, resized, transform
+from cswap_deploy.preprocess import preprocess
+from cswap_deploy.report import render_card, render_readme
+from cswap_deploy.stage import Workdir
+from cswap_deploy.vectors import softmax
+from cswap_deploy.verify import verify
+
+EVERYTHING = (
+    "variants=[fp16, int8, int8-tensorrt, int8-arm]", "onnx.ort_format=true", "onnx.image_input=true",
+    "onnx.runtimes=[onnxruntime>=1.18, tensorrt==10.3]",
+)  # fmt: skip
+STRANGE = ("海, 空", "a, b", "\u05d0\u05d1", "🙂", "Ж", "é|`<b>")
+"""Class names in other scripts, with commas and with what means something to Markdown and HTML."""
+NAME = "2 net-ü.py"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A bundle with every file there is, of a network whose name is no identifier and whose classes have such names."""
+    project = make_project(tmp_path_factory.mktemp("whole") / "project")
+    (project.folder / "net.py").rename(project.folder / NAME)
+    project.recipe.write_text(project.recipe.read_text().replace("net.py:colours", f'"{NAME}:colours"'), "utf-8")
+    for part in ("scoring", "holdout"):
+        for name, strange in zip(sorted(COLOURS), sorted(STRANGE), strict=True):
+            folder = project.folder / "images" / part
+            (folder / name).rename(folder / strange)
+    return project.build(*EVERYTHING)
+
+
+@pytest.fixture
+def expected(whole: Built) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((whole.bundle.folder / "test_vectors" / "expected.json").read_text("utf-8"))
+    return found
+
+
+# --- names
+
+
+def test_labels_and_the_network_s_name_arrive_as_they_are(whole: Built) -> None:
+    folder, ordered = whole.bundle.folder, sorted(STRANGE)
+    assert (folder / "labels.txt").read_text("utf-8").splitlines() == ordered
+    model = onnx.load(folder / "model.image.onnx")
+    assert json.loads({e.key: e.value for e in model.metadata_props}["cswap.labels"]) == ordered
+    assert whole.manifest["model"]["name"] == f"{NAME}:colours" and whole.manifest["model"]["outputs"] == len(ordered)
+    assert all(outcome.outcome != "failed" for outcome in verify(folder))
+
+
+def test_ten_thousand_classes(tmp_path: Path) -> None:
+    """A network of 10,000 outputs, six of which have images."""
+    project = make_project(tmp_path / "project")
+    source = project.folder / "net.py"
+    source.write_text(source.read_text() + MANY)
+    names = [*COLOURS, *(f"class {number}, 第{number}" for number in range(10_000 - len(COLOURS)))]
+    (project.folder / "labels.txt").write_text("\n".join(names) + "\n", "utf-8")
+    project.recipe.write_text(project.recipe.read_text().replace("net.py:colours", "net.py:many"))
+    built = project.build(
+        "calibration.labels=" + str(project.folder / "labels.txt"), "prune.target=null", "variants=[fp16]"
+    )
+    folder = built.bundle.folder
+    assert (folder / "labels.txt").read_text("utf-8").splitlines() == names
+    assert np.load(folder / "test_vectors" / "output.npy").shape == (4, 10_000)
+    assert built.manifest["accuracy"]["shipped"]["top1"] == 1.0
+    assert (folder / "MODEL_CARD.md").stat().st_size < 20_000 and (folder / "report.html").stat().st_size < 400_000
+    assert {check.name: check.outcome for check in verify(folder)}["onnx:fp16"] == "passed"
+
+
+MANY = """
+
+def many():
+    net = Colours()
+    wide = nn.Linear(net.fc.in_features, 10_000)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.bias.fill_(-9.0)
+        wide.weight[:len(COLOURS)] = net.fc.weight
+        wide.bias[:len(COLOURS)] = 0
+    net.fc = wide
+    return net
+"""
+
+
+# --- test vectors
+
+
+def test_expected_json_leads_to_the_numbers(whole: Built, expected: dict[str, Any]) -> None:
+    """Read as a program without NumPy would: an offset and a shape."""
+    folder = whole.bundle.folder / "test_vectors"
+    for name, array in expected["arrays"].items():
+        raw = (folder / array["file"]).read_bytes()[array["offset"] :]
+        values = np.frombuffer(raw, np.dtype(array["dtype"]).newbyteorder("<")).reshape(array["shape"])
+        assert np.array_equal(values, np.load(folder / f"{name}.npy"))
+    logits, labels = np.load(folder / "output.npy"), sorted(STRANGE)
+    for image, row in zip(expected["images"], logits, strict=True):
+        assert (image["top1"], image["label"]) == (row.argmax(), labels[row.argmax()])
+
+
+def test_pictures_become_pixels_become_inputs(whole: Built, expected: dict[str, Any]) -> None:
+    folder = whole.bundle.folder / "test_vectors"
+    spec = spec_of(whole.manifest)
+    pixels, inputs = np.load(folder / "pixels.npy"), np.load(folder / "input.npy")
+    for number, image in enumerate(expected["images"]):
+        with Image.open(folder / image["picture"]) as picture:
+            assert np.array_equal(np.asarray(transform(picture, spec)), pixels[number])
+            assert picture.info == {}
+    assert np.array_equal(normalise(pixels.transpose(0, 3, 1, 2), spec), inputs)
+
+
+def spec_of(manifest: dict[str, Any]) -> InputSpec:
+    made = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in manifest["model"]["input"].items()
+    }
+    return InputSpec(**made)
+
+
+def test_every_file_is_within_its_tolerance(whole: Built, expected: dict[str, Any]) -> None:
+    import onnxruntime
+
+    folder = whole.bundle.folder
+    assert set(expected["files"]) == set(FILES.values())
+    arrays = {name: np.load(folder / "test_vectors" / f"{name}.npy") for name in expected["arrays"]}
+    for name, ends in expected["files"].items():
+        session = onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+        assert [value.name for value in session.get_inputs()] == [ends["input"]["name"]]
+        given = arrays[ends["input"]["array"]]
+        found = np.concatenate(
+            [session.run([ends["output"]["name"]], {ends["input"]["name"]: x[None]})[0] for x in given]
+        )
+        wanted = softmax(arrays["output"]) if ends["output"]["expects"] == "softmax(output)" else arrays["output"]
+        assert 0 <= np.abs(found - wanted).max() <= ends["tolerance"], name
+        assert ends["tolerance"] < 0.6 * np.ptp(wanted), f"{name}: a tolerance that excludes nothing"
+
+
+def test_verify_answers_for_every_file_and_tells_one_that_was_exchanged(whole: Built, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole.bundle.folder, tmp_path / "bundle")
+    found = {check.name: check for check in verify(folder)}
+    assert {name for name in found if name.startswith("onnx")} == {
+        "onnx",
+        *(f"onnx:{kind}" for kind in FILES if kind != "fp32"),
+    }
+    assert {check.outcome for name, check in found.items() if name.startswith("onnx")} == {"passed"}
+    (folder / "model.ort").write_bytes(bytes(8) + (folder / "model.ort").read_bytes()[8:])
+    reseal(folder)
+    assert {check.name: check for check in verify(folder)}["onnx:ort"].detail.startswith(
+        "model.ort is not in ORT format"
+    )
+
+
+def reseal(folder: Path) -> None:
+    """The manifest of someone who wants a changed file to be believed."""
+    from cswap_deploy.digests import sealed
+
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text("utf-8"))
+    for entry in document["files"]:
+        content = folder / entry["path"]
+        entry.update(sha256=handoff.File.of(content).sha256, bytes=content.stat().st_size)
+    path.write_text(json.dumps(sealed(document)), "utf-8")
+
+
+# --- files of other forms
+
+
+def test_preprocessing_inside_is_of_standard_operators_alone(whole: Built) -> None:
+    model = onnx.load(whole.bundle.folder / "model.image.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""} and [e.domain for e in model.opset_import] == [""]
+    assert model.ir_version <= 10
+    (image,), (output,) = model.graph.input, model.graph.output
+    assert (image.name, output.name) == ("image", "probabilities")
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [dim.dim_value for dim in image.type.tensor_type.shape.dim] == [1, 8, 8, 3]
+    inside = json.loads({e.key: e.value for e in model.metadata_props}["cswap.preprocess"])
+    assert (inside["dtype"], inside["layout"], inside["shape"]) == ("uint8", "NHWC", [8, 8, 3])
+
+
+def test_ort_format_comes_with_the_operators_it_needs(whole: Built) -> None:
+    text = (whole.bundle.folder / "model.required_operators.config").read_text()
+    assert "Conv" in text and "/" not in text
+    assert whole.manifest["onnx"]["variants"]["ort"]["beside"] == ["model.required_operators.config"]
+
+
+def test_the_onnx_block_says_where_each_file_runs_and_what_speaks_against_it(whole: Built) -> None:
+    variants = whole.manifest["onnx"]["variants"]
+    runs = {name: [item["runs"] for item in found["runs_on"]] for name, found in variants.items()}
+    assert runs["int8"] == [True, False] and runs["int8-tensorrt"] == [True, True] and runs["ort"] == [True, False]
+    assert "around zero" in variants["int8"]["runs_on"][1]["why_not"]
+    providers = {item["provider"]: item for item in whole.manifest["onnx"]["coverage"]}
+    assert set(providers) == {"NNAPI", "CoreML NeuralNetwork", "CoreML MLProgram", "XNNPACK"}
+    assert providers["CoreML MLProgram"]["supported"] == providers["CoreML MLProgram"]["nodes"] > 3
+    for name in ("int8", "int8-arm", "int8-tensorrt"):
+        assert variants[name]["quantised"]["met"] and variants[name]["quantised"]["images"] == 12
+        assert variants[name]["accuracy"]["gate"] == "pass" and variants[name]["marks"] == []
+
+
+# --- nothing about this machine
+
+
+def test_no_file_tells_about_this_machine(whole: Built) -> None:
+    places = {str(ROOT), str(whole.work), str(whole.recipe.parent), str(Path.home()), tempfile.gettempdir(), sys.prefix}
+    user = getpass.getuser()
+    words = [place for place in places if len(place) > 3] + [f"/home/{user}", f"/{user}/", os.uname().nodename]
+    traces = ["Traceback", "site-packages", "stack_trace", "pkg.torch", 'File "']
+    for name, content in tree(whole.bundle.folder).items():
+        assert [word for word in (*words, *traces) if word.encode() in content] == [], name
+
+
+# --- made again
+
+
+def assembled(built: Built, work: Path, epoch: str | None, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """The bundle that is assembled anew from the same cached results."""
+    if epoch is None:
+        monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    else:
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    with progress.reporting(recording := progress.Recording()):
+        made = build(built.recipe, EVERYTHING, work, ["bundle"])
+    assert recording.of("finished") == ["bundle"]
+    return tree(made.bundle.folder)
+
+
+def test_the_same_results_give_the_same_bytes(whole: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = shutil.copytree(whole.work, tmp_path / "work")
+    first = tree(whole.bundle.folder)
+    assert assembled(whole, work, None, monkeypatch) == first
+    dated = assembled(whole, work, "1700000000", monkeypatch)
+    assert json.loads(dated["manifest.json"])["created"] == "2023-11-14T22:13:20+00:00"
+    assert json.loads(dated["bom.cdx.json"])["metadata"]["timestamp"] == "2023-11-14T22:13:20+00:00"
+    assert dated == assembled(whole, work, "1700000000", monkeypatch) != first
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UsageError, match="expected whole seconds"):
+        build(whole.recipe, EVERYTHING, work)
+
+
+# --- the bill of materials and the card
+
+
+@pytest.fixture(scope="module")
+def strict() -> Any:
+    validation = pytest.importorskip("cyclonedx.validation.json", reason="cyclonedx-python-lib is not installed")
+    from cyclonedx.schema import SchemaVersion
+
+    return validation.JsonStrictValidator(SchemaVersion.V1_6)
+
+
+def test_the_bill_of_materials_is_valid_cyclonedx(whole: Built, quickstart: Built, strict: Any) -> None:
+    for built in (whole, quickstart):
+        text = (built.bundle.folder / "bom.cdx.json").read_text("utf-8")
+        assert strict.validate_str(text) is None
+        found = json.loads(text)
+        listed = {item["path"]: item["sha256"] for item in built.manifest["files"]}
+        for component in found["components"]:
+            if component["bom-ref"].startswith("file/"):
+                assert component["hashes"] == [{"alg": "SHA-256", "content": listed[component["name"]]}]
+        assert {name for name in listed if name.endswith((".onnx", ".ort"))} <= {c["name"] for c in found["components"]}
+        assert found["metadata"]["component"]["type"] == "machine-learning-model"
+
+
+def test_the_validator_sees_a_broken_bill(quickstart: Built, strict: Any) -> None:
+    broken = bom.bill(quickstart.manifest)
+    broken["metadata"]["component"]["modelCard"]["modelParameters"]["approach"]["type"] = "magic"
+    assert strict.validate_str(json.dumps(broken)) is not None
+
+
+def test_the_model_card_is_one_to_hugging_face(whole: Built, quickstart: Built) -> None:
+    from huggingface_hub import ModelCard
+
+    for built in (whole, quickstart):
+        card = ModelCard((built.bundle.folder / "MODEL_CARD.md").read_text("utf-8"))
+        assert card.data.license == "unknown" and card.data.pipeline_tag == "image-classification"
+        (result,) = card.data.eval_results
+        assert result.metric_value == pytest.approx(built.manifest["accuracy"]["shipped"]["top1"], rel=1e-5)
+        headings = re.findall(r"(?m)^##+ (.*)$", card.text)
+        wanted = "Model Details, Uses, Direct Use, Out-of-Scope Use, Bias, Risks, and Limitations, Evaluation, Training Details, Results"
+        assert set(wanted.replace("Bias, Risks, and", "Bias; Risks; and").split(", ")) <= {
+            name.replace("Bias, Risks, and", "Bias; Risks; and") for name in headings
+        }
+
+
+@pytest.mark.parametrize(
+    ("given", "license", "name"), [("Apache-2.0", "apache-2.0", None), ("my: own\n- one", "other", "my: own\n- one")]
+)
+def test_a_licence_goes_into_the_card_and_the_bill(
+    whole: Built, strict: Any, given: str, license: str, name: str | None
+) -> None:
+    manifest = json.loads(json.dumps(whole.manifest))
+    manifest["model"]["license"] = given
+    front = YAML(typ="safe").load(render_card(manifest).split("---\n")[1])
+    assert (front["license"], front.get("license_name")) == (license, name)
+    bill = bom.bill(manifest)
+    assert bill["metadata"]["component"]["licenses"] == [{"license": {"name": given}}]
+    assert strict.validate_str(json.dumps(bill)) is None
+
+
+# --- the code of the README
+
+
+def blocks(text: str) -> dict[str, str]:
+    return dict(re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL))
+
+
+def test_python_code_runs_from_the_picture_on(whole: Built, expected: dict[str, Any]) -> None:
+    folder = whole.bundle.folder
+    code = blocks((folder / "README.md").read_text("utf-8"))["python"]
+    done = run("-W", "error", "-c", code, cwd=folder, PYTHONIOENCODING="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [image["label"] for image in expected["images"]]
+
+
+SPECS = [
+    InputSpec((3, 24, 24), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.875),
+    InputSpec((3, 24, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 0.9),
+    InputSpec((1, 20, 20), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "lanczos", 1.0),
+    InputSpec((3, 16, 24), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 1.0, "squash"),
+    InputSpec((3, 20, 20), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "nearest", 0.8),
+]
+SIZES = [(40, 60), (61, 33), (24, 24), (15, 90), (20, 21)]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    found = []
+    for number, size in enumerate(SIZES):
+        small = Image.fromarray(random.integers(0, 256, (9, 9, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        noisy = np.clip(np.asarray(small) + random.normal(0, 40, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+        found.append(folder / f"image_{number}.png")
+        Image.fromarray(noisy).save(found[-1])
+    return found
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.interpolation}-{spec.crop_mode}")
+def test_python_code_prepares_as_the_images_were(whole: Built, pictures: list[Path], spec: InputSpec) -> None:
+    manifest = json.loads(json.dumps(whole.manifest))
+    manifest["model"]["input"] = {
+        **vars(spec),
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "shape": list(spec.shape),
+    }
+    code = blocks(render_readme(manifest))["python"].split("\n\n\nlabels =")[0]
+    space: dict[str, Any] = {}
+    compiled = compile(code, "README.md", "exec")
+    vars(__import__("builtins"))["exec"](compiled, space)
+    for path in pictures:
+        wanted = normalise(cropped(path, spec)[None], spec)
+        np.testing.assert_allclose(space["prepare"](path), wanted, atol=1e-6)
+
+
+def cropped(path: Path, spec: InputSpec) -> np.ndarray:
+    values = np.asarray(transform(Image.open(path).convert("RGB" if spec.shape[0] == 3 else "L"), spec))
+    return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+
+
+CHECK = """
+import { readFileSync, writeFileSync } from "node:fs";
+const { crop, fromCanvas, normalise } = await import(process.argv[2]);
+const out = JSON.parse(readFileSync(process.argv[3], "utf8")).map(({ spec, raw, width, height }) => {
+  const image = crop(fromCanvas(new Uint8ClampedArray(readFileSync(raw)), width, height, spec.color), spec);
+  return { pixels: Array.from(image.data), input: Array.from(normalise(image, spec).data) };
+});
+writeFileSync(process.argv[4], JSON.stringify(out));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed: apt-get install nodejs")
+def test_javascript_resizes_as_pillow(whole: Built, pictures: list[Path], tmp_path: Path) -> None:
+    module = tmp_path / "preprocess.mjs"
+    shutil.copyfile(whole.bundle.folder / "web" / "preprocess.js", module)
+    (tmp_path / "check.mjs").write_text(CHECK)
+    jobs, wanted = [], []
+    for spec in SPECS:
+        for path in pictures:
+            picture = Image.open(path)
+            raw = tmp_path / f"{path.stem}.rgba"
+            raw.write_bytes(picture.convert("RGBA").tobytes())
+            jobs.append({"spec": preprocess(spec), "raw": str(raw), "width": picture.width, "height": picture.height})
+            pixels = cropped(path, spec)
+            wanted.append((pixels.transpose(1, 2, 0).ravel(), normalise(pixels[None], spec).ravel()))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    command = [
+        "node",
+        str(tmp_path / "check.mjs"),
+        str(module),
+        str(tmp_path / "jobs.json"),
+        str(tmp_path / "out.json"),
+    ]
+    subprocess.run(command, check=True, timeout=60)
+    for found, (pixels, inputs), job in zip(json.loads((tmp_path / "out.json").read_text()), wanted, jobs, strict=True):
+        rule, apart = job["spec"]["resize"], np.abs(np.array(found["pixels"]) - pixels.astype(int))
+        if rule["interpolation"] == "nearest":
+            assert not apart.any(), rule
+        assert apart.max() <= 6 and apart.mean() < 0.3, rule  # Pillow may take the vertical pass first
+        spread = 6 / 255 / min(job["spec"]["std"])
+        np.testing.assert_allclose(found["input"], inputs, atol=spread)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.interpolation}-{spec.crop_mode}")
+def test_preprocess_json_has_the_sizes_of_the_resize(spec: InputSpec) -> None:
+    rule = preprocess(spec)["resize"]
+    for size in SIZES:
+        wide, high = resized(size, spec)
+        if rule["rule"] == "exact" or rule["to"][0] != rule["to"][1]:
+            assert (high >= rule["to"][0] or wide >= rule["to"][1]) and rule["crop"] == list(spec.shape[1:])
+        else:
+            assert min(wide, high) == rule["to"][0]
+
+
+# --- beyond 2 GB
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
+    """The colours, with a limit so low that they are beyond it."""
+    project: Project = make_project(tmp_path_factory.mktemp("large") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_file, "LARGEST_PROTOBUF", 5000)
+        yield project.build("prune.target=null", "variants=[int8]", "onnx.image_input=true")
+
+
+def test_a_model_beyond_2_gb_keeps_its_weights_in_one_file_beside_it(large: Built) -> None:
+    folder = large.bundle.folder
+    assert [path.name for path in folder.glob("*.data")] == ["model.onnx.data"]
+    assert (folder / "model.onnx").stat().st_size < 0.5 * (folder / "model.onnx.data").stat().st_size
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    assert {check.outcome for check in verify(folder)} == {"passed", "skipped"}
+    assert large.manifest["onnx"]["beside"] == ["model.onnx.data"] and large.manifest["exit_code"] == 6
+    assert [reason.partition(":")[0] for reason in large.manifest["reasons"]] == ["variant int8", "variant image"]
+    assert all("the model is beyond 2 GB" in reason for reason in large.manifest["reasons"])
+    assert large.manifest["accuracy"]["exported"]["top1"] == 1.0
+
+
+def test_its_weights_count_as_much_as_its_graph(large: Built, tmp_path: Path) -> None:
+    folder = shutil.copytree(large.bundle.folder, tmp_path / "bundle")
+    content = bytearray((folder / "model.onnx.data").read_bytes())
+    content[:4096] = bytes(4096)
+    (folder / "model.onnx.data").write_bytes(content)
+    found = {check.name: check for check in verify(folder)}
+    assert found["files"].outcome == "failed" and "model.onnx.data: its sha256 is wrong" in found["files"].detail
+    assert found["onnx"].outcome != "passed"
+    reseal(folder)
+    assert {check.name: check for check in verify(folder)}["onnx"].outcome == "failed"
+
+
+@pytest.mark.slow
+def test_a_file_that_is_really_beyond_2_gb_is_written_checked_and_run(tmp_path: Path) -> None:
+    """Rows of a table of 2.2 GB, of which the last is not zero; needs 7 GB of memory."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    rows, width = 550_000, 1000
+    content = bytearray(4 * rows * width)
+    content[-4 * width :] = np.arange(width, dtype="<f4").tobytes()
+    ends = [
+        helper.make_tensor_value_info("input", TensorProto.INT64, [1]),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, width]),
+    ]
+    graph = helper.make_graph([helper.make_node("Gather", ["table", "input"], ["logits"])], "g", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    table = model.graph.initializer.add()  # in place: a message beyond 2 GB cannot be copied
+    table.name, table.data_type = "table", TensorProto.FLOAT
+    table.dims.extend([rows, width])
+    table.raw_data = bytes(content)
+    del content
+    assert onnx_file.is_large(model)
+    onnx_file.write(model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size < 1000
+    assert (tmp_path / "model.onnx.data").stat().st_size == 4 * rows * width
+    assert len(table.raw_data) == 4 * rows * width
+    del model, graph, table
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"input": np.array([rows - 1])})[0].tolist() == [list(range(width))]
+
+
+# --- signed
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """A private key and its public one; as openssl makes them."""
+    pytest.importorskip("model_signing", reason="model-signing is not installed")
+    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private], check=True)
+    subprocess.run(["openssl", "ec", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
+    return private, public
+
+
+def test_a_signature_holds_until_a_file_changes(
+    colours: Built, keys: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = keys
+    project = shutil.copytree(colours.recipe.parent, tmp_path / "project")
+    made = build(project / "recipe.yaml", [f"sign={private}"], project / "work")
+    folder, signature = made.bundle.folder, made.work / "bundle.sig"
+    assert tree(folder).keys() == tree(colours.bundle.folder).keys(), "the signature lies beside what it signs"
+    for name, content in tree(made.work / "bundle").items():
+        assert b"PRIVATE KEY" not in content and str(tmp_path).encode() not in content, name
+    assert str(tmp_path) not in signature.read_text()
+    before = signature.read_bytes()
+    build(project / "recipe.yaml", [f"sign={private}"], project / "work")
+    assert signature.read_bytes() == before, "what holds is not signed again"
+    found = {check.name: check for check in verify(folder, ["signature"], public_key=public)}
+    assert found["signature"].outcome == "passed" and "bundle.sig holds for every file" in found["signature"].detail
+    (folder / "labels.txt").write_text("other\n")
+    found = {check.name: check for check in verify(folder, public_key=public)}
+    assert found["signature"].outcome == "failed" and "does not hold" in found["signature"].detail
+
+
+def test_what_cannot_sign_is_refused_before_the_long_stages(
+    project: Project, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "no.pem").write_text("no key")
+    for key, words in ((tmp_path / "gone.pem", "there is no file"), (tmp_path / "no.pem", "no private key on a curve")):
+        with pytest.raises(UsageError, match=words) as caught, Workdir(tmp_path / "work").open() as work:
+            pipeline.build(project.load(f"sign={key}"), work)
+        assert caught.value.exit_code == 2 and "openssl" in caught.value.hint
+    with pytest.raises(VerifyError, match="there is no signature"):
+        signing.check(tmp_path, tmp_path / "x.sig", keys[1])
+    assert isinstance(Bundle, type)
