@@ -79,5 +79,5 @@ def measure(paths: Sequence[Path], settings: LatencySettings, trust: Sequence[st
         "on_gpu": [{f"p{p}_ms": gpu.percentile_ms(number, p) for p in (50, 90, 99)} for number in range(len(files))]
         if (gpu := taken.on_gpu)
         else None,
-        "layers": joined(found, {}, None) if found else None,
+        "layers": found and (joined(found, {}, None) if settings.runtime == "tensorrt" else found["layers"]),
     }
