@@ -14,7 +14,7 @@ import pytest
 from conftest import Built, build, events, make_project
 from test_agent_tensorrt import DOUBLE, NEW, OLD, cudart  # noqa: F401 - a fixture
 
-from cswap_deploy import manifest
+from cswap_deploy import manifest, pipeline, recipe
 from cswap_deploy.console import bundle_lines
 from cswap_deploy.verify import verify
 
@@ -44,7 +44,11 @@ def shipped(cudart: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:  #
         for name, value in surroundings.items():
             patch.setenv(name, value)
         built = make_project(folder / "project").build(*SETTINGS)
-        assert set(events(built.recipe, built.overrides, built.work).values()) == {"up to date"}
+        again = events(built.recipe, built.overrides, built.work)
+        assert set(again.values()) == {"up to date"}
+        assert [*again] == [*pipeline.lines(recipe.load(built.recipe, built.overrides))], (
+            "each has a line, in this order"
+        )
     return built
 
 
