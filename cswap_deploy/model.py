@@ -39,22 +39,20 @@ def load(out: Path, settings: ModelSettings, code: tuple[Path, ...] = (), seed: 
     Errors: ModelError.
     """
     require_host()
-    import torch
     from safetensors.torch import save_file
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        architecture, module = _create(settings, code)
-    if settings.checkpoint is not None:
-        load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
-    _require_sound(module)
-    spec = _input_spec(module, settings)
-    outputs = _count_outputs(module, spec, settings.num_classes)
+    architecture, module, spec, outputs = _proven(settings, code, seed)
     save_file(_contiguous(module.state_dict()), out / "weights.safetensors")
     params, macs = count(module, spec)
     weights = File.of(out / "weights.safetensors")
     license_name = getattr(module, "pretrained_cfg", {}).get("license") if settings.pretrained else None
     return Network(architecture, None, weights, spec, outputs, params, macs, license_name)
+
+
+def proven_outputs(settings: ModelSettings, code: tuple[Path, ...] = (), seed: int = 0) -> int:
+    """Number of classes, after all that `load` would refuse was looked for; nothing is kept. Errors: ModelError."""
+    require_host()
+    return _proven(settings, code, seed)[-1]
 
 
 def expected_outputs(settings: ModelSettings) -> int | None:
@@ -123,6 +121,22 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
 
 
 # --- building
+
+
+def _proven(
+    settings: ModelSettings, code: tuple[Path, ...], seed: int
+) -> tuple[Architecture, nn.Module, InputSpec, int]:
+    """The network with its weights, its input and the number of its outputs. Errors: ModelError."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        architecture, module = _create(settings, code)
+    if settings.checkpoint is not None:
+        load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
+    _require_sound(module)
+    spec = _input_spec(module, settings)
+    return architecture, module, spec, _count_outputs(module, spec, settings.num_classes)
 
 
 def _create(settings: ModelSettings, code: tuple[Path, ...]) -> tuple[Architecture, nn.Module]:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cswap_deploy import runtimes
-from cswap_deploy.artifacts import AccuracyReport, Evaluation, FileLatency, Gate, OnnxModel
-from cswap_deploy.intervals import discordant, gate, paired_drop
+from cswap_deploy.artifacts import AccuracyReport, Evaluation, FileLatency, OnnxModel
+from cswap_deploy.intervals import Gate, discordant, gate, paired_drop
 from cswap_deploy.samples import Samples
 
 

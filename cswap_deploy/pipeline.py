@@ -29,16 +29,17 @@ from cswap_deploy.artifacts import (
     ImageSet,
     Network,
     OnnxModel,
-    Prepared,
     PruningPlan,
-    Reason,
     Split,
 )
 from cswap_deploy.bundle import Bundle, Deployed, Terms
+from cswap_deploy.device import needs
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError, ExportError, RecipeError, UsageError
 from cswap_deploy.factory import code_files
+from cswap_deploy.paths import require_paths
+from cswap_deploy.prepared import Prepared, Reason
 from cswap_deploy.recipe import (
     CurvesAllocation,
     FpsTarget,
@@ -56,6 +57,8 @@ STAGES = (
 """All stage names that --force takes, in order."""
 PROBE = "probe.json"
 """In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
+FAILED = "engine.failed.log"
+"""In the work folder: what TensorRT said before the last build of an engine failed."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")
@@ -64,14 +67,15 @@ PRUNING = ("groups", "scores", "plan")
 def build(recipe: Recipe, work: Workdir) -> Bundle:
     """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises."""
     if recipe.remote and not work.dry:
-        _warn_if_away(recipe.target)
+        _warn_if_away(recipe)
     return deploy(recipe, prepare(recipe, work), work)
 
 
 def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     """The host's half: load, split, prune, export, simplify, make variants, judge them on the hold-out images."""
     require_available(recipe)
-    source = _located(work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed), recipe)
+    require_paths(recipe)
+    source = load(recipe, work)
     images, calibration = recipe.calibration.images, recipe.calibration
     catalogue = data.catalogue(images, calibration.labels, source.outputs, work.digest)
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
@@ -96,7 +100,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         dense=dense,
         accuracy=judged,
         labels=split.labels,
-        pixels=work.run(accuracy.crop, holdout, source.input) if recipe.engine else None,
+        pixels=_pixels(holdout, source, work) if recipe.engine else None,
         reasons=(*reasons, *more),
         environment=bundle.environment(),
     )
@@ -127,13 +131,23 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
 # --- the host's half
 
 
+def load(recipe: Recipe, work: Workdir) -> Network:
+    """The dense network."""
+    return _located(work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed), recipe)
+
+
+def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
+    """What can leave it."""
+    return work.run(prune.find_groups, source, recipe.prune.skip)
+
+
 def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Groups, PruningPlan]:
     settings, device, seed = recipe.prune, recipe.device, recipe.seed
     if settings.target is None:
         return Groups((), (), ()), PruningPlan({}, (), None)
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
-    groups = work.run(prune.find_groups, source, settings.skip)
+    groups = find_groups(recipe, source, work)
     scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
     curves = None
     if isinstance(settings.allocation, CurvesAllocation):
@@ -158,11 +172,16 @@ def _models(
     models, reasons = {"fp32": simplified}, list[Reason]()
     for variant in wanted:
         try:
-            made = work.run(variants.make, simplified, network, fit, selection, variant, settings, recipe.int8)
+            with progress.part(variant):
+                made = work.run(variants.make, simplified, network, fit, selection, variant, settings, recipe.int8)
             models[variant] = made
         except ExportError as error:
             reasons.append(Reason(error.exit_code, str(error)))
     return models, reasons
+
+
+def _wanted_forms(recipe: Recipe) -> list[str]:
+    return [name for name, asked in (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input)) if asked]
 
 
 def _further(
@@ -170,14 +189,14 @@ def _further(
 ) -> list[Reason]:
     """Other forms of the ONNX file that ships, added to `models`; one that cannot be made is a reason to fail."""
     shipped, reasons = models.get(recipe.shipped_file, models["fp32"]), []
-    wanted: dict[str, Callable[[], OnnxModel]] = {
+    makers: dict[str, Callable[[], OnnxModel]] = {
         "ort": lambda: work.run(variants.to_ort, shipped, network, fit),
         "image": lambda: work.run(variants.with_image_input, shipped, network, fit, recipe.onnx.graph),
     }
-    for name, asked in (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input)):
+    for name in _wanted_forms(recipe):
         try:
-            if asked:
-                models[name] = wanted[name]()
+            with progress.part(name):
+                models[name] = makers[name]()
         except ExportError as error:
             reasons.append(Reason(error.exit_code, str(error)))
     return reasons
@@ -188,10 +207,19 @@ def _dense(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tupl
     if not (recipe.engine or recipe.latency):
         return {}, []
     fit = ImageSet(split.fit, recipe.calibration.images)
-    exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx.graph)
-    wanted = [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
-    models, reasons = _models(recipe, exported, source, split, work, wanted)
+    with progress.part("dense"):
+        exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx.graph)
+        models, reasons = _models(recipe, exported, source, split, work, _dense_variants(recipe))
     return models, [Reason(reason.exit_code, f"dense network, {reason.text}") for reason in reasons]
+
+
+def _pixels(holdout: ImageSet, source: Network, work: Workdir) -> File:
+    with progress.part("images"):
+        return work.run(accuracy.crop, holdout, source.input)
+
+
+def _dense_variants(recipe: Recipe) -> list[Variant]:
+    return [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
 
 
 def _located(network: Network, recipe: Recipe) -> Network:
@@ -253,7 +281,8 @@ def _judge_engine(
         return done
     assert recipe.engine and ready.pixels
     spec, batch, truth = ready.source.input, recipe.engine.batch.opt, ready.accuracy.labels
-    outcome = work.run(accuracy.on_engine, done.engine, ready.pixels, truth, spec, batch, target)
+    with progress.part("engine"):
+        outcome = work.run(accuracy.on_engine, done.engine, ready.pixels, truth, spec, batch, target)
     return replace(done, on_engine=outcome)
 
 
@@ -262,14 +291,16 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     assert recipe.latency
     name = recipe.shipped_file
     if recipe.latency.runtime == "tensorrt" and done.engine:
-        dense = _engine(recipe, ready.dense, ready, work, target, probe)
-        files = dense.file, done.engine.file
+        with progress.part("dense"):
+            dense = _engine(recipe, ready.dense, ready, work, target, probe)
+        files, name = (dense.file, done.engine.file), _built_from(recipe, probe)
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
         files = _alone(ready.dense[name]), _alone(ready.models[name])
     else:
         return done
-    facts = probe.facts(recipe.latency.runtime)
-    return replace(done, latency=work.run(latency.measure, *files, recipe.latency, facts, target))
+    facts, graphs = probe.facts(recipe.latency.runtime), (ready.dense[name].graph, ready.models[name].graph)
+    report = work.run(latency.measure, *files, graphs, ready.groups, recipe.latency, facts, target)
+    return replace(done, latency=report)
 
 
 def _compare_files(
@@ -281,22 +312,29 @@ def _compare_files(
     if recipe.latency.runtime != "onnxruntime" or len(files) < 2:
         return done
     facts = probe.facts("onnxruntime")
-    return replace(done, files=work.run(latency.compare_files, files, recipe.latency, facts, target))
+    with progress.part("files"):
+        return replace(done, files=work.run(latency.compare_files, files, recipe.latency, facts, target))
 
 
 def _engine(
     recipe: Recipe, models: dict[str, OnnxModel], ready: Prepared, work: Workdir, target: Target, probe: Probe
 ) -> Engine:
-    """From the file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
+    """A failed build leaves TensorRT's log in the work folder."""
     assert recipe.engine
-    by_flags = recipe.engine.precision == "fp16" and not probe.typed
-    name = "fp32" if by_flags else recipe.engine_file
+    name = _built_from(recipe, probe)
     if name not in models:
         missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
         raise DeviceError(missing, "see why above", public=missing)
-    spec, facts, described = ready.source.input, probe.facts("tensorrt"), probe.has_tensorrt_module
-    model, dynamic = _alone(models[name]), recipe.onnx.dynamic_batch
-    return work.run(engine.build, model, spec, recipe.engine, dynamic, facts, described, target)
+    spec, facts, model = ready.source.input, probe.facts("tensorrt"), _alone(models[name])
+    try:
+        return work.run(
+            engine.build, model, spec, recipe.engine, recipe.onnx.dynamic_batch, ready.groups, facts, target
+        )
+    except DeviceError as error:
+        if error.log:
+            write_atomically(work.root / FAILED, error.log)
+            progress.warn(f"TensorRT's log: {work.root / FAILED}")
+        raise
 
 
 def _alone(model: OnnxModel) -> File:
@@ -307,11 +345,20 @@ def _alone(model: OnnxModel) -> File:
     return model.graph
 
 
-def _warn_if_away(name: str) -> None:
-    """Said before the long stages rather than after; the target may still come back meanwhile."""
+def _built_from(recipe: Recipe, probe: Probe) -> str:
+    """The file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
+    assert recipe.engine
+    return "fp32" if recipe.engine.precision == "fp16" and not probe.typed else recipe.engine_file
+
+
+def _warn_if_away(recipe: Recipe) -> None:
+    """Said before the long stages rather than after; the target may still come back, or be mended, meanwhile."""
+    name = recipe.target
     try:
         with reach(name) as target:
-            Probe.of(target)
+            probe = Probe.of(target)
+        for need in needs.shortfalls(recipe, probe.document):
+            progress.warn(f"{name}: {need.text}; the host's half goes on ({need.fix})")
     except DeviceError as error:
         progress.warn(f"{error}; the host's half goes on, and without the target the bundle will fail")
 
@@ -323,11 +370,41 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     """Names of the stages that this recipe runs, in order."""
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
-    further = recipe.onnx.ort_format or recipe.onnx.image_input
-    wanted |= {"variants"} if recipe.wanted_variants or further else set()
+    wanted |= {"variants"} if recipe.wanted_variants or _wanted_forms(recipe) else set()
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
     return tuple(name for name in STAGES if name in wanted)
+
+
+def lines(recipe: Recipe) -> tuple[str, ...]:
+    """What a run reports, in order, as `progress.spelt`: a stage that runs several times has a line for each."""
+    measured = recipe.engine or recipe.latency
+    names = stages(recipe)
+    return (
+        *names[: names.index("exported")],
+        *_model_lines(recipe.wanted_variants),
+        *(progress.spelt("variants", name) for name in _wanted_forms(recipe)),
+        *(_model_lines(_dense_variants(recipe), "dense") if measured else ()),
+        "accuracy",
+        *([progress.spelt("accuracy", "images")] if recipe.engine else ()),
+        *device_lines(recipe),
+    )
+
+
+def _model_lines(wanted: Sequence[Variant], *parts: str) -> Iterator[str]:
+    yield from (progress.spelt(name, *parts) for name in ("exported", "simplified"))
+    yield from (progress.spelt("variants", variant, *parts) for variant in wanted)
+
+
+def device_lines(recipe: Recipe) -> tuple[str, ...]:
+    """The lines of `deploy`."""
+    found = ["engine", progress.spelt("accuracy", "engine")] if recipe.engine else []
+    if recipe.latency and recipe.latency.runtime == "tensorrt":
+        found.append(progress.spelt("engine", "dense"))
+    measured = ["latency"] if recipe.latency else []
+    if recipe.latency and recipe.latency.runtime == "onnxruntime" and set(latency.COMPARED) & {*recipe.wanted_variants}:
+        measured.append(progress.spelt("latency", "files"))
+    return (*found, *measured, "bundle")
 
 
 def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from cswap_deploy.artifacts import File
 from cswap_deploy.bundle import ENGINE, MANIFEST, Bundle, load_pruned
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.digests import SEAL
-from cswap_deploy.errors import CswapError, UsageError, VerifyError
+from cswap_deploy.errors import CswapError, DeviceError, UsageError, VerifyError
 from cswap_deploy.external_data import locations
 from cswap_deploy.handoff import FILES
 from cswap_deploy.isolated import AGAIN, Skipped
@@ -322,7 +322,15 @@ def _engine(engine: Mapping[str, Any], contents: _Contents) -> str:
     if not engine["built"]:
         raise Skipped(f"it was not built: {engine['reason'] or 'the manifest gives no reason'}")
     contents.path(ENGINE)
-    raise Skipped("its sha256 agrees; running it needs the device: cswap-deploy measure")
+    if find_spec("tensorrt") is None:
+        raise Skipped("its sha256 agrees; running it needs the device: cswap-deploy measure")
+    from cswap_deploy.engine_check import replay
+
+    inputs, wanted = (contents.path(name) for name in (INPUT, OUTPUT))
+    try:
+        return replay(contents.files[ENGINE], inputs, wanted, dict(engine))
+    except DeviceError as error:
+        raise Skipped(f"its sha256 agrees; it is not run: {error}") from error
 
 
 def _require_installed(library: str, command: str) -> None:
