@@ -89,7 +89,8 @@ def test_defaults(write: Callable[[str], Path], tmp_path: Path) -> None:
         "latency": None,
     }
 
-
+        "dla_core": None,
+        "dla_fallback": False,
 def test_defaults_of_the_device_half(write: Callable[[str], Path]) -> None:
     loaded = recipe.load(write(HEAD + "engine: {precision: int8}\nlatency: {}\n"))
     assert loaded.engine is not None and loaded.latency is not None
