@@ -89,8 +89,7 @@ def test_defaults(write: Callable[[str], Path], tmp_path: Path) -> None:
         "latency": None,
     }
 
-        "dla_core": None,
-        "dla_fallback": False,
+
 def test_defaults_of_the_device_half(write: Callable[[str], Path]) -> None:
     loaded = recipe.load(write(HEAD + "engine: {precision: int8}\nlatency: {}\n"))
     assert loaded.engine is not None and loaded.latency is not None
@@ -99,6 +98,7 @@ def test_defaults_of_the_device_half(write: Callable[[str], Path]) -> None:
         "workspace_mib": 1024,
         "optimization_level": 3,
         "dla_core": None,
+        "dla_fallback": False,
         "batch": {"min": 1, "opt": 1, "max": 1},
         "keep_fp32": "auto",
     }
