@@ -214,16 +214,20 @@ def _models(
     return models, reasons
 
 
+def _wanted_forms(recipe: Recipe) -> list[str]:
+    return [name for name, asked in (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input)) if asked]
+
+
 def _further(
     recipe: Recipe, models: dict[str, OnnxModel], network: Network, fit: ImageSet, work: Workdir
 ) -> list[Reason]:
     """Other forms of the ONNX file that ships, added to `models`; one that cannot be made is a reason to fail."""
     shipped, reasons = models.get(recipe.shipped_file, models["fp32"]), []
-    wanted: dict[str, Callable[[], OnnxModel]] = {
+    makers: dict[str, Callable[[], OnnxModel]] = {
         "ort": lambda: work.run(variants.to_ort, shipped, network, fit),
         "image": lambda: work.run(variants.with_image_input, shipped, network, fit, recipe.onnx.graph),
     }
-    for name, asked in (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input)):
+    for name in _wanted_forms(recipe):
         try:
             if asked:
                 with progress.part(name):
@@ -359,6 +363,14 @@ def _engine(
             write_atomically(work.root / FAILED, error.log)
             progress.warn(f"TensorRT's log: {work.root / FAILED}")
         raise
+
+
+def _alone(model: OnnxModel) -> File:
+    """The file that goes to a target, which takes no weights beside it. Errors: DeviceError."""
+    if model.beside:
+        missing = "the model is beyond 2 GB, so that its weights lie in a file beside it, which is not sent to a target"
+        raise DeviceError(missing, "leave latency and engine out", public=missing)
+    return model.graph
 
 
 def _built_from(recipe: Recipe, probe: Probe) -> str:

@@ -15,12 +15,12 @@ from cswap_deploy.artifacts import (
     Evaluation,
     File,
     FileLatency,
-    Gate,
     OnnxModel,
     Parity,
     Quantised,
 )
 from cswap_deploy.handoff import FILES
+from cswap_deploy.intervals import Gate
 from cswap_deploy.samples import Samples
 
 FILE = File(Path("model.onnx"), "0" * 64, 100)
