@@ -139,9 +139,9 @@ def count_cpu_time(folder: Path) -> None:
 
     Right for one thread only. Ratios then say what a machine would show that has nothing else to do.
     """
-    text, clock = device.AGENT.read_text(), "time.perf_counter_ns, []"
+    text, clock = device.AGENT.read_text(), "durations = time.perf_counter_ns,"
     assert text.count(clock) == 1, "the agent's clock is not where it was"
-    (folder / "agent.py").write_text(text.replace(clock, "time.thread_time_ns, []"))
+    (folder / "agent.py").write_text(text.replace(clock, "durations = time.thread_time_ns,"))
     device.AGENT = folder / "agent.py"
 
 
@@ -188,7 +188,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
                 widths, trials = searched(groups, staircase, asked, meter.ratio)
                 seconds = time.monotonic() - begun
                 timing = LatencySettings(duration_s=2 * options.seconds)
-                taken = latency.take(target, (dense, cut(widths)), timing, memory=False)
+                taken = latency.take(target, (dense, cut(widths)), timing, brief=True)
                 found = taken.samples.ratio(1, 0, 50)
                 row = Row(name, asked, found.value, found.low, found.high, trials, seconds + prepared)
                 prepared = 0.0  # shared by all budgets, counted once
@@ -343,7 +343,7 @@ def ratio_of(work: Workdir, recipe: Recipe, shipped: File, seconds: float) -> Ra
     with planning.reached(recipe, work) as (target, _):
         timing = LatencySettings(duration_s=2 * seconds)
         files = ready.dense["fp32"].graph, shipped
-        return latency.take(target, files, timing, memory=False).samples.ratio(1, 0, 50)
+        return latency.take(target, files, timing, brief=True).samples.ratio(1, 0, 50)
 
 
 def at(points: list[tuple[float, float]], ratio: float) -> float:

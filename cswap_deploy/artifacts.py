@@ -360,13 +360,18 @@ class Engine:
     """A TensorRT engine, as it was built on the target."""
 
     file: File
-    layers: File | None
-    """JSON: milliseconds of each layer, and what TensorRT's inspector says; None where only trtexec is on the target."""
+    layers: File
+    """JSON: milliseconds of each layer with its ONNX nodes and groups, and what TensorRT's inspector says."""
     tensorrt: str
     gpu: str | None
     seconds: float
     note: str
     """What of the settings could not be obeyed; else empty."""
+    compute_capability: str | None = None
+    board: str | None = None
+    power_mode: str | None = None
+    gpu_layers: tuple[str, ...] = ()
+    """Of an engine for a DLA: what runs on the GPU all the same."""
 
 
 @dataclass(frozen=True)
@@ -384,6 +389,14 @@ class LatencyReport:
     layers: File | None = None
     """JSON: milliseconds of each layer of the dense (`source`) and the shipped (`pruned`) model, from runs of their own; None where
     the runtime could not tell them."""
+    gpu_samples: File | None = None
+    """As `samples`, of an engine: between two events on the GPU, without the host's part."""
+    cold_ms: tuple[float, ...] = ()
+    """Per model, the median of single inferences after pauses; empty where none were made."""
+    energy_mj: tuple[float, ...] = ()
+    """Per model, of one inference, everything on the board included; empty where power could not be read."""
+    models: tuple[dict[str, Any], ...] = ()
+    """Per model, what the agent says of it: seconds to load it, whether it ran as a CUDA graph and why not."""
 
 
 @dataclass(frozen=True)

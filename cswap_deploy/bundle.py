@@ -179,10 +179,12 @@ class Terms:
     remote: bool
     engine: EngineSettings | None
     latency: LatencySettings | None
+    dynamic_batch: bool
 
     @staticmethod
     def of(recipe: Recipe) -> Terms:
-        return Terms(**{item.name: getattr(recipe, item.name) for item in fields(Terms)})
+        named = {item.name: getattr(recipe, item.name) for item in fields(Terms) if item.name != "dynamic_batch"}
+        return Terms(**named, dynamic_batch=recipe.onnx.dynamic_batch)
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,7 @@ def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdo
     copies |= {"plan.json": ready.pruned.plan, "weights.safetensors": ready.pruned.weights}
     copies |= {"test_vectors/input.npy": vectors.input, "test_vectors/output.npy": vectors.output}
     if deployed.engine:
-        copies |= {ENGINE: deployed.engine.file}
-        copies |= {LAYERS: deployed.engine.layers} if deployed.engine.layers else {}
+        copies |= {ENGINE: deployed.engine.file, LAYERS: deployed.engine.layers}
     for name, file in copies.items():
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file.path, out / name)
@@ -269,7 +270,9 @@ def _manifest(
         if latency and terms.latency
         else None,
         "budget": budget,
-        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine) if terms.engine else None,
+        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine, terms.dynamic_batch)
+        if terms.engine
+        else None,
         "environment": ready.environment,
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cswap_deploy import data, model, pipeline
 from cswap_deploy.artifacts import Groups, Network, Split
+from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
 from cswap_deploy.errors import CswapError, DeviceError, PruningError
 from cswap_deploy.factory import code_files
@@ -141,6 +142,7 @@ def _runtime(recipe: Recipe, probe: Probe) -> str:
     runtime = recipe.latency.runtime if recipe.latency else "tensorrt"
     if recipe.engine:
         probe.require_tensorrt(recipe.target)
+        needs.require(recipe, probe.document, recipe.target)
     return probe.facts(runtime)["runtime"]
 
 

@@ -208,7 +208,13 @@ def measure(
 
 
 @app.command()
-def doctor(on: OnOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="also compare the target with what this recipe needs")
+    ] = None,
+    on: OnOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """What this machine and the target can do, and how to fix the rest."""
     with session("doctor", as_json) as answer:
         from cswap_deploy import doctor as examination
@@ -217,11 +223,12 @@ def doctor(on: OnOption = None, as_json: JsonOption = False) -> None:
         from cswap_deploy.errors import DeviceError
 
         running.require_target(on)
-        name = on or "local"
+        settings = running.load(recipe, None, None, on)[0] if recipe else None
+        name = on or (settings.target if settings else "local")
         here = examination.host()
         try:
             with reach(name) as target:
-                there = examination.target(name, Probe.of(target).document)
+                there = examination.target(name, Probe.of(target).document, settings)
         except DeviceError as error:
             there, answer.code = examination.unreachable(name, error.message, error.hint), error.exit_code
         answer.document = {

@@ -20,12 +20,13 @@ from cswap_deploy.artifacts import (
     OnnxModel,
     PruningPlan,
 )
+from cswap_deploy.device import conditions
 from cswap_deploy.intervals import Gate, discordant, gate, paired_drop, wilson
 from cswap_deploy.manifest import SCORED, VERDICTS
 from cswap_deploy.prepared import Reason
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings
 from cswap_deploy.samples import Samples
-from cswap_deploy.wording import percent
+from cswap_deploy.wording import level
 
 GATE_FAILED = 7
 """Exit code of a build whose accuracy gate failed."""
@@ -168,6 +169,7 @@ def latency_block(report: LatencyReport, settings: LatencySettings, precision: s
     samples = Samples.load(report.samples.path)
     faster = samples.speedup(1, against=0)
     faults = [f"{name}: {text}" for model, name in enumerate(("dense", "ships")) for text in samples.faults(model)]
+    faults += conditions.faults(report.conditions, settings.runtime)
     memory = report.peak_memory_mb or (None, None)
     return {
         "target": "ssh" if remote else "local",
@@ -190,6 +192,7 @@ def latency_block(report: LatencyReport, settings: LatencySettings, precision: s
         "distribution": details.distribution(samples),
         "course": details.course(samples),
         "layers": details.layer_times(report.layers),
+        **details.engine_times(report),
     }
 
 
@@ -206,7 +209,8 @@ def timing_block(samples: Samples, model: int, peak_memory_mb: float | None) -> 
     }
 
 
-def engine_block(engine: Engine | None, settings: EngineSettings, reason: str) -> dict[str, Any]:
+def engine_block(engine: Engine | None, settings: EngineSettings, reason: str, dynamic: bool) -> dict[str, Any]:
+    """`reason`: why there is none. `dynamic`: its batch is open, within that of the settings."""
     return {
         "built": engine is not None,
         "reason": reason,
@@ -217,6 +221,13 @@ def engine_block(engine: Engine | None, settings: EngineSettings, reason: str) -
         "sha256": engine.file.sha256 if engine else None,
         "build_seconds": engine.seconds if engine else None,
         "note": engine.note if engine else "",
+        "compute_capability": engine.compute_capability if engine else None,
+        "board": engine.board if engine else None,
+        "power_mode": engine.power_mode if engine else None,
+        "dla_core": settings.dla_core,
+        "batch": settings.batch.model_dump(),
+        "open_batch": dynamic,
+        "layers_beside_the_dla": len(engine.gpu_layers) if engine else 0,
     }
 
 
@@ -226,7 +237,7 @@ def gate_reasons(report: AccuracyReport, shipped: Evaluation, verdict: Gate) -> 
         return []
     lost, won = discordant(report.labels, report.source.predicted, shipped.predicted)
     drop, images = 100 * (lost - won) / len(report.labels), len(report.labels)
-    what = "the drop" if verdict.rule == "point" else f"the upper bound at {percent(verdict.confidence, 0)} of the drop"
+    what = "the drop" if verdict.rule == "point" else f"the upper bound at {level(verdict.confidence)} of the drop"
     text = f"{what} exceeds {verdict.max_drop_pp:g} points (observed {drop:+.2f} points on {images} images)"
     return [Reason(GATE_FAILED, f"accuracy: {text}")]
 

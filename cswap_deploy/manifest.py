@@ -132,13 +132,21 @@ def _onnx() -> Schema:
 
 
 def _engine() -> Schema:
-    return record(
+    required = record(
         built={"type": "boolean"},
         reason=TEXT,
         precision=TEXT,
         tensorrt=nullable(TEXT),
         gpu=nullable(TEXT),
         bytes=nullable(INTEGER),
+    )
+    return with_optional(
+        required,
+        **dict.fromkeys(("compute_capability", "board", "power_mode"), nullable(TEXT)),
+        dla_core=nullable(INTEGER),
+        batch=record(min=POSITIVE, opt=POSITIVE, max=POSITIVE),
+        open_batch={"type": "boolean"},
+        layers_beside_the_dla=INTEGER,
     )
 
 
@@ -169,11 +177,18 @@ def _latency() -> Schema:
         above=pair(INTEGER),
         max_ms=pair(NUMBER),
     )
+    on_gpu = record(p50_ms=NUMBER, p90_ms=NUMBER, p99_ms=NUMBER)
+    reformats = record(layers=INTEGER, reformat=INTEGER, reformat_share=FRACTION)
     return with_optional(
         required,
         distribution=histograms,
         course=record(source=listing(NUMBER), pruned=listing(NUMBER)),
         layers=nullable(record(source=timed, pruned=timed)),
+        cold_p50_ms=record(source=NUMBER, pruned=NUMBER),
+        energy_mj=record(source=NUMBER, pruned=NUMBER),
+        gpu=record(source=on_gpu, pruned=on_gpu),
+        models=record(source={"type": "object"}, pruned={"type": "object"}),
+        reformats=record(source=reformats, pruned=reformats),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from cswap_deploy.errors import CswapError, DataError, ModelError
 from cswap_deploy.recipe import Recipe
+from cswap_deploy.wording import printable
 
 Kind = Literal["file", "folder"]
 
@@ -29,7 +30,7 @@ def require_paths(recipe: Recipe) -> None:
     found = [(named, fault) for named in _named(recipe) if (fault := _fault(named.path, named.kind))]
     if not found:
         return
-    lines = [f"{recipe.where(named.key)}: {named.key}: {named.path} {fault}" for named, fault in found]
+    lines = [f"{recipe.where(named.key)}: {named.key}: {printable(str(named.path))} {fault}" for named, fault in found]
     keys = " and ".join(named.key for named, _ in found)
     start = "relative paths start at the recipe's folder, those of --set at the current one"
     raise min((named.error for named, _ in found), key=lambda error: error.exit_code)(
@@ -54,7 +55,7 @@ def _fault(path: Path, kind: Kind) -> str:
         found = "folder" if S_ISDIR(path.stat().st_mode) else "file"
     except FileNotFoundError:
         if path.is_symlink():
-            return f"is a link to {path.readlink()}, which does not exist"
+            return f"is a link to {printable(str(path.readlink()))}, which does not exist"
         near = _nearest(path, kind)
         return f"does not exist; did you mean {near!r}?" if near else "does not exist"
     except OSError as error:

@@ -22,7 +22,9 @@ from cswap_deploy import (
 from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
 from cswap_deploy.budget.values import Budget
 from cswap_deploy.bundle import Bundle, Deployed, Terms
+from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, Target, reach
+from cswap_deploy.digests import write_atomically
 from cswap_deploy.errors import DeviceError, ExportError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.paths import require_paths
@@ -37,6 +39,8 @@ STAGES = (
 """All stage names that --force takes, in order."""
 BUNDLE = "bundle"
 """Folder of the work folder that holds what was built."""
+FAILED = "engine.failed.log"
+"""In the work folder: what TensorRT said before the last build of an engine failed."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")
@@ -48,7 +52,7 @@ def build(recipe: Recipe, work: Workdir, folder: str = BUNDLE) -> Bundle:
     `folder`: of the work folder, for the bundle.
     """
     if recipe.remote and not work.dry:
-        _warn_if_away(recipe.target)
+        _warn_if_away(recipe)
     return deploy(recipe, prepare(recipe, work), work, folder)
 
 
@@ -282,35 +286,51 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     if recipe.latency.runtime == "tensorrt" and done.engine:
         with progress.part("dense"):
             dense = _engine(recipe, ready.dense, ready, work, target, probe)
-        files = dense.file, done.engine.file
+        files, name = (dense.file, done.engine.file), _built_from(recipe, probe)
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
         files = ready.dense[name].graph, ready.models[name].graph
     else:
         return done
-    facts = probe.facts(recipe.latency.runtime)
-    return replace(done, latency=work.run(latency.measure, *files, recipe.latency, facts, target))
+    facts, graphs = probe.facts(recipe.latency.runtime), (ready.dense[name].graph, ready.models[name].graph)
+    report = work.run(latency.measure, *files, graphs, ready.groups, recipe.latency, facts, target)
+    return replace(done, latency=report)
 
 
 def _engine(
     recipe: Recipe, models: dict[str, OnnxModel], ready: Prepared, work: Workdir, target: Target, probe: Probe
 ) -> Engine:
-    """From the file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
+    """A failed build leaves TensorRT's log in the work folder."""
     assert recipe.engine
-    by_flags = recipe.engine.precision == "fp16" and not probe.typed
-    name = "fp32" if by_flags else recipe.engine_file
+    name = _built_from(recipe, probe)
     if name not in models:
         missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
         raise DeviceError(missing, "see why above", public=missing)
-    spec, facts, described = ready.source.input, probe.facts("tensorrt"), probe.has_tensorrt_module
-    model, dynamic = models[name].graph, recipe.onnx.dynamic_batch
-    return work.run(engine.build, model, spec, recipe.engine, dynamic, facts, described, target)
+    spec, facts, model = ready.source.input, probe.facts("tensorrt"), models[name].graph
+    try:
+        return work.run(
+            engine.build, model, spec, recipe.engine, recipe.onnx.dynamic_batch, ready.groups, facts, target
+        )
+    except DeviceError as error:
+        if error.log:
+            write_atomically(work.root / FAILED, error.log)
+            progress.warn(f"TensorRT's log: {work.root / FAILED}")
+        raise
 
 
-def _warn_if_away(name: str) -> None:
-    """Said before the long stages rather than after; the target may still come back meanwhile."""
+def _built_from(recipe: Recipe, probe: Probe) -> str:
+    """The file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
+    assert recipe.engine
+    return "fp32" if recipe.engine.precision == "fp16" and not probe.typed else recipe.engine_file
+
+
+def _warn_if_away(recipe: Recipe) -> None:
+    """Said before the long stages rather than after; the target may still come back, or be mended, meanwhile."""
+    name = recipe.target
     try:
         with reach(name) as target:
-            Probe.of(target)
+            probe = Probe.of(target)
+        for need in needs.shortfalls(recipe, probe.document):
+            progress.warn(f"{name}: {need.text}; the host's half goes on ({need.fix})")
     except DeviceError as error:
         progress.warn(f"{error}; the host's half goes on, and without the target the bundle will fail")
 

@@ -29,6 +29,7 @@ from cswap_deploy.manifest import (
     scored_schema,
     with_optional,
 )
+from cswap_deploy.wording import printable
 
 LARGEST_PLAN = 256 << 20
 AGAIN = "build the bundle again"
@@ -67,7 +68,7 @@ def describe(plan: Plan, pruned: Facts, wanted: str) -> Facts:
     name, size = group["name"], group["units"]
     if index >= size:
         text = f"--unit: group {name!r} has {size} units, counted from 0, so there is no unit {index}"
-        raise UsageError(text, f"the nearest is {name}:{size - 1}")
+        raise UsageError(text, f"the nearest is {_unit(name, group, index)}")
     kept = _accounted(plan, group)
     dense, last = (_facts(plan.get(key), name, index) for key in ("dense_scores", "scores"))
     allocation, refitted = pruned.get("allocation", ""), pruned.get("compensation") == "least_squares"
@@ -165,7 +166,7 @@ def _nearest(plan: Plan, name: str, index: int) -> str:
 
 
 def _unit(name: str, group: Facts, index: int) -> str:
-    return f"{name}:{min(index, group['units'] - 1)}"
+    return printable(f"{name}:{min(index, group['units'] - 1)}")
 
 
 def _layers(group: Facts) -> set[str]:

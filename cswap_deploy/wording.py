@@ -42,6 +42,11 @@ def percent(fraction: float, digits: int = 2) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
+def level(confidence: float) -> str:
+    """As it was asked for: 95 %, 97.5 %."""
+    return f"{100 * confidence:g} %"
+
+
 def plural(number: int, noun: str) -> str:
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number} {noun}{ending}"
@@ -74,7 +79,7 @@ def gate(accuracy: dict[str, Any]) -> str:
     asked, images = accuracy["gate"], f"{accuracy['images']} hold-out images"
     if asked["verdict"] == "off":
         return f"no gate was set; {images}"
-    sure = percent(asked["confidence"], 0)
+    sure = level(asked["confidence"])
     what = "the drop" if asked["rule"] == "point" else f"the upper bound of the drop at {sure}"
     held = {"pass": "within", "fail": "beyond"}[asked["verdict"]]
     limit = f"{asked['max_drop_pp']:g} point{'' if asked['max_drop_pp'] == 1 else 's'}"

@@ -31,7 +31,10 @@ class Simulated(Target):
     failing: list[int] = field(default_factory=list, metadata={"key": False})
     """Numbers of the measurements at which the connection ends."""
 
-    def ask(self, verb: str, seconds: float, **request: Any) -> dict[str, Any]:
+    def ask_with_log(self, verb: str, seconds: float, **request: Any) -> tuple[dict[str, Any], str]:
+        return self.answer(verb, request), ""
+
+    def answer(self, verb: str, request: dict[str, Any]) -> dict[str, Any]:
         self.asked.append(verb)
         if verb == "probe":
             absent = {"version": None, "gpu": None, "compute_capability": None, "module": False, "precision": None}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
     0: "artifacts codec digests errors interrupts keys progress recipe recipe_file schema_words sources stage terminal wording",
-    1: "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
+    1: "device device.* external_data model factory checkpoint data images intervals samples "
     "paths prepared units onnx_file preprocess runtime manifest facts details report report.* "
     "prune.batches prune.groups prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
@@ -26,7 +26,7 @@ FLOORS = {
     "budget.values budget.narrow budget.design budget.staircase budget.loop budget.account "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune budget export variants accuracy engine latency bundle",
-    3: "pipeline planning sweeping checks measuring verify doctor schemas starter",
+    3: "pipeline planning sweeping checks measuring verify engine_check doctor doctor_host findings schemas starter",
     4: "cli session running console console.* __main__",
 }
 """Modules by floor: values, nouns, stages, the line, the command line. A stage imports no other stage."""

@@ -97,6 +97,12 @@ def test_a_folder_without_permission_is_named(project, tmp_path):
         require_paths(project.load(f"calibration.images={closed}/images"))
 
 
+def test_a_path_cannot_begin_a_line_of_its_own(project):
+    result = call("check", project.recipe, "--set", 'model.checkpoint="a\\nPASS: all is well"')
+    assert result.exit_code == 4 and "does not exist" in result.stderr
+    assert not [line for line in result.stderr.splitlines() if line.startswith("PASS")]
+
+
 # --- weights
 
 

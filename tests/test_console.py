@@ -202,7 +202,7 @@ def test_of_nested_counts_the_time_left_is_that_of_the_whole(monkeypatch):
 
     sent = on_a_terminal(speak)
     assert "plan       round 2, curves 5/5, 1 min 40 s so far" in sent
-    assert "plan       steps 3/8 (about 4 min 0 s left), curves 1/5, 2 min 40 s so far" in sent
+    assert "plan       steps 3/8 (about 4 min 0 s left), curves 1/5\r" in sent, "what does not fit is left out, not cut"
 
 
 def test_time_between_stages_belongs_to_none(monkeypatch):
@@ -447,6 +447,7 @@ def words_of_html(page: str) -> str:
 )  # fmt: skip
 def test_the_gate_in_words(gate, expected):
     asked = {"max_drop_pp": 0.5, "rule": "point", "confidence": 0.95, **gate}
+    assert wording.level(0.975) == "97.5 %"
     assert wording.gate({"images": 80, "gate": asked}) == expected
 
 

@@ -14,7 +14,7 @@ from cswap_deploy.wording import SLOWEST, busy, load_text, ms, percent, plural, 
 if TYPE_CHECKING:
     from cswap_deploy.artifacts import Groups
     from cswap_deploy.checks import CheckReport
-    from cswap_deploy.doctor import Finding
+    from cswap_deploy.findings import Finding
     from cswap_deploy.prepared import Prepared
     from cswap_deploy.starter import Starter
     from cswap_deploy.verify import Check

@@ -191,7 +191,11 @@ def timed(latency: Facts | None) -> Facts | None:
     most = max(layers, key=lambda row: row["dense"])
     label = f"Milliseconds of {len(layers)} layers, dense and what ships; longest in {most['name']}, dense {ms(most['dense'])}"
     sums = {key: sum(row["ms"] for row in rows) for key, rows in found.items()}
-    longest = sorted(layers, key=lambda row: -max(row["dense"], row["shipped"]))[:SLOWEST]
+    groups = {row["name"]: row.get("groups") or [] for rows in found.values() for row in rows}
+    longest = [
+        {**row, "groups": ", ".join(groups.get(row["name"], []))}
+        for row in sorted(layers, key=lambda row: -max(row["dense"], row["shipped"]))[:SLOWEST]
+    ]
     operators = sorted(operators, key=lambda row: -row["dense"])
     return {
         "chart": svg.columns(label, told, "ms"),
