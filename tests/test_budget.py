@@ -362,5 +362,5 @@ def test_the_benchmark_finds_the_agents_clock(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(bench.device, "AGENT", bench.device.AGENT)
     bench.count_cpu_time(tmp_path)
     text = (tmp_path / "agent.py").read_text()
-    assert bench.device.AGENT == tmp_path / "agent.py" and "thread_time_ns" in text
+    assert tmp_path / "agent.py" == bench.device.AGENT and "thread_time_ns" in text
     compile(text, "agent.py", "exec")
