@@ -188,7 +188,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
                 widths, trials = searched(groups, staircase, asked, meter.ratio)
                 seconds = time.monotonic() - begun
                 timing = LatencySettings(duration_s=2 * options.seconds)
-                taken = latency.take(target, (dense, cut(widths)), timing, brief=True)
+                taken = latency.take(target, (dense, cut(widths)), timing, thorough=False)
                 found = taken.samples.ratio(1, 0, 50)
                 row = Row(name, asked, found.value, found.low, found.high, trials, seconds + prepared)
                 prepared = 0.0  # shared by all budgets, counted once
@@ -343,7 +343,7 @@ def ratio_of(work: Workdir, recipe: Recipe, shipped: File, seconds: float) -> Ra
     with planning.reached(recipe, work) as (target, _):
         timing = LatencySettings(duration_s=2 * seconds)
         files = ready.dense["fp32"].graph, shipped
-        return latency.take(target, files, timing, brief=True).samples.ratio(1, 0, 50)
+        return latency.take(target, files, timing, thorough=False).samples.ratio(1, 0, 50)
 
 
 def at(points: list[tuple[float, float]], ratio: float) -> float:

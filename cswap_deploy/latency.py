@@ -124,7 +124,7 @@ def of_widths(
             path.write_bytes(template.narrowed(widths))
             files.append(File.of(path))
         names = ("the dense model", *(f"the model with other weights or widths ({n})" for n in range(len(files))))
-        taken = take(target, (dense, *files), timing, names=names, brief=True)
+        taken = take(target, (dense, *files), timing, names=names, thorough=False)
     taken.samples.save(out / "samples.npz")
     return WidthTimings(File.of(out / "samples.npz"), settings, taken.runtime, taken.conditions)
 
@@ -167,11 +167,11 @@ def take(
     settings: LatencySettings,
     names: tuple[str, ...] = (),
     trust: Sequence[str] = (),
-    brief: bool = False,
+    thorough: bool = True,
 ) -> Measurement:
     """Run models in turn. `trust`: digests of engines that were not built on the target. Errors: DeviceError.
 
-    `brief`: nothing but the samples; no memory, no calls after pauses, no energy.
+    `thorough`: also what each takes in memory, when it is called now and then, and in energy.
     """
     sampling = len(models) * (settings.warmup_s + 3 * settings.duration_s + 2 + conditions.LEAST_ENERGY_S)
     document, log = target.ask_with_log(
@@ -183,12 +183,14 @@ def take(
         threads=settings.threads,
         warmup_s=settings.warmup_s,
         duration_s=settings.duration_s,
-        cold=0 if brief else COLD,
+        cold=COLD if thorough else 0,
         pause_s=min(LONGEST_PAUSE_S, settings.duration_s / 50),
-        energy_s=0 if brief or settings.duration_s < conditions.LEAST_ENERGY_S / 2 else conditions.LEAST_ENERGY_S + 0.5,
+        energy_s=conditions.LEAST_ENERGY_S + 0.5
+        if thorough and settings.duration_s >= conditions.LEAST_ENERGY_S / 2
+        else 0,
         wait_s=WAIT_S,
         trust=list(trust),
-        memory=not brief,
+        memory=thorough,
     )
     if "times" in document:
         document |= _by_trtexec(document["times"], log)

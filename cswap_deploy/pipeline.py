@@ -37,10 +37,10 @@ STAGES = (
     "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
-BUNDLE = "bundle"
-"""Folder of the work folder that holds what was built."""
 FAILED = "engine.failed.log"
 """In the work folder: what TensorRT said before the last build of an engine failed."""
+BUNDLE = "bundle"
+"""Folder of the work folder that holds what was built."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")

@@ -130,9 +130,10 @@ class Meter:
 
     def shipped(self, file: File) -> Ratio:
         """Of the file that ships, in turn with the dense one, as the bundle reports it. Errors: DeviceError, as above."""
-        files = self.dense, file
         report = self._patiently(
-            lambda: self.work.run(latency.measure, *files, files, self.groups, self.timing, self.facts, self.target)
+            lambda: self.work.run(
+                latency.measure, self.dense, file, (self.dense, file), self.groups, self.timing, self.facts, self.target
+            )
         )
         return Samples.load(report.samples.path).ratio(1, 0, self.percentile)
 
