@@ -139,9 +139,9 @@ def count_cpu_time(folder: Path) -> None:
 
     Right for one thread only. Ratios then say what a machine would show that has nothing else to do.
     """
-    text, clock = device.AGENT.read_text(), "time.perf_counter_ns, []"
+    text, clock = device.AGENT.read_text(), "durations = time.perf_counter_ns,"
     assert text.count(clock) == 1, "the agent's clock is not where it was"
-    (folder / "agent.py").write_text(text.replace(clock, "time.thread_time_ns, []"))
+    (folder / "agent.py").write_text(text.replace(clock, "durations = time.thread_time_ns,"))
     device.AGENT = folder / "agent.py"
 
 

@@ -31,7 +31,10 @@ class Simulated(Target):
     failing: list[int] = field(default_factory=list, metadata={"key": False})
     """Numbers of the measurements at which the connection ends."""
 
-    def ask(self, verb: str, seconds: float, **request: Any) -> dict[str, Any]:
+    def ask_with_log(self, verb: str, seconds: float, **request: Any) -> tuple[dict[str, Any], str]:
+        return self.answer(verb, request), ""
+
+    def answer(self, verb: str, request: dict[str, Any]) -> dict[str, Any]:
         self.asked.append(verb)
         if verb == "probe":
             absent = {"version": None, "gpu": None, "compute_capability": None, "module": False, "precision": None}
@@ -62,9 +65,6 @@ class Simulated(Target):
         memory = {"peak_mb": [1.0] * len(times)} if request["memory"] else None
         facts = [{"runtime": "onnxruntime 0"} for _ in times]
         return {"rounds": rounds, "models": facts, "overhead": 0.0, "memory": memory, "before": state, "after": state}
-
-    def ask_with_log(self, verb: str, seconds: float, **request: Any) -> tuple[dict[str, Any], str]:
-        return self.ask(verb, seconds, **request), ""
 
     @property
     def machine(self) -> dict[str, Any]:

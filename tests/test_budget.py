@@ -355,3 +355,12 @@ def test_where_all_groups_are_of_one_kind_settings_of_all_are_not_taken_for_that
     timings = WidthTimings(File.of(tmp_path / "samples.npz"), settings, "none", {})
     found = budget_stage.learn(tmp_path, groups, (timings,), 16, True)
     assert found.settings == 3 and found.steps[0].measured == (16, 64)
+
+
+def test_the_benchmark_finds_the_agents_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = benchmark("budget")
+    monkeypatch.setattr(bench.device, "AGENT", bench.device.AGENT)
+    bench.count_cpu_time(tmp_path)
+    text = (tmp_path / "agent.py").read_text()
+    assert tmp_path / "agent.py" == bench.device.AGENT and "thread_time_ns" in text
+    compile(text, "agent.py", "exec")

@@ -105,7 +105,7 @@ def together(
     """Every group at one of its widths, near a common part of its units: what narrow neighbours do to each other."""
     random, settings = Random(seed), []
     for number in range(count):
-        part = 0.1 + 0.9 * (number + random.random()) / count
+        part = (number + random.random()) / count
         setting = {}
         for kind, names in kinds.items():
             units = groups.by_name[kind].units
