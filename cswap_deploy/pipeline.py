@@ -229,9 +229,8 @@ def _further(
     }
     for name in _wanted_forms(recipe):
         try:
-            if asked:
-                with progress.part(name):
-                    models[name] = wanted[name]()
+            with progress.part(name):
+                models[name] = makers[name]()
         except ExportError as error:
             reasons.append(Reason(error.exit_code, str(error)))
     return reasons
@@ -379,14 +378,6 @@ def _built_from(recipe: Recipe, probe: Probe) -> str:
     return "fp32" if recipe.engine.precision == "fp16" and not probe.typed else recipe.engine_file
 
 
-def _alone(model: OnnxModel) -> File:
-    """The file that goes to a target, which takes no weights beside it. Errors: DeviceError."""
-    if model.beside:
-        missing = "the model is beyond 2 GB, so that its weights lie in a file beside it, which is not sent to a target"
-        raise DeviceError(missing, "leave latency and engine out", public=missing)
-    return model.graph
-
-
 def _warn_if_away(recipe: Recipe) -> None:
     """Said before the long stages rather than after; the target may still come back, or be mended, meanwhile."""
     name = recipe.target
@@ -407,8 +398,7 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
     wanted |= {"staircase"} if planning.goal_ms(recipe) else set()
-    further = recipe.onnx.ort_format or recipe.onnx.image_input
-    wanted |= {"variants"} if recipe.wanted_variants or further else set()
+    wanted |= {"variants"} if recipe.wanted_variants or _wanted_forms(recipe) else set()
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
     return tuple(name for name in STAGES if name in wanted)
@@ -416,11 +406,8 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
 
 def lines(recipe: Recipe) -> tuple[str, ...]:
     """What a run reports, in order, as `progress.spelt`: a stage that runs several times has a line for each."""
-    names, further = stages(recipe), (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input))
-    made = [
-        *_model_lines(recipe.wanted_variants),
-        *(progress.spelt("variants", name) for name, asked in further if asked),
-    ]
+    names, further = stages(recipe), [progress.spelt("variants", name) for name in _wanted_forms(recipe)]
+    made = [*_model_lines(recipe.wanted_variants), *further]
     dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
     before = [*names[: names.index("exported")]]
     if planning.goal_ms(recipe):
