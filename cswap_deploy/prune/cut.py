@@ -28,11 +28,11 @@ def cut_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Modul
     module = copy.deepcopy(module)
     for (owner, parameter, axis), indices in _kept_indices(module, groups, keep).items():
         _select(module.get_submodule(owner), parameter, axis, indices)
-    for owner in {member.module for group in groups if group.name in keep for member in group.members}:
-        _repair(module.get_submodule(owner))
     for group in groups:
         for attribute in group.attributes if group.name in keep else ():
             setattr(module.get_submodule(attribute.module), attribute.name, len(keep[group.name]) * attribute.per_unit)
+    for owner in {member.module for group in groups if group.name in keep for member in group.members}:
+        _repair(module.get_submodule(owner))
     return module
 
 

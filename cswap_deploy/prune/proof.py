@@ -1,0 +1,145 @@
+"""Proposed groups → proven ones: cutting a random half of their units computes what masking them does, on random images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy import progress
+from cswap_deploy.artifacts import Group, InputSpec, Refusal
+from cswap_deploy.checkpoint import reason
+from cswap_deploy.errors import CswapError
+from cswap_deploy.prune.cut import cut_copy, masked_copy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TOLERANCE, SINGLE_TOLERANCE = 1e-9, 1e-4
+"""Largest difference between cut and masked network, relative to the largest logit, in float64; in float32 where the
+network's own forward cannot run in float64."""
+
+
+def proven(module: nn.Module, groups: Sequence[Group], spec: InputSpec) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
+    """The groups that may leave, alone and together, in their order; the others with the reason.
+
+    All are tried at once; a set that fails is divided until the ones that are wrong stand alone. `module` is not changed.
+    """
+    return _Prover.of(module, spec, len(groups)).sort(tuple(groups)) if groups else ((), ())
+
+
+@dataclass
+class _Prover:
+    module: nn.Module
+    """A private copy with lively weights, in the precision of the proof."""
+    images: Tensor
+    tolerance: float
+    total: int
+    judged: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+
+    @staticmethod
+    def of(module: nn.Module, spec: InputSpec, total: int) -> _Prover:
+        import torch
+
+        images = torch.randn(2, *spec.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        own = _lively(module)
+        try:
+            with torch.no_grad():
+                own.double()(images.clone())
+        except Exception as error:  # whatever a forward that insists on float32 raises
+            progress.warn(f"groups are proven in float32, the network does not run in float64 ({reason(error)})")
+            return _Prover(_lively(module), images.float(), SINGLE_TOLERANCE, total)
+        return _Prover(own, images, TOLERANCE, total)
+
+    def sort(self, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
+        return self._proven(groups), tuple(self.refused)
+
+    def _proven(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        fault = self._disproof(groups)
+        if fault is None or len(groups) == 1:
+            self.judged += len(groups)
+            progress.advance("groups proven", self.judged, self.total)
+            self.refused += [Refusal(groups[0].name, fault)] if fault else []
+            return () if fault else groups
+        middle = len(groups) // 2
+        first, second = self._proven(groups[:middle]), self._proven(groups[middle:])
+        return self._together(first, second)
+
+    def _together(self, first: tuple[Group, ...], second: tuple[Group, ...]) -> tuple[Group, ...]:
+        """Both, without those of the second that are wrong beside the others only."""
+        if not (first and second):
+            return first or second
+        if self._disproof((*first, *second)) is None:
+            return (*first, *second)
+        for group in second:
+            fault = self._disproof((*first, group))
+            if fault is None:
+                first = (*first, group)
+            else:
+                self.refused.append(Refusal(group.name, f"beside other groups {fault}"))
+        return first
+
+    def _disproof(self, groups: tuple[Group, ...]) -> str | None:
+        """Why these must not be pruned together, or None."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        keep = {}
+        for group in groups:
+            order = torch.randperm(group.units, generator=generator).tolist()
+            keep[group.name] = tuple(sorted(order[: max(1, group.units // 2)]))
+        try:
+            with torch.no_grad():
+                smaller = cut_copy(self.module, groups, keep)
+                cut = smaller(self.images.clone())
+                masked = masked_copy(self.module, groups, keep)(self.images.clone())
+                again = self._reloaded(smaller, groups, keep)(self.images.clone())
+        except CswapError as error:
+            return error.message
+        except Exception as error:  # whatever the user's forward raises on the smaller layers
+            return f"the network fails without some of its units: {reason(error)}"
+        if cut.shape != masked.shape:
+            return "its units are outputs of the network"
+        if not torch.equal(cut, again):
+            return "the smaller network computes something else after it was stored and loaded"
+        difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
+        if difference <= self.tolerance:
+            return None
+        return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
+
+    def _reloaded(self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]]) -> nn.Module:
+        """Cut anew from a network with other weights, then given the smaller one's: as a bundle is loaded."""
+        import torch
+
+        other = copy.deepcopy(self.module)
+        for parameter in other.parameters():
+            parameter.fill_(0.5)
+        fresh = cut_copy(other, groups, keep)
+        with torch.no_grad():
+            fresh.load_state_dict(smaller.state_dict())
+        return fresh
+
+
+def _lively(module: nn.Module) -> nn.Module:
+    """A copy in eval mode whose constant tensors are random: zeros (a last BatchNorm's, a head's) hide what a cut does."""
+    import torch
+
+    module = copy.deepcopy(module).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tensor: Any, low: float, high: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    for parameter in module.parameters():
+        if parameter.numel() and float(parameter.max() - parameter.min()) == 0.0:
+            size = 1.0 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+            flat = parameter.ndim < 2 or float(parameter.flatten()[0]) != 0.0
+            draw(parameter, 0.5 if flat else -size, 1.0 if flat else size)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean") and not bool(buffer.any()):
+            draw(buffer, -0.2, 0.2)
+        elif name.endswith("running_var") and float(buffer.max() - buffer.min()) == 0.0:
+            draw(buffer, 0.5, 1.5)
+    return module

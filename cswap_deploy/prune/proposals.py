@@ -1,0 +1,160 @@
+"""Trace → groups that may leave, as frozen data, and what must stay, with the reason. None of them is proven here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cswap_deploy.artifacts import Group, Refusal, Slice
+from cswap_deploy.prune.attributes import attributes_of
+from cswap_deploy.prune.dims import Dim, found, occurrences
+from cswap_deploy.prune.tracing import Trace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MOST_SLICES = 4096
+"""Of one group; beyond it its units lie too scattered to be of use."""
+
+
+@dataclass(frozen=True)
+class Proposals:
+    groups: tuple[Group, ...]
+    refused: tuple[Refusal, ...]
+    atoms: dict[str, Dim]
+    """Per group what its units are in the trace."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the units of an atom live in one tensor: a slice, with what the slice is to its layer."""
+
+    member: Slice
+    role: Literal["makes", "reads", "carries"]
+
+
+def propose(module: nn.Module, trace: Trace) -> Proposals:
+    """One group per atom that layers make and layers read; of atoms that stand nested in one axis the preferred one."""
+    order = {name: position for position, (name, _) in enumerate(module.named_modules())}
+    places = _places(module, trace, order)
+    candidates: dict[Dim, Group] = {}
+    reasons: dict[Dim, Refusal] = {}
+    taken: set[str] = set()
+    for atom, own in places.items():
+        maker = next((place.member for place in own if place.role == "makes"), None)
+        if maker is None:
+            continue
+        reason = _unfit(atom, own)
+        if reason is None:
+            group = _group(module, trace, atom, own, order, taken)
+            candidates[atom] = group
+            taken.add(group.name)
+        elif atom.size > 1 or reason == ALONE:
+            reasons[atom] = Refusal(maker.module, reason)
+    chosen = _preferred(candidates, places)
+    made = {place.member.module for atom in chosen for place in places[atom]}
+    refused = {item.name: item for item in reasons.values() if item.name not in made}
+    return Proposals(tuple(chosen.values()), tuple(refused.values()), {group.name: atom for atom, group in chosen.items()})
+
+
+ALONE = "it has one unit only"
+
+
+def _places(module: nn.Module, trace: Trace, order: dict[str, int]) -> dict[Dim, list[_Place]]:
+    """Per atom where it stands in parameters and buffers, in the order of the layers."""
+    layers = dict(module.named_modules())
+    found_at: dict[Dim, list[_Place]] = {}
+    for tensor, dims in trace.parameters.items():
+        owner, _, leaf = tensor.rpartition(".")
+        for axis, dim in enumerate(dims):
+            for atom, offset, repeat in occurrences(dim):
+                member = Slice(owner, leaf, axis, offset, repeat)
+                found_at.setdefault(atom, []).append(_Place(member, _role(layers[owner], leaf, axis)))
+    for own in found_at.values():
+        own.sort(key=lambda place: _layer_order(order, place.member))
+    return found_at
+
+
+def _layer_order(order: dict[str, int], member: Slice) -> Any:
+    return order[member.module], member.axis, member.parameter, member.offset
+
+
+def _role(layer: Any, parameter: str, axis: int) -> Literal["makes", "reads", "carries"]:
+    from torch import nn
+
+    if parameter == "weight" and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "makes" if axis == 0 else "reads" if axis == 1 else "carries"
+    return "carries"
+
+
+def _unfit(atom: Dim, places: Sequence[_Place]) -> str | None:
+    """Why these units must stay."""
+    if atom.frozen:
+        return atom.frozen
+    if atom.size < 2:
+        return ALONE
+    if len(places) > MOST_SLICES:
+        return "its units are scattered over a coupled layer"
+    if not any(place.role == "reads" for place in places):
+        if "dims" in atom.roles:
+            return "it is what attention's products sum over"
+        return "no layer reads it through its weights"
+    return None
+
+
+def _group(
+    module: nn.Module, trace: Trace, atom: Dim, places: Sequence[_Place], order: dict[str, int], taken: set[str]
+) -> Group:
+    """Named after the first layer that makes its units; heads after the block that they belong to."""
+    members = [place.member for place in places]
+    maker = next(place.member for place in places if place.role == "makes")
+    kind: Literal["channels", "heads"] = "heads" if "heads" in atom.roles else "channels"
+    name = maker.module
+    if kind == "heads":
+        members.sort(key=lambda member: (order[member.module], member.parameter != "weight", member.offset))
+        name = f"{_block([place.member for place in places if place.role != 'carries'])}.heads"
+    if name in taken:
+        name = f"{name}[{maker.offset}:]"
+    attributes = attributes_of(module, trace, atom, members)
+    return Group(name, kind, atom.size, tuple(members), attributes)
+
+
+def _block(members: Sequence[Slice]) -> str:
+    """The innermost module that holds all of them."""
+    paths = [member.module.split(".") for member in members]
+    shared = []
+    for parts in zip(*(path[:-1] for path in paths)):
+        if len({*parts}) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _preferred(candidates: dict[Dim, Group], places: dict[Dim, list[_Place]]) -> dict[Dim, Group]:
+    """Whole heads before anything that is nested with them, else the finer units; in the order of the layers."""
+    ranked = sorted(candidates, key=lambda atom: (candidates[atom].kind != "heads", -atom.size))
+    owned: dict[tuple[str, int], list[tuple[Slice, int]]] = {}
+    chosen: set[Dim] = set()
+    for atom in ranked:
+        group = candidates[atom]
+        if any(_overlap(member, group.units, other, units)
+               for member in group.members for other, units in owned.get((member.tensor, member.axis), ())):  # fmt: skip
+            continue
+        chosen.add(atom)
+        for member in group.members:
+            owned.setdefault((member.tensor, member.axis), []).append((member, group.units))
+    return {atom: group for atom, group in candidates.items() if atom in chosen}
+
+
+def _overlap(a: Slice, units: int, b: Slice, others: int) -> bool:
+    return a.offset < b.offset + others * b.repeat and b.offset < a.offset + units * a.repeat
+
+
+def owners(dim: Dim, groups: dict[Dim, str]) -> Iterator[tuple[str, int]]:
+    """(group, indices per unit) of the groups whose units an axis consists of."""
+    totals: dict[str, int] = {}
+    for atom, _, repeat in occurrences(found(dim)):
+        if atom in groups:
+            totals[groups[atom]] = totals.get(groups[atom], 0) + repeat
+    yield from totals.items()
