@@ -48,6 +48,8 @@ def load(out: Path, settings: ModelSettings, code: tuple[Path, ...] = (), seed: 
     if settings.checkpoint is not None:
         load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
     _require_sound(module)
+    if architecture.source == "timm":
+        module = _fused(module)
     spec = _input_spec(module, settings)
     outputs = _count_outputs(module, spec, settings.num_classes)
     save_file(_contiguous(module.state_dict()), out / "weights.safetensors")
@@ -79,10 +81,10 @@ def describe(settings: ModelSettings) -> str:
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """The dense module in eval mode with whatever weights its constructor gives it. Errors: ModelError."""
+    """The dense module in eval mode with whatever weights its constructor gives it, timm's fused. Errors: ModelError."""
     match architecture.source:
         case "timm":
-            return _timm(architecture.name, architecture.kwargs, pretrained=False)
+            return _fused(_timm(architecture.name, architecture.kwargs, pretrained=False))
         case "factory":
             return call_factory(architecture.location, architecture.kwargs)
 
@@ -163,6 +165,43 @@ def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Modul
             "correct model.kwargs",
         ) from error
     return module.eval()
+
+
+def _fused(module: nn.Module) -> nn.Module:
+    """The same function in eval mode: branches that are one convolution at inference become one (timm's re-parameterisation),
+    convolutions that standardise their weights become plain ones with the standardised weights."""
+    from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+    from timm.utils.model import reparameterize_model
+
+    module = reparameterize_model(module, inplace=True)
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, StdConv2d | StdConv2dSame | ScaledStdConv2d | ScaledStdConv2dSame):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, _standardised(layer))
+    return module.eval()
+
+
+def _standardised(layer: Any) -> nn.Module:
+    """A plain convolution with the weights that `layer` computes from its own at each forward."""
+    import torch
+    import torch.nn.functional as F
+    from timm.layers import Conv2dSame
+    from torch import nn
+
+    kind = Conv2dSame if getattr(layer, "same_pad", False) else nn.Conv2d
+    sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+    plain: nn.Conv2d = kind(
+        *sizes, stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups,
+        bias=layer.bias is not None,
+    )  # fmt: skip
+    with torch.no_grad():
+        gain = (layer.gain.double() * layer.scale).view(-1) if hasattr(layer, "gain") else None
+        own = layer.weight.double().reshape(1, layer.out_channels, -1)
+        plain.weight.copy_(F.batch_norm(own, None, None, gain, training=True, eps=layer.eps).reshape(layer.weight.shape))
+        if layer.bias is not None:
+            assert plain.bias is not None
+            plain.bias.copy_(layer.bias)
+    return plain
 
 
 def _timm_config(name: str) -> Any:

@@ -1,63 +1,85 @@
-"""Attributes that forward code reads and that count units: found by name and value, repaired after a cut as data."""
+"""Attributes that forward code reads and that count units: found by their values, repaired after a cut as data.
+
+A module that reshapes, splits or slices by a number that it stores (`num_heads`, `width`, `input_split`) is known from the trace: an
+integer that it holds is the size of an axis that it has handled, and groups own units of that axis.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.artifacts import Slice, UnitAttribute
-from cswap_deploy.prune.dims import Dim
+from cswap_deploy.artifacts import UnitAttribute
+from cswap_deploy.prune.dims import Dim, found, occurrences
 from cswap_deploy.prune.tracing import Trace
 
 if TYPE_CHECKING:
     from torch import nn
 
-HEADS = ("num_heads", "n_heads", "heads")
-"""Count heads."""
-WIDTHS = ("attn_dim", "all_head_dim")
-"""Count what a layer makes or reads."""
+DESCRIPTIVE = frozenset("num_features head_hidden_size num_classes embed_dim feature_info depth layer_idx kernel_size stride".split())
+"""Names that no forward splits by, although their values may be sizes."""
 
 
-def attributes_of(module: nn.Module, trace: Trace, atom: Dim, members: Sequence[Slice]) -> tuple[UnitAttribute, ...]:
-    """What must be set in the modules around a group's members when units leave."""
-    layers = dict(module.named_modules())
-    found: dict[UnitAttribute, None] = {}
+def attributes(module: nn.Module, trace: Trace, groups: Mapping[Dim, str]) -> dict[str, tuple[UnitAttribute, ...]]:
+    """Per group what must be set when its units leave; `groups`: by the atom of their units."""
+    made: dict[str, dict[UnitAttribute, None]] = {name: {} for name in groups.values()}
+    for name, layer in module.named_modules():
+        if not _repaired_by_shape(layer):
+            for group, attribute in _counting(name, layer, trace.handled.get(name, ()), groups):
+                made[group][attribute] = None
     for weight, dim in trace.fixed_groups.items():
         owner = weight.rpartition(".")[0]
-        if _is(dim, atom) and not _depthwise(layers[owner]):
-            found[UnitAttribute(owner, "groups", layers[owner].groups // atom.size)] = None
-    widths = _widths(members, atom.size)
-    for name in dict.fromkeys(_around(members)):
-        if name in layers:
-            found |= dict.fromkeys(_counting(name, layers[name], atom, widths))
-    return tuple(found)
+        if not _depthwise(module.get_submodule(owner)):
+            for group, repeat in owners(dim, groups):
+                made[group][UnitAttribute(owner, "groups", repeat)] = None
+    return {name: tuple(found) for name, found in made.items()}
 
 
-def _is(dim: Dim, atom: Dim) -> bool:
-    from cswap_deploy.prune.dims import atoms
+def owners(dim: Dim, groups: Mapping[Dim, str]) -> Iterator[tuple[str, int]]:
+    """(group, indices per unit) of the groups whose units an axis consists of."""
+    totals: dict[str, int] = {}
+    for atom, _, repeat in occurrences(dim):
+        if atom in groups:
+            totals[groups[atom]] = totals.get(groups[atom], 0) + repeat
+    yield from totals.items()
 
-    return any(own is atom for own in atoms(dim))
+
+def _counting(
+    name: str, layer: nn.Module, handled: Iterator[Dim] | Any, groups: Mapping[Dim, str]
+) -> Iterator[tuple[str, UnitAttribute]]:
+    """Integers, also in tuples and lists, that are the size of one axis that groups shorten."""
+    sizes: dict[int, dict[tuple[tuple[str, int], ...], bool]] = {}
+    for dim in handled:
+        if own := tuple(owners(dim, groups)):
+            heads = "heads" in found(dim).roles
+            sizes.setdefault(dim.size, {})[own] = heads
+    for key, value in _integers(layer) if sizes else ():
+        known = sizes.get(value, {})
+        if "head" in key:
+            known = {own: heads for own, heads in known.items() if heads}
+        if len(known) == 1:
+            for group, repeat in next(iter(known)):
+                yield group, UnitAttribute(name, key, repeat)
+
+
+def _integers(layer: nn.Module) -> Iterator[tuple[str, int]]:
+    for key, value in vars(layer).items():
+        if key.startswith("_") or key in DESCRIPTIVE:
+            continue
+        if type(value) is int:
+            yield key, value
+        elif isinstance(value, tuple | list):
+            yield from ((f"{key}.{place}", item) for place, item in enumerate(value) if type(item) is int)
+
+
+def _repaired_by_shape(layer: nn.Module) -> bool:
+    """`cut` sets what these layers say of their sizes."""
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.conv import _ConvNd
+
+    return isinstance(layer, _ConvNd | nn.Linear | _BatchNorm | nn.PReLU)
 
 
 def _depthwise(layer: Any) -> bool:
     return bool(layer.groups == layer.in_channels == layer.out_channels)
-
-
-def _widths(members: Sequence[Slice], units: int) -> dict[int, int]:
-    """Sizes that an attribute may have for these units, with what one unit counts in them."""
-    return {units * member.repeat: member.repeat for member in members}
-
-
-def _around(members: Sequence[Slice]) -> Iterator[str]:
-    """The modules that hold the members, inside out, up to the network's own."""
-    for member in members:
-        parts = member.module.split(".")
-        for length in range(len(parts) - 1, 0, -1):
-            yield ".".join(parts[:length])
-
-
-def _counting(name: str, layer: Any, atom: Dim, widths: dict[int, int]) -> Iterator[UnitAttribute]:
-    values = {key: value for key, value in vars(layer).items() if type(value) is int}
-    if "heads" in atom.roles:
-        yield from (UnitAttribute(name, key, 1) for key in HEADS if values.get(key) == atom.size)
-        yield from (UnitAttribute(name, key, widths[values[key]]) for key in WIDTHS if values.get(key) in widths)

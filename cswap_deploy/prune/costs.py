@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.artifacts import Axis, CostTerm, Group, InputSpec
 from cswap_deploy.model import count_by_module
 from cswap_deploy.prune.dims import Dim
-from cswap_deploy.prune.proposals import owners
+from cswap_deploy.prune.attributes import owners
 from cswap_deploy.prune.tracing import Product, Trace
 
 if TYPE_CHECKING:

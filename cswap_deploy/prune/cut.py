@@ -25,22 +25,32 @@ Keep = Mapping[str, Sequence[int]]
 
 def cut_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
     """A copy of `module` with only the kept units of each group; groups that `keep` does not name stay whole."""
-    module = copy.deepcopy(module)
+    module = fresh_copy(module)
     for (owner, parameter, axis), indices in _kept_indices(module, groups, keep).items():
         _select(module.get_submodule(owner), parameter, axis, indices)
     for group in groups:
         for attribute in group.attributes if group.name in keep else ():
-            setattr(module.get_submodule(attribute.module), attribute.name, len(keep[group.name]) * attribute.per_unit)
+            _lower(module, attribute, (group.units - len(keep[group.name])) * attribute.per_unit)
     for owner in {member.module for group in groups if group.name in keep for member in group.members}:
         _repair(module.get_submodule(owner))
     return module
+
+
+def fresh_copy(module: nn.Module) -> nn.Module:
+    """A deep copy without the tensors that layers keep from former forwards (timm's caches of attention biases)."""
+    memo: dict[int, Any] = {}
+    for layer in module.modules():
+        for name, value in vars(layer).items():
+            if name.endswith("cache") and isinstance(value, dict):
+                memo[id(value)] = {}
+    return copy.deepcopy(module, memo)
 
 
 def masked_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
     """A copy of `module` of the same shape in which nothing reads the units that are not kept."""
     import torch
 
-    module = copy.deepcopy(module)
+    module = fresh_copy(module)
     with torch.no_grad():
         for group in groups:
             gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
@@ -205,6 +215,19 @@ def _require_inside(module: nn.Module, group: Group) -> None:
 def _has_bias(layer: nn.Module) -> bool:
     """Also of a bias that compensation gave to a layer which had none when the groups were found."""
     return getattr(layer, "bias", None) is not None
+
+
+def _lower(module: nn.Module, attribute: UnitAttribute, by: int) -> None:
+    """`name` or, in a tuple or list, `name.place`."""
+    layer = module.get_submodule(attribute.module)
+    name, _, place = attribute.name.partition(".")
+    value = getattr(layer, name)
+    if not place:
+        setattr(layer, name, value - by)
+        return
+    items = list(value)
+    items[int(place)] -= by
+    setattr(layer, name, type(value)(items))
 
 
 def _select(layer: nn.Module, parameter: str, axis: int, indices: Sequence[int]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from cswap_deploy import progress
 from cswap_deploy.artifacts import Group, InputSpec, Refusal
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import CswapError
-from cswap_deploy.prune.cut import cut_copy, masked_copy
+from cswap_deploy.prune.cut import cut_copy, fresh_copy, masked_copy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 TOLERANCE, SINGLE_TOLERANCE = 1e-9, 1e-4
 """Largest difference between cut and masked network, relative to the largest logit, in float64; in float32 where the
 network's own forward cannot run in float64."""
+RELOADED = "the smaller network computes something else after it was stored and loaded"
+DIGITS = re.compile(r"\d+")
+"""Groups whose names differ in numbers only are alike: where the first and the last of them fail, all are left alone."""
 
 
 def proven(module: nn.Module, groups: Sequence[Group], spec: InputSpec) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
@@ -54,18 +57,35 @@ class _Prover:
         return _Prover(own, images, TOLERANCE, total)
 
     def sort(self, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
-        return self._proven(groups), tuple(self.refused)
+        found = {group.name for group in self._proven(groups)}
+        return tuple(group for group in groups if group.name in found), tuple(self.refused)
 
     def _proven(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         fault = self._disproof(groups)
         if fault is None or len(groups) == 1:
-            self.judged += len(groups)
-            progress.advance("groups proven", self.judged, self.total)
-            self.refused += [Refusal(groups[0].name, fault)] if fault else []
-            return () if fault else groups
+            return self._judged(groups, fault)
+        alike: dict[str, list[Group]] = {}
+        for group in groups:
+            alike.setdefault(DIGITS.sub("#", group.name), []).append(group)
+        if len(alike) > 1:
+            return self._all_of(tuple(own) for own in alike.values())
+        if len(groups) > 2 and (fault := self._disproof(groups[:1])) and self._disproof(groups[-1:]):
+            self._judged(groups[:1], fault)
+            return self._judged(groups[1:], f"as in {groups[0].name}: {fault}")
         middle = len(groups) // 2
-        first, second = self._proven(groups[:middle]), self._proven(groups[middle:])
-        return self._together(first, second)
+        return self._all_of((groups[:middle], groups[middle:]))
+
+    def _judged(self, groups: tuple[Group, ...], fault: str | None) -> tuple[Group, ...]:
+        self.judged += len(groups)
+        progress.advance("groups proven", self.judged, self.total)
+        self.refused += [Refusal(group.name, fault) for group in groups if fault]
+        return () if fault else groups
+
+    def _all_of(self, parts: Iterable[tuple[Group, ...]]) -> tuple[Group, ...]:
+        found: tuple[Group, ...] = ()
+        for part in parts:
+            found = self._together(found, self._proven(part))
+        return found
 
     def _together(self, first: tuple[Group, ...], second: tuple[Group, ...]) -> tuple[Group, ...]:
         """Both, without those of the second that are wrong beside the others only."""
@@ -95,38 +115,35 @@ class _Prover:
                 smaller = cut_copy(self.module, groups, keep)
                 cut = smaller(self.images.clone())
                 masked = masked_copy(self.module, groups, keep)(self.images.clone())
-                again = self._reloaded(smaller, groups, keep)(self.images.clone())
         except CswapError as error:
             return error.message
         except Exception as error:  # whatever the user's forward raises on the smaller layers
             return f"the network fails without some of its units: {reason(error)}"
         if cut.shape != masked.shape:
             return "its units are outputs of the network"
-        if not torch.equal(cut, again):
-            return "the smaller network computes something else after it was stored and loaded"
         difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
-        if difference <= self.tolerance:
-            return None
-        return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
+        if not difference <= self.tolerance:
+            return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
+        return None if self._reloads(smaller, groups, keep, cut) else RELOADED
 
-    def _reloaded(self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]]) -> nn.Module:
-        """Cut anew from a network with other weights, then given the smaller one's: as a bundle is loaded."""
+    def _reloads(self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]], wanted: Tensor) -> bool:
+        """Whether a network with other weights, cut anew and given the smaller one's, is the smaller one: as bundles are loaded."""
         import torch
 
-        other = copy.deepcopy(self.module)
-        for parameter in other.parameters():
-            parameter.fill_(0.5)
-        fresh = cut_copy(other, groups, keep)
+        other = fresh_copy(self.module)
         with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.fill_(0.5)
+            fresh = cut_copy(other, groups, keep)
             fresh.load_state_dict(smaller.state_dict())
-        return fresh
+            return torch.equal(fresh(self.images.clone()), wanted)
 
 
 def _lively(module: nn.Module) -> nn.Module:
     """A copy in eval mode whose constant tensors are random: zeros (a last BatchNorm's, a head's) hide what a cut does."""
     import torch
 
-    module = copy.deepcopy(module).eval().requires_grad_(False)
+    module = fresh_copy(module).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
 
     def draw(tensor: Any, low: float, high: float) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from cswap_deploy.artifacts import Group, Refusal, Slice
-from cswap_deploy.prune.attributes import attributes_of
-from cswap_deploy.prune.dims import Dim, found, occurrences
+from cswap_deploy.prune.attributes import attributes
+from cswap_deploy.prune.dims import Dim, occurrences
 from cswap_deploy.prune.tracing import Trace
 
 if TYPE_CHECKING:
@@ -47,15 +47,18 @@ def propose(module: nn.Module, trace: Trace) -> Proposals:
             continue
         reason = _unfit(atom, own)
         if reason is None:
-            group = _group(module, trace, atom, own, order, taken)
+            group = _group(atom, own, order, taken)
             candidates[atom] = group
             taken.add(group.name)
         elif atom.size > 1 or reason == ALONE:
             reasons[atom] = Refusal(maker.module, reason)
     chosen = _preferred(candidates, places)
-    made = {place.member.module for atom in chosen for place in places[atom]}
+    made = {place.member.module for atom in chosen for place in places[atom] if place.role == "makes"}
     refused = {item.name: item for item in reasons.values() if item.name not in made}
-    return Proposals(tuple(chosen.values()), tuple(refused.values()), {group.name: atom for atom, group in chosen.items()})
+    atoms = {group.name: atom for atom, group in chosen.items()}
+    counted = attributes(module, trace, {atom: group.name for atom, group in chosen.items()})
+    groups = tuple(replace(group, attributes=counted[group.name]) for group in chosen.values())
+    return Proposals(groups, tuple(refused.values()), atoms)
 
 
 ALONE = "it has one unit only"
@@ -103,9 +106,7 @@ def _unfit(atom: Dim, places: Sequence[_Place]) -> str | None:
     return None
 
 
-def _group(
-    module: nn.Module, trace: Trace, atom: Dim, places: Sequence[_Place], order: dict[str, int], taken: set[str]
-) -> Group:
+def _group(atom: Dim, places: Sequence[_Place], order: dict[str, int], taken: set[str]) -> Group:
     """Named after the first layer that makes its units; heads after the block that they belong to."""
     members = [place.member for place in places]
     maker = next(place.member for place in places if place.role == "makes")
@@ -116,8 +117,7 @@ def _group(
         name = f"{_block([place.member for place in places if place.role != 'carries'])}.heads"
     if name in taken:
         name = f"{name}[{maker.offset}:]"
-    attributes = attributes_of(module, trace, atom, members)
-    return Group(name, kind, atom.size, tuple(members), attributes)
+    return Group(name, kind, atom.size, tuple(members))
 
 
 def _block(members: Sequence[Slice]) -> str:
@@ -150,11 +150,3 @@ def _preferred(candidates: dict[Dim, Group], places: dict[Dim, list[_Place]]) ->
 def _overlap(a: Slice, units: int, b: Slice, others: int) -> bool:
     return a.offset < b.offset + others * b.repeat and b.offset < a.offset + units * a.repeat
 
-
-def owners(dim: Dim, groups: dict[Dim, str]) -> Iterator[tuple[str, int]]:
-    """(group, indices per unit) of the groups whose units an axis consists of."""
-    totals: dict[str, int] = {}
-    for atom, _, repeat in occurrences(found(dim)):
-        if atom in groups:
-            totals[groups[atom]] = totals.get(groups[atom], 0) + repeat
-    yield from totals.items()

@@ -69,6 +69,11 @@ def _same(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
             trace.names[result] = trace.names[args[0]]
 
 
+def _strided(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    """A pooling that brings its result into another order in memory."""
+    (unknown if tuple(args[1]) != tuple(size.size for size in trace.dims(args[0])) else _same)(trace, name, args, kwargs, result)
+
+
 # --- the same values, arranged anew
 
 
@@ -77,11 +82,11 @@ def _reshape(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> No
 
 
 def _expand(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    """What was one is as many as the other operand has, or as a number says that the module stores."""
     own = trace.dims(args[0])
     new = result.ndim - len(own)
-    why = f"it is spread over the units of {trace.place} by a stored number"
-    kept = [dim if dim.size == size else Dim(size, why) for dim, size in zip(own, result.shape[new:], strict=True)]
-    trace.give(result, [*(Dim(size, why if size > 1 else "") for size in result.shape[:new]), *kept])
+    kept = [dim if dim.size == size else Dim(size) for dim, size in zip(own, result.shape[new:], strict=True)]
+    trace.give(result, [*(Dim(size) for size in result.shape[:new]), *kept])
 
 
 def _permute(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
@@ -113,16 +118,17 @@ def _slice(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None
     axis, (size,) = axis % args[0].ndim, [args[0].shape[axis]]
     start, end, _ = slice(start, end).indices(size)
     dims = list(trace.dims(args[0]))
-    dims[axis] = _every(_part(dims[axis], start, max(start, end)), step, result.shape[axis])
+    dims[axis] = _every(_part(trace, dims[axis], start, max(start, end)), step, result.shape[axis])
     trace.give(result, dims)
 
 
-def _part(dim: Dim, start: int, end: int) -> Dim:
+def _part(trace: Trace, dim: Dim, start: int, end: int) -> Dim:
     tail = divided(dim, start)
     head = divided(tail[1], end - start) if tail else None
-    if head is None:
+    if tail is None or head is None:
         freeze(dim, FIXED)
         return Dim(end - start, FIXED)
+    trace.handled.setdefault(trace.module, []).extend((tail[0], head[1]))
     return head[0]
 
 
@@ -157,21 +163,23 @@ def _split(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None
     start = 0
     for part in result:
         own = [*dims]
-        own[axis] = _part(dims[axis], start, start + part.shape[axis])
+        own[axis] = _part(trace, dims[axis], start, start + part.shape[axis])
         start += part.shape[axis]
         trace.give(part, own)
 
 
 def _chunk(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
-    """Into equal parts, however many units there are: unit i of each part leaves with unit i of the others."""
-    count = args[1] if len(args) > 1 else kwargs["chunks"]
+    """chunk, and split by one number: unit i of each part leaves with unit i of the others, so that parts stay equal."""
     axis = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     dims = list(trace.dims(args[0]))
-    size = dims[axis].size
-    pair = factored(dims[axis], size // count) if isinstance(count, int) and size % count == 0 else None
+    sizes = {part.shape[axis] for part in result}
+    stated = args[1] if len(args) > 1 else next((kwargs[key] for key in kwargs if key != "dim"), None)
+    by_list = not isinstance(stated, int)
+    pair = factored(dims[axis], min(sizes)) if len(sizes) == 1 and not by_list else None
     if pair is None:
         _split(trace, name, (args[0], None, axis), {}, result)
-        freeze(dims[axis], FIXED)
+        if not by_list:
+            freeze(dims[axis], FIXED)
         return
     freeze(pair[0], FIXED)
     for part in result:
@@ -359,6 +367,14 @@ def _group_norm(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) ->
     trace.give(result[0], dims)
 
 
+def _prelu(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    dims, slopes = trace.dims(args[0]), args[1]
+    axis = max(range(slopes.ndim), key=lambda place: slopes.shape[place])
+    if slopes.numel() > 1:
+        trace.couple(slopes, axis, dims[1])
+    trace.give(result, dims)
+
+
 # --- products
 
 
@@ -469,10 +485,13 @@ def _uneven(own: Dim, other: Dim) -> Dim:
     return own
 
 
-FUNCTIONS: dict[str, Rule] = {"scaled_dot_product_attention": _attention, "chunk": _chunk}
+FUNCTIONS: dict[str, Rule] = {"scaled_dot_product_attention": _attention, "chunk": _chunk, "split": _chunk}
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys("pointwise copy_ fill_ zero_ where masked_fill masked_fill_ addcmul lerp native_dropout".split(), _pointwise),
+    **dict.fromkeys(
+        "pointwise copy_ fill_ zero_ masked_fill_ hardswish hardswish_ native_dropout rsub floor_divide bernoulli_".split(),
+        _pointwise,
+    ),
     **dict.fromkeys(
         "clone detach alias _to_copy contiguous lift_fresh zeros_like ones_like empty_like full_like rand_like".split(), _same
     ),
@@ -503,11 +522,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("native_layer_norm rms_norm _fused_rms_norm".split(), _layer_norm),
     **dict.fromkeys("mm addmm bmm baddbmm".split(), _mm),
     **dict.fromkeys("mv".split(), _mv),
+    "as_strided_": _strided,
     "expand": _expand,
     "permute": _permute,
     "slice": _slice,
     "select": _select,
     "unbind": _unbind,
+    **dict.fromkeys("prelu _prelu_kernel".split(), _prelu),
     "cat": _cat,
     "stack": _stack,
     "repeat": _repeat,

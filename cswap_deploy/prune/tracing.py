@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.artifacts import InputSpec
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.cut import fresh_copy
 from cswap_deploy.prune.dims import Dim, freeze, unify
 from cswap_deploy.prune.rules import FUNCTIONS, RULES, unknown
 
@@ -43,6 +43,8 @@ class Trace:
     products: list[Product] = field(default_factory=list)
     fixed_groups: dict[str, Dim] = field(default_factory=dict)
     """Per convolution the axis that its `groups` counts."""
+    handled: dict[str, list[Dim]] = field(default_factory=dict)
+    """Per module the axes of the tensors that its own forward has handled, and their parts."""
     modules: list[str] = field(default_factory=lambda: [""])
     kinds: dict[str, str] = field(default_factory=dict)
     known: Any = None
@@ -109,7 +111,7 @@ def traced(module: nn.Module, spec: InputSpec) -> Trace:
 
     image = torch.randn(1, *spec.shape, generator=torch.Generator().manual_seed(0))
     try:
-        module = copy.deepcopy(module).eval().requires_grad_(False)
+        module = fresh_copy(module).eval().requires_grad_(False)
         trace = Trace.begin(module)
         trace.known[image] = tuple(Dim(size, "it is an axis of the image") for size in image.shape)
         with warnings.catch_warnings(), torch.no_grad(), ExitStack() as undo:
@@ -196,6 +198,7 @@ def _apply(trace: Trace, rule: Any, name: str, args: Any, kwargs: Any, result: A
         rule(trace, name, args, kwargs, result)
     except Exception:  # a call in a form that the rule was not written for
         unknown(trace, name, args, kwargs, result)
+    trace.handled.setdefault(trace.module, []).extend(dim for tensor in (*given, *made) for dim in trace.dims(tensor))
     for tensor in made:
         if fixed:
             trace.static[tensor] = True

@@ -1,0 +1,345 @@
+"""Any timm classifier through the pruner: group, prove, prune, train a step, store and load, export; and torch-pruning beside it.
+
+    python benchmarks/zoo.py --models all            # appends to zoo.json as models finish; one that is in it is not run again
+    python benchmarks/zoo.py --models all --table    # the Markdown table of what is in zoo.json
+
+Weights are random, statistics of BatchNorm too. Each model runs in a process of its own, each step within a time limit. The same
+fraction of every group's units leaves, drawn at random, so that 70 % of the multiply-accumulates stay or the nearest that can be
+reached. Nothing is judged but that the networks are what they are said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import selectors
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from zoo_models import MODELS
+from zoo_table import table
+
+HERE = Path(__file__).parent
+TARGET = 0.7
+LIMITS = {"built": 120, "grouped": 120, "proof": 180, "pruned": 120, "trained": 180, "stored": 120, "exported": 180, "onnx": 300}
+"""Seconds for each step."""
+PEER_SECONDS = 75
+Facts = dict[str, Any]
+
+
+# --- one model, in a process of its own
+
+
+class Case:
+    """A model on its way through the steps; each returns what it found, and raises where it fails."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+
+    def built(self) -> Facts:
+        import torch
+        from safetensors.torch import save_file
+
+        from cswap_deploy import model, recipe
+        from cswap_deploy.artifacts import File
+        from cswap_deploy.prune.cut import restore
+
+        settings = recipe.ModelSettings(name=self.name, pretrained=False)
+        network = model.load(self.folder, settings, seed=0)
+        module = restore(network)
+        generator = torch.Generator().manual_seed(0)
+        for layer in module.modules():
+            if getattr(layer, "running_var", None) is not None:
+                layer.running_mean.copy_(torch.rand(layer.running_mean.shape, generator=generator) * 0.4 - 0.2)
+                layer.running_var.copy_(torch.rand(layer.running_var.shape, generator=generator) + 0.5)
+        path = self.folder / "weights.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+        self.network, self.module = replace(network, weights=File.of(path)), module
+        return {"params": network.params, "macs": network.macs, "input": list(network.input.shape)}
+
+    def grouped(self) -> Facts:
+        from cswap_deploy.prune.groups import find
+
+        start = time.perf_counter()
+        self.groups = find(self.module, self.network.input)
+        seconds = time.perf_counter() - start
+        dense = self.groups.cost({})
+        least = self.groups.cost({group.name: (0,) for group in self.groups.groups})
+        reasons = Counter(_kind(item.reason) for item in self.groups.refused)
+        assert (round(dense[0]), round(dense[1])) == (self.network.params, self.network.macs), "the dense cost is another"
+        return {
+            "seconds": round(seconds, 2),
+            "groups": len(self.groups.groups),
+            "heads": sum(group.kind == "heads" for group in self.groups.groups),
+            "units": sum(group.units for group in self.groups.groups),
+            "prunable": [round(1 - low / high, 4) for low, high in zip(least, dense)],
+            "refused": [[item.name, item.reason] for item in self.groups.refused],
+            "why": reasons.most_common(3),
+        }
+
+    def proof(self) -> Facts:
+        """Once more, from outside: other images, other units, the network's own weights."""
+        import torch
+
+        from cswap_deploy.prune.cut import cut_copy, masked_copy
+
+        generator = torch.Generator().manual_seed(7)
+        keep = {}
+        for group in self.groups.groups:
+            width = 1 + int(torch.randint(group.units, (1,), generator=generator))
+            keep[group.name] = tuple(sorted(torch.randperm(group.units, generator=generator)[:width].tolist()))
+        images = torch.randn(2, *self.network.input.shape, generator=generator)
+        for kind, limit in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+            own = copy.deepcopy(self.module).to(kind)
+            try:
+                with torch.no_grad():
+                    masked = masked_copy(own, self.groups.groups, keep)(images.to(kind))
+                    cut = cut_copy(own, self.groups.groups, keep)(images.to(kind))
+                break
+            except RuntimeError:
+                if kind is torch.float32:
+                    raise
+        difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
+        assert difference <= limit, f"cut and masked differ by {difference:.1e}"
+        return {"difference": difference, "precision": str(kind).removeprefix("torch.")}
+
+    def pruned(self) -> Facts:
+        from cswap_deploy.model import count
+        from cswap_deploy.prune.cut import cut_copy
+
+        self.keep = self._plan()
+        self.smaller = cut_copy(self.module, self.groups.groups, self.keep)
+        params, macs = count(self.smaller, self.network.input)
+        said = self.groups.cost(self.keep)
+        assert (round(said[0]), round(said[1])) == (params, macs), f"{said} was said, {(params, macs)} counted"
+        return {"params": params / self.network.params, "macs": macs / self.network.macs}
+
+    def _plan(self) -> dict[str, tuple[int, ...]]:
+        """The widest network of the same fraction everywhere that meets the target, else the narrowest."""
+        import torch
+
+        generator = torch.Generator().manual_seed(11)
+        order = {
+            group.name: torch.randperm(group.units, generator=generator).tolist() for group in self.groups.groups
+        }
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._macs(self._kept(order, middle)) <= TARGET else (low, middle)
+        return self._kept(order, low)
+
+    def _macs(self, keep: dict[str, tuple[int, ...]]) -> float:
+        return self.groups.cost(keep)[1] / self.network.macs
+
+    def _kept(self, order: dict[str, list[int]], fraction: float) -> dict[str, tuple[int, ...]]:
+        return {
+            group.name: tuple(sorted(order[group.name][: max(1, round(fraction * group.units))]))
+            for group in self.groups.groups
+        }
+
+    def trained(self) -> Facts:
+        """One step of gradient descent on two images, in the mode of training."""
+        import torch
+
+        own = copy.deepcopy(self.smaller).requires_grad_(True).train()
+        images = torch.randn(2, *self.network.input.shape, generator=torch.Generator().manual_seed(1))
+        logits = own(images)
+        logits = logits if isinstance(logits, torch.Tensor) else sum(logits) / len(logits)
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+        gradients = [parameter.grad for parameter in own.parameters() if parameter.grad is not None]
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients), "a gradient is not finite"
+        torch.optim.SGD(own.parameters(), 1e-3).step()
+        return {"with_gradient": len(gradients), "parameters": sum(1 for _ in own.parameters())}
+
+    def stored(self) -> Facts:
+        """plan.json and safetensors, and back."""
+        import torch
+        from safetensors.torch import save_file
+
+        from cswap_deploy.artifacts import File, PruningPlan
+        from cswap_deploy.prune.cut import restore, write_plan
+
+        path = self.folder / "plan.json"
+        plan = PruningPlan(self.keep, (), None)
+        write_plan(path, self.module, self.smaller, self.network, self.groups.groups, plan)
+        weights = self.folder / "pruned.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in self.smaller.state_dict().items()}, weights)
+        self.small = replace(self.network, plan=File.of(path), weights=File.of(weights))
+        images = torch.randn(2, *self.network.input.shape, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            again, logits = restore(self.small)(images), self.smaller(images)
+        assert bool(logits.isfinite().all()), "logits are not finite"
+        assert torch.equal(again, logits), "the network that was loaded computes something else"
+        return {"plan_bytes": path.stat().st_size}
+
+    def exported(self) -> Facts:
+        import torch
+
+        image = torch.randn(1, *self.network.input.shape, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            program = torch.export.export(self.smaller, (image,))
+            difference = float((program.module()(image) - self.smaller(image)).abs().max())
+        return {"difference": difference}
+
+    def onnx(self) -> Facts:
+        """The package's own stage, with its parity on real images."""
+        from cswap_deploy import data, export
+        from cswap_deploy.artifacts import ImageSet
+        from cswap_deploy.recipe import OnnxSettings
+
+        catalogue = data.catalogue(HERE.parent / "calibration" / "digits", None, 10)
+        images = ImageSet(catalogue.holdout[:4], catalogue.folder)
+        labels = tuple(str(number) for number in range(self.network.outputs))
+        made = export.to_onnx(self.folder, self.small, labels, images, OnnxSettings())
+        return {"nodes": made.nodes, "max_abs": made.parity.max_abs, "sqnr_db": made.parity.sqnr_db}
+
+
+def _kind(reason: str) -> str:
+    """A reason without the place in the network."""
+    return reason.split(" in ")[0]
+
+
+def run_one(name: str) -> None:
+    """Print one JSON line before each step and one after it."""
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        case = Case(name, Path(folder))
+        for step in LIMITS:
+            print(json.dumps({"begun": step}), flush=True)
+            start = time.perf_counter()
+            try:
+                found = getattr(case, step)()
+            except Exception as error:
+                print(json.dumps({step: {"failed": f"{type(error).__name__}: {error}"[:300]}}), flush=True)
+                return
+            print(json.dumps({step: {**found, "took": round(time.perf_counter() - start, 2)}}), flush=True)
+
+
+def run_peer(name: str) -> None:
+    """torch-pruning alone: 30 % of all channels, global magnitudes, multiples of 8, the classifier left whole."""
+    import timm
+    import torch
+    import torch_pruning as tp
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    module = timm.create_model(name).eval()
+    image = torch.randn(1, *module.pretrained_cfg["input_size"])
+    head = module.get_classifier()
+    heads = {layer.qkv: layer.num_heads for layer in module.modules() if hasattr(layer, "qkv") and hasattr(layer, "num_heads")}
+    stage = "build graph"
+    try:
+        pruner = tp.pruner.BasePruner(
+            module, image, importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True, pruning_ratio=0.3,
+            round_to=8, ignored_layers=[*(head if isinstance(head, tuple) else (head,))], num_heads=heads,
+        )  # fmt: skip
+        stage = "prune"
+        pruner.step()
+        stage = "forward"
+        with torch.no_grad():
+            module(image)
+    except Exception as error:
+        print(json.dumps({"failed": f"{stage}: {type(error).__name__}: {' '.join(str(error).split())}"[:160]}), flush=True)
+        return
+    print(json.dumps({"completed": True}), flush=True)
+
+
+# --- all of them
+
+
+def main() -> None:
+    options = _options()
+    path: Path = options.json
+    if options.one or options.one_peer:
+        run_one(options.one) if options.one else run_peer(options.one_peer)
+        return
+    chosen = list(MODELS) if options.models == "all" else options.models.split(",")
+    done: dict[str, Facts] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        done[row["model"]] = {**done.get(row["model"], {}), **row}
+    if options.table:
+        print(table([done[name] for name in chosen if name in done], len(chosen)))
+        return
+    for number, name in enumerate(chosen, 1):
+        if name in done and not options.again:
+            continue
+        row: Facts = {"model": name, "file": MODELS.get(name, "")}
+        row |= _watched([sys.executable, __file__, "--one", name])
+        if options.peer:
+            row["torch_pruning"] = _peer(name)
+        with path.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        print(f"{number}/{len(chosen)} {name}: {_summary(row)}", file=sys.stderr, flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--models", default="all", help="comma-separated timm names")
+    parser.add_argument("--json", type=Path, default=HERE / "zoo.json", help="one JSON line for each model")
+    parser.add_argument("--table", action="store_true", help="print the Markdown table and run nothing")
+    parser.add_argument("--peer", action="store_true", help="also torch-pruning alone")
+    parser.add_argument("--again", action="store_true", help="also models that are in the file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one-peer", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _watched(command: list[str]) -> Facts:
+    """What the steps of a model found; a step that takes longer than its limit ends it."""
+    found: Facts = {}
+    step = "built"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    waiting = selectors.DefaultSelector()
+    waiting.register(process.stdout, selectors.EVENT_READ)
+    try:
+        while True:
+            if not waiting.select(LIMITS[step] + 30):
+                return found | {step: {"failed": f"no end within {LIMITS[step]} s"}}
+            line = process.stdout.readline()
+            if not line:
+                code = process.wait()
+                return found if step in found else found | {step: {"failed": f"the process ended with {code}"}}
+            said = json.loads(line)
+            step = said.pop("begun", step)
+            found |= said
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _peer(name: str) -> Facts:
+    command = [sys.executable, __file__, "--one-peer", name]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=PEER_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no end within {PEER_SECONDS} s"}
+    lines = done.stdout.splitlines()
+    found: Facts = json.loads(lines[-1]) if lines else {"failed": f"the process ended with {done.returncode}"}
+    return found
+
+
+def _summary(row: Facts) -> str:
+    for step in LIMITS:
+        if "failed" in row.get(step, {"failed": ""}):
+            return f"{step}: {row.get(step, {}).get('failed', 'not reached')}"
+    grouped, pruned = row["grouped"], row["pruned"]
+    return f"{grouped['groups']} groups in {grouped['seconds']} s, {pruned['macs']:.1%} of the MACs"
+
+
+if __name__ == "__main__":
+    run: Callable[[], None] = main
+    run()
