@@ -3,7 +3,7 @@
     python benchmarks/zoo.py --models all            # appends to zoo.json as models finish; one that is in it is not run again
     python benchmarks/zoo.py --models all --table    # the Markdown table of what is in zoo.json
 
-Weights are random, statistics of BatchNorm too. Each model runs in a process of its own, each step within a time limit. The same
+Weights are random, statistics of BatchNorm and what starts as a constant too. Each model runs in a process of its own, each step within a time limit. The same
 fraction of every group's units leaves, drawn at random, so that 70 % of the multiply-accumulates stay or the nearest that can be
 reached. Nothing is judged but that the networks are what they are said to be.
 """
@@ -61,6 +61,9 @@ class Case:
             if getattr(layer, "running_var", None) is not None:
                 layer.running_mean.copy_(torch.rand(layer.running_mean.shape, generator=generator) * 0.4 - 0.2)
                 layer.running_var.copy_(torch.rand(layer.running_var.shape, generator=generator) + 0.5)
+        for tensor in module.parameters():
+            if float(tensor.abs().max()) < 1e-3 or float(tensor.max() - tensor.min()) == 0.0:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.7 + 0.3)
         path = self.folder / "weights.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
         self.network, self.module = replace(network, weights=File.of(path)), module

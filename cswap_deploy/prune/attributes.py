@@ -75,10 +75,10 @@ def _integers(layer: nn.Module) -> Iterator[tuple[str, int]]:
 def _repaired_by_shape(layer: nn.Module) -> bool:
     """`cut` sets what these layers say of their sizes."""
     from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase
     from torch.nn.modules.conv import _ConvNd
 
-    return isinstance(layer, _ConvNd | nn.Linear | _BatchNorm | nn.PReLU)
+    return isinstance(layer, _ConvNd | nn.Linear | _NormBase | nn.PReLU)
 
 
 def _depthwise(layer: Any) -> bool:

@@ -244,17 +244,17 @@ def _select(layer: nn.Module, parameter: str, axis: int, indices: Sequence[int])
 def _repair(layer: Any) -> None:
     """Make the layer's size attributes say what its tensors are now."""
     from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase
     from torch.nn.modules.conv import _ConvNd
 
     match layer:
         case _ConvNd():
-            depthwise = layer.groups > 1 and layer.weight.shape[1] == 1
+            depthwise = layer.groups == layer.in_channels == layer.out_channels > 1
             layer.groups = layer.weight.shape[0] if depthwise else layer.groups
             layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
         case nn.Linear():
             layer.out_features, layer.in_features = layer.weight.shape
-        case _BatchNorm():
+        case _NormBase():
             layer.num_features = layer.weight.shape[0] if layer.weight is not None else layer.running_mean.shape[0]
         case nn.PReLU():
             layer.num_parameters = layer.weight.shape[0]

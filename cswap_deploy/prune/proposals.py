@@ -99,9 +99,9 @@ def _unfit(atom: Dim, places: Sequence[_Place]) -> str | None:
         return ALONE
     if len(places) > MOST_SLICES:
         return "its units are scattered over a coupled layer"
+    if "dims" in atom.roles:
+        return "a product of two activations sums over it"
     if not any(place.role == "reads" for place in places):
-        if "dims" in atom.roles:
-            return "it is what attention's products sum over"
         return "no layer reads it through its weights"
     return None
 
