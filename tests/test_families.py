@@ -42,10 +42,12 @@ def test_what_is_found_may_be_cut(family: Family) -> None:
     cut = cut_copy(precise, found.groups, keep)(x)
     masked = masked_copy(precise, found.groups, keep)(x)
     assert float((cut - masked).abs().max()) <= 1e-9 * float(masked.abs().max())
-    assert float((masked - precise(x)).abs().max()) > 1e-6 * float(masked.abs().max()), "the mask changes nothing"
+    changed = float((masked - precise(x)).abs().max()) > 1e-6 * float(masked.abs().max())
+    assert changed or not found.groups, "the mask changes nothing"
 
 
 @every_family
+@pytest.mark.filterwarnings("ignore:The tensor attribute")  # timm's caches of attention biases, filled while it is exported
 def test_half_of_it_trains_and_is_exported(family: Family) -> None:
     smaller, x = half(family).requires_grad_(True), images(family)
     program = torch.export.export(smaller.eval(), (x[:1],))
