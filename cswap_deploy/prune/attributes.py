@@ -6,7 +6,7 @@ integer that it holds is the size of an axis that it has handled, and groups own
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import UnitAttribute
@@ -45,21 +45,21 @@ def owners(dim: Dim, groups: Mapping[Dim, str]) -> Iterator[tuple[str, int]]:
 
 
 def _counting(
-    name: str, layer: nn.Module, handled: Iterator[Dim] | Any, groups: Mapping[Dim, str]
+    name: str, layer: nn.Module, handled: Sequence[Dim], groups: Mapping[Dim, str]
 ) -> Iterator[tuple[str, UnitAttribute]]:
-    """Integers, also in tuples and lists, that are the size of one axis that groups shorten."""
-    sizes: dict[int, dict[tuple[tuple[str, int], ...], bool]] = {}
-    for dim in handled:
-        if own := tuple(owners(dim, groups)):
-            heads = "heads" in found(dim).roles
-            sizes.setdefault(dim.size, {})[own] = heads
-    for key, value in _integers(layer) if sizes else ():
-        known = sizes.get(value, {})
-        if "head" in key:
-            known = {own: heads for own, heads in known.items() if heads}
-        if len(known) == 1:
-            for group, repeat in next(iter(known)):
-                yield group, UnitAttribute(name, key, repeat)
+    """Integers, also in tuples and lists, that are the size of an axis to which a group's units belong in one way."""
+    ways: dict[tuple[int, str], set[tuple[int, bool]]] = {}
+    for dim in {found(dim) for dim in handled}:
+        for group, repeat in owners(dim, groups):
+            ways.setdefault((dim.size, group), set()).add((repeat, "heads" in dim.roles))
+    sizes = {size for size, _ in ways}
+    for key, value in _integers(layer) if ways else ():
+        for group in dict.fromkeys(groups.values()) if value in sizes else ():
+            known = ways.get((value, group), set())
+            if "head" in key or "dim" in key:
+                known = {(repeat, heads) for repeat, heads in known if heads == ("dim" not in key)}
+            if len(known) == 1:
+                yield group, UnitAttribute(name, key, next(iter(known))[0])
 
 
 def _integers(layer: nn.Module) -> Iterator[tuple[str, int]]:

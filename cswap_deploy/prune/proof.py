@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import Group, InputSpec, Refusal
+from cswap_deploy.artifacts import Group, InputSpec, Refusal, UnitAttribute
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import CswapError
 from cswap_deploy.prune.cut import cut_copy, fresh_copy, masked_copy
@@ -20,6 +20,8 @@ TOLERANCE, SINGLE_TOLERANCE = 1e-9, 1e-4
 """Largest difference between cut and masked network, relative to the largest logit, in float64; in float32 where the
 network's own forward cannot run in float64."""
 RELOADED = "the smaller network computes something else after it was stored and loaded"
+MOST_NAMES = 4
+"""Of attributes that are tried without one another."""
 DIGITS = re.compile(r"\d+")
 """Groups whose names differ in numbers only are alike: where the first and the last of them fail, all are left alone."""
 
@@ -57,23 +59,34 @@ class _Prover:
         return _Prover(own, images, TOLERANCE, total)
 
     def sort(self, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
-        found = {group.name for group in self._proven(groups)}
-        return tuple(group for group in groups if group.name in found), tuple(self.refused)
+        order = {group.name: place for place, group in enumerate(groups)}
+        return tuple(sorted(self._proven(groups), key=lambda group: order[group.name])), tuple(self.refused)
 
     def _proven(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         fault = self._disproof(groups)
-        if fault is None or len(groups) == 1:
-            return self._judged(groups, fault)
+        if fault is None:
+            return self._judged(groups, None)
         alike: dict[str, list[Group]] = {}
         for group in groups:
             alike.setdefault(DIGITS.sub("#", group.name), []).append(group)
         if len(alike) > 1:
             return self._all_of(tuple(own) for own in alike.values())
-        if len(groups) > 2 and (fault := self._disproof(groups[:1])) and self._disproof(groups[-1:]):
-            self._judged(groups[:1], fault)
-            return self._judged(groups[1:], f"as in {groups[0].name}: {fault}")
+        first = groups[0]
+        own = self._disproof((first,)) if len(groups) > 1 else fault
+        if own and (names := self._read(first)) is not None:
+            return self._proven(tuple(replace(group, attributes=_named(group, names)) for group in groups))
+        if own and (len(groups) == 1 or self._disproof(groups[-1:])):
+            self._judged(groups[:1], own)
+            return self._judged(groups[1:], f"as in {first.name}: {own}")
         middle = len(groups) // 2
         return self._all_of((groups[:middle], groups[middle:]))
+
+    def _read(self, group: Group) -> frozenset[str] | None:
+        """Which of the names of a group's attributes count its units, where it is right with those alone: others had the same values."""
+        names = frozenset(attribute.name for attribute in group.attributes)
+        tries = {names - {name} for name in names} | {frozenset({name}) for name in names} | {frozenset[str]()}
+        tries = tries - {names} if len(names) <= MOST_NAMES else set()
+        return next((one for one in sorted(tries, key=sorted) if not self._disproof((replace(group, attributes=_named(group, one)),))), None)
 
     def _judged(self, groups: tuple[Group, ...], fault: str | None) -> tuple[Group, ...]:
         self.judged += len(groups)
@@ -137,6 +150,10 @@ class _Prover:
             fresh = cut_copy(other, groups, keep)
             fresh.load_state_dict(smaller.state_dict())
             return torch.equal(fresh(self.images.clone()), wanted)
+
+
+def _named(group: Group, names: frozenset[str]) -> tuple[UnitAttribute, ...]:
+    return tuple(attribute for attribute in group.attributes if attribute.name in names)
 
 
 def _lively(module: nn.Module) -> nn.Module:
