@@ -1,6 +1,7 @@
 """Any timm classifier through the pruner: group, prove, prune, train a step, store and load, export; and torch-pruning beside it.
 
     python benchmarks/zoo.py --models all            # appends to zoo.json as models finish; one that is in it is not run again
+    python benchmarks/zoo.py --models all --peer     # torch-pruning alone, into the same lines
     python benchmarks/zoo.py --models all --table    # the Markdown table of what is in zoo.json
 
 Weights are random, statistics of BatchNorm and what starts as a constant too. Each model runs in a process of its own, each step within a time limit. The same
@@ -13,8 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import selectors
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
 import warnings
@@ -26,13 +27,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from zoo_models import MODELS
-from zoo_table import table
+from zoo_table import fault, table
+
+from cswap_deploy.digests import digest_of
 
 HERE = Path(__file__).parent
 TARGET = 0.7
 LIMITS = {"built": 120, "grouped": 120, "proof": 180, "pruned": 120, "trained": 180, "stored": 120, "exported": 180, "onnx": 300}
 """Seconds for each step."""
 PEER_SECONDS = 75
+FORKED = multiprocessing.get_context("fork")
+PRUNE = HERE.parent / "cswap_deploy" / "prune"
+CODE = digest_of([path.read_text() for path in sorted(PRUNE.rglob("*.py"))])[:12]
+"""Of what finds, proves and cuts: stands in each line of the file."""
 Facts = dict[str, Any]
 
 
@@ -211,33 +218,28 @@ def _kind(reason: str) -> str:
     return reason.split(" in ")[0]
 
 
-def run_one(name: str) -> None:
-    """Print one JSON line before each step and one after it."""
-    import torch
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def run_one(name: str, say: Callable[[Facts], None]) -> None:
+    """Say which step begins, and what it found."""
     with TemporaryDirectory() as folder:
         case = Case(name, Path(folder))
         for step in LIMITS:
-            print(json.dumps({"begun": step}), flush=True)
+            say({"begun": step})
             start = time.perf_counter()
             try:
                 found = getattr(case, step)()
             except Exception as error:
-                print(json.dumps({step: {"failed": f"{type(error).__name__}: {error}"[:300]}}), flush=True)
+                say({step: {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}})
                 return
-            print(json.dumps({step: {**found, "took": round(time.perf_counter() - start, 2)}}), flush=True)
+            say({step: {**found, "took": round(time.perf_counter() - start, 2)}})
 
 
-def run_peer(name: str) -> None:
+def run_peer(name: str, say: Callable[[Facts], None]) -> None:
     """torch-pruning alone: 30 % of all channels, global magnitudes, multiples of 8, the classifier left whole."""
     import timm
     import torch
     import torch_pruning as tp
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    say({"begun": "torch_pruning"})
     module = timm.create_model(name).eval()
     image = torch.randn(1, *module.pretrained_cfg["input_size"])
     head = module.get_classifier()
@@ -254,9 +256,9 @@ def run_peer(name: str) -> None:
         with torch.no_grad():
             module(image)
     except Exception as error:
-        print(json.dumps({"failed": f"{stage}: {type(error).__name__}: {' '.join(str(error).split())}"[:160]}), flush=True)
+        say({"torch_pruning": {"failed": f"{stage}: {type(error).__name__}: {' '.join(str(error).split())}"[:160]}})
         return
-    print(json.dumps({"completed": True}), flush=True)
+    say({"torch_pruning": {"completed": True}})
 
 
 # --- all of them
@@ -265,9 +267,6 @@ def run_peer(name: str) -> None:
 def main() -> None:
     options = _options()
     path: Path = options.json
-    if options.one or options.one_peer:
-        run_one(options.one) if options.one else run_peer(options.one_peer)
-        return
     chosen = list(MODELS) if options.models == "all" else options.models.split(",")
     done: dict[str, Facts] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -276,13 +275,15 @@ def main() -> None:
     if options.table:
         print(table([done[name] for name in chosen if name in done], len(chosen)))
         return
+    _imported()
     for number, name in enumerate(chosen, 1):
-        if name in done and not options.again:
-            continue
         row: Facts = {"model": name, "file": MODELS.get(name, "")}
-        row |= _watched([sys.executable, __file__, "--one", name])
-        if options.peer:
-            row["torch_pruning"] = _peer(name)
+        if options.peer and (name not in done or "torch_pruning" not in done[name]):
+            row |= _watched(run_peer, name, "torch_pruning")
+        elif not options.peer and (name not in done or options.again or "built" not in done[name]):
+            row |= _watched(run_one, name, "built") | {"code": CODE}
+        else:
+            continue
         with path.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         print(f"{number}/{len(chosen)} {name}: {_summary(row)}", file=sys.stderr, flush=True)
@@ -293,56 +294,60 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", default="all", help="comma-separated timm names")
     parser.add_argument("--json", type=Path, default=HERE / "zoo.json", help="one JSON line for each model")
     parser.add_argument("--table", action="store_true", help="print the Markdown table and run nothing")
-    parser.add_argument("--peer", action="store_true", help="also torch-pruning alone")
+    parser.add_argument("--peer", action="store_true", help="torch-pruning alone instead of ours")
     parser.add_argument("--again", action="store_true", help="also models that are in the file")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--one-peer", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _watched(command: list[str]) -> Facts:
-    """What the steps of a model found; a step that takes longer than its limit ends it."""
+def _watched(run: Callable[[str, Callable[[Facts], None]], None], name: str, step: str) -> Facts:
+    """What the steps of a model found, in a process of its own; a step that takes longer than its limit ends it."""
     found: Facts = {}
-    step = "built"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    waiting = selectors.DefaultSelector()
-    waiting.register(process.stdout, selectors.EVENT_READ)
+    ours, theirs = FORKED.Pipe(duplex=False)
+    process = FORKED.Process(target=_alone, args=(run, name, theirs), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        while True:
-            if not waiting.select(LIMITS[step] + 30):
-                return found | {step: {"failed": f"no end within {LIMITS[step]} s"}}
-            line = process.stdout.readline()
-            if not line:
-                code = process.wait()
-                return found if step in found else found | {step: {"failed": f"the process ended with {code}"}}
-            said = json.loads(line)
+        while ours.poll(LIMITS.get(step, PEER_SECONDS)):
+            said = ours.recv()
             step = said.pop("begun", step)
             found |= said
+        return found | {step: {"failed": f"no end within {LIMITS.get(step, PEER_SECONDS)} s"}}
+    except EOFError:
+        process.join()
+        return found if step in found else found | {step: {"failed": f"the process ended with {process.exitcode}"}}
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
-def _peer(name: str) -> Facts:
-    command = [sys.executable, __file__, "--one-peer", name]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=PEER_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no end within {PEER_SECONDS} s"}
-    lines = done.stdout.splitlines()
-    found: Facts = json.loads(lines[-1]) if lines else {"failed": f"the process ended with {done.returncode}"}
-    return found
+def _alone(run: Callable[[str, Callable[[Facts], None]], None], name: str, connection: Any) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    run(name, connection.send)
+
+
+def _imported() -> None:
+    """Before the processes fork: what takes seconds to import is imported once."""
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+    import timm
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.onnx  # noqa: B018
+    timm.is_model("resnet18")
 
 
 def _summary(row: Facts) -> str:
-    for step in LIMITS:
-        if "failed" in row.get(step, {"failed": ""}):
-            return f"{step}: {row.get(step, {}).get('failed', 'not reached')}"
+    if "torch_pruning" in row:
+        return str(row["torch_pruning"])
+    if wrong := fault(row):
+        return wrong
     grouped, pruned = row["grouped"], row["pruned"]
     return f"{grouped['groups']} groups in {grouped['seconds']} s, {pruned['macs']:.1%} of the MACs"
 
 
 if __name__ == "__main__":
-    run: Callable[[], None] = main
-    run()
+    main()

@@ -22,8 +22,8 @@ network's own forward cannot run in float64."""
 RELOADED = "the smaller network computes something else after it was stored and loaded"
 MOST_NAMES = 4
 """Of attributes that are tried without one another."""
-DIGITS = re.compile(r"\d+")
-"""Groups whose names differ in numbers only are alike: where the first and the last of them fail, all are left alone."""
+DIGITS = re.compile(r"\d+(?=.*\.)")
+"""Groups whose names differ in the numbers of their blocks only are alike: where the first and the last fail, all stay."""
 
 
 def proven(module: nn.Module, groups: Sequence[Group], spec: InputSpec) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:

@@ -18,6 +18,8 @@ from cswap_deploy.prune.rules import FUNCTIONS, RULES, unknown
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+BY_NUMBER = frozenset("view _unsafe_view reshape _reshape_alias expand split split_with_sizes chunk slice repeat".split())
+"""Operators that take sizes, which a module may have stored."""
 OUTPUTS = "its units are outputs of the network"
 
 
@@ -44,7 +46,7 @@ class Trace:
     fixed_groups: dict[str, Dim] = field(default_factory=dict)
     """Per convolution the axis that its `groups` counts."""
     handled: dict[str, list[Dim]] = field(default_factory=dict)
-    """Per module the axes of the tensors that its own forward has handled, and their parts."""
+    """Per module the axes, and their parts, of what its own forward has split or reshaped by numbers."""
     modules: list[str] = field(default_factory=lambda: [""])
     kinds: dict[str, str] = field(default_factory=dict)
     known: Any = None
@@ -198,7 +200,8 @@ def _apply(trace: Trace, rule: Any, name: str, args: Any, kwargs: Any, result: A
         rule(trace, name, args, kwargs, result)
     except Exception:  # a call in a form that the rule was not written for
         unknown(trace, name, args, kwargs, result)
-    trace.handled.setdefault(trace.module, []).extend(dim for tensor in (*given, *made) for dim in trace.dims(tensor))
+    if name in BY_NUMBER:
+        trace.handled.setdefault(trace.module, []).extend(dim for own in (*given[:1], *made) for dim in trace.dims(own))
     for tensor in made:
         if fixed:
             trace.static[tensor] = True
