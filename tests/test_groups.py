@@ -308,6 +308,83 @@ def test_a_weight_that_two_layers_share_is_refused() -> None:
         assert not shared & {member.module for member in group.members}, group.name
 
 
+# --- a user's own module
+
+
+class Own(nn.Module):
+    """A skip connection, a split by a stored number, a concatenation; `step` is what happens to the second part."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 10, 1)
+        self.here, self.there = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(6, 5, 1)
+        self.fuse = nn.Conv2d(9, 8, 1)
+        self.head = zoo.pooled(8)
+        self.first, self.step = 4, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        wide = F.relu(self.wide(x))
+        first, second = wide[:, : self.first], wide[:, self.first :]
+        joined = torch.cat([first + self.here(first), self.there(self.step(second))], 1)
+        out: Tensor = self.head(x + self.fuse(joined))
+        return out
+
+
+class Double(torch.autograd.Function):
+    """Without a backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@torch.library.custom_op("cswap_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def through_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(x.detach().numpy() * 2)
+
+
+def own(step: Callable[[Tensor], Tensor]) -> tuple[Any, Groups]:
+    torch.manual_seed(0)
+    module = zoo.randomised(Own(step)).eval().requires_grad_(False)
+    return module, find(module, zoo.spec(8))
+
+
+@pytest.mark.parametrize("step", [torch.relu, Double.apply], ids=["relu", "function"])
+def test_a_skip_a_split_and_a_concatenation_are_followed(step: Callable[[Tensor], Tensor]) -> None:
+    module, found = own(step)
+    assert widths(found) == {"stem": 8, "wide": 4, "wide[4:]": 6, "there": 5}
+    first = found.by_name["wide"]
+    assert first.attributes == (UnitAttribute("", "first", 1),)
+    assert {member.module for member in first.consumers} == {"here", "fuse"}
+    cut: Any = cut_copy(module, found.groups, {"wide": (1, 3), "wide[4:]": (0,), "there": (2, 3)})
+    assert (cut.first, cut.wide.out_channels, cut.fuse.in_channels) == (2, 3, 4)
+    assert torch.equal(cut.fuse.weight, module.fuse.weight[:, [1, 3, 6, 7]])
+
+
+def test_an_operator_in_python_is_named_where_it_stops_a_group() -> None:
+    _, found = own(doubled)
+    assert widths(found) == {"stem": 8, "wide": 4, "there": 5}
+    assert refusals(found)["wide[4:]"] == "cswap_tests::doubled in Own is no operator whose units can be followed"
+
+
+def test_what_leaves_torch_and_comes_back_is_left_alone() -> None:
+    _, found = own(through_numpy)
+    assert widths(found) == {"stem": 8, "wide": 4, "there": 5}
+    assert refusals(found)["wide[4:]"] == "no layer reads it through its weights"
+
+
+def test_a_layer_that_runs_twice_loses_what_it_makes_and_reads_at_once() -> None:
+    found = zoo.ZOO["recurrent"].groups
+    shared = found.by_name["stem.0"]
+    assert {(member.module, member.axis) for member in shared.members if member.module == "again"} == {("again", 0), ("again", 1)}
+    assert {"again", "wide"} <= {member.module for member in shared.consumers}
+
+
 def test_what_cannot_be_traced_is_an_error_with_a_way_out() -> None:
     def raising(x: Tensor) -> Tensor:
         raise RuntimeError("no such luck\nat line 2")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,26 +39,38 @@ def propose(module: nn.Module, trace: Trace) -> Proposals:
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
     places = _places(module, trace, order)
     candidates: dict[Dim, Group] = {}
-    reasons: dict[Dim, Refusal] = {}
+    reasons: dict[Dim, str] = {}
     taken: set[str] = set()
     for atom, own in places.items():
-        maker = next((place.member for place in own if place.role == "makes"), None)
-        if maker is None:
+        if not any(place.role == "makes" for place in own):
             continue
         reason = _unfit(atom, own)
         if reason is None:
-            group = _group(atom, own, order, taken)
-            candidates[atom] = group
+            candidates[atom] = group = _group(atom, own, order, taken)
             taken.add(group.name)
-        elif atom.size > 1 or reason == ALONE:
-            reasons[atom] = Refusal(maker.module, reason)
-    chosen = _preferred(candidates, places)
-    made = {place.member.module for atom in chosen for place in places[atom] if place.role == "makes"}
-    refused = {item.name: item for item in reasons.values() if item.name not in made}
+        else:
+            reasons[atom] = reason
+    chosen = _preferred(candidates)
+    refused = {item.name: item for item in _refusals(reasons, chosen, places)}
     atoms = {group.name: atom for atom, group in chosen.items()}
     counted = attributes(module, trace, {atom: group.name for atom, group in chosen.items()})
     groups = tuple(replace(group, attributes=counted[group.name]) for group in chosen.values())
     return Proposals(groups, tuple(refused.values()), atoms)
+
+
+def _refusals(
+    reasons: dict[Dim, str], chosen: dict[Dim, Group], places: dict[Dim, list[_Place]]
+) -> Iterator[Refusal]:
+    """Named after the layer that makes the units; of a layer whose other units may leave, with the first index."""
+    owned: dict[str, list[tuple[Slice, int]]] = {}
+    for group in chosen.values():
+        for member in group.members:
+            owned.setdefault(f"{member.tensor}, {member.axis}", []).append((member, group.units))
+    for atom, reason in reasons.items():
+        maker = next(place.member for place in places[atom] if place.role == "makes")
+        others = owned.get(f"{maker.tensor}, {maker.axis}", [])
+        if not any(_overlap(maker, atom.size, other, units) for other, units in others):
+            yield Refusal(f"{maker.module}[{maker.offset}:]" if others else maker.module, reason)
 
 
 ALONE = "it has one unit only"
@@ -131,7 +143,7 @@ def _block(members: Sequence[Slice]) -> str:
     return ".".join(shared)
 
 
-def _preferred(candidates: dict[Dim, Group], places: dict[Dim, list[_Place]]) -> dict[Dim, Group]:
+def _preferred(candidates: dict[Dim, Group]) -> dict[Dim, Group]:
     """Whole heads before anything that is nested with them, else the finer units; in the order of the layers."""
     ranked = sorted(candidates, key=lambda atom: (candidates[atom].kind != "heads", -atom.size))
     owned: dict[tuple[str, int], list[tuple[Slice, int]]] = {}

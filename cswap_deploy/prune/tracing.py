@@ -193,7 +193,7 @@ def _by_tag(operator: Any) -> Any:
 
 def _apply(trace: Trace, rule: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
     given, made = list(tensors([args, kwargs])), list(tensors(result))
-    if not made:
+    if not (given and made):
         return
     fixed = all(tensor in trace.static or tensor not in trace.known for tensor in given)
     try:
