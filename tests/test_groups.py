@@ -221,7 +221,7 @@ def between(layer: Any, made: int = 6, read: int = 6) -> Groups:
         (lambda x: x[:, [3, 1, 2, 0, 5, 4]], "a step of the forward that picks by number reads its units"),
         (lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)), "pad in Between puts other units beside its units"),
         (lambda x: x * torch.linspace(0.5, 1.5, 6).reshape(6, 1, 1), "a tensor that is neither a parameter nor a buffer"),
-        (lambda x: torch.fft.fft2(x).real, r"_fft_r2c in Between is no operator whose units can be followed"),
+        (lambda x: torch.fft.fft2(x).real, r"_fft_c2c in Between is no operator whose units can be followed"),
     ],
     ids="group-norm layer-norm transposed mean softmax l2 roll flip index pad constant unknown".split(),
 )
@@ -367,7 +367,7 @@ def test_a_skip_a_split_and_a_concatenation_are_followed(step: Callable[[Tensor]
 
 
 def test_an_operator_in_python_is_named_where_it_stops_a_group() -> None:
-    _, found = own(doubled)
+    _, found = own(lambda x: doubled(x))
     assert widths(found) == {"stem": 8, "wide": 4, "there": 5}
     assert refusals(found)["wide[4:]"] == "cswap_tests::doubled in Own is no operator whose units can be followed"
 

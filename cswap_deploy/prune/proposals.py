@@ -40,17 +40,15 @@ def propose(module: nn.Module, trace: Trace) -> Proposals:
     places = _places(module, trace, order)
     candidates: dict[Dim, Group] = {}
     reasons: dict[Dim, str] = {}
-    taken: set[str] = set()
     for atom, own in places.items():
         if not any(place.role == "makes" for place in own):
             continue
         reason = _unfit(atom, own)
         if reason is None:
-            candidates[atom] = group = _group(atom, own, order, taken)
-            taken.add(group.name)
+            candidates[atom] = _group(atom, own, order)
         else:
             reasons[atom] = reason
-    chosen = _preferred(candidates)
+    chosen = _named_apart(_preferred(candidates))
     refused = {item.name: item for item in _refusals(reasons, chosen, places)}
     atoms = {group.name: atom for atom, group in chosen.items()}
     counted = attributes(module, trace, {atom: group.name for atom, group in chosen.items()})
@@ -118,7 +116,7 @@ def _unfit(atom: Dim, places: Sequence[_Place]) -> str | None:
     return None
 
 
-def _group(atom: Dim, places: Sequence[_Place], order: dict[str, int], taken: set[str]) -> Group:
+def _group(atom: Dim, places: Sequence[_Place], order: dict[str, int]) -> Group:
     """Named after the first layer that makes its units; heads after the block that they belong to."""
     members = [place.member for place in places]
     maker = next(place.member for place in places if place.role == "makes")
@@ -127,9 +125,18 @@ def _group(atom: Dim, places: Sequence[_Place], order: dict[str, int], taken: se
     if kind == "heads":
         members.sort(key=lambda member: (order[member.module], member.parameter != "weight", member.offset))
         name = f"{_block([place.member for place in places if place.role != 'carries'])}.heads"
-    if name in taken:
-        name = f"{name}[{maker.offset}:]"
     return Group(name, kind, atom.size, tuple(members))
+
+
+def _named_apart(chosen: dict[Dim, Group]) -> dict[Dim, Group]:
+    """Of several groups that one layer makes, the later ones are called by the first index of their units too."""
+    taken: set[str] = set()
+    for atom, group in chosen.items():
+        if group.name in taken:
+            made = next(member for member in group.members if member.module == group.name or group.kind == "heads")
+            chosen[atom] = replace(group, name=f"{group.name}[{made.offset}:]")
+        taken.add(chosen[atom].name)
+    return chosen
 
 
 def _block(members: Sequence[Slice]) -> str:

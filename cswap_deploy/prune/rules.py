@@ -188,6 +188,11 @@ def _chunk(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None
         trace.give(part, own)
 
 
+def _glu(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    axis = args[1] if len(args) > 1 else -1
+    _chunk(trace, "chunk", (args[0], 2, axis), {}, [result])
+
+
 def _cat(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
     parts = [tensor for tensor in args[0] if tensor.shape != (0,)]
     axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % result.ndim
@@ -529,6 +534,7 @@ RULES: dict[str, Rule] = {
     "select": _select,
     "unbind": _unbind,
     **dict.fromkeys("prelu _prelu_kernel".split(), _prelu),
+    "glu": _glu,
     "cat": _cat,
     "stack": _stack,
     "repeat": _repeat,
