@@ -4,9 +4,9 @@
     python benchmarks/zoo.py --models all --peer     # torch-pruning alone, into the same lines
     python benchmarks/zoo.py --models all --table    # the Markdown table of what is in zoo.json
 
-Weights are random, statistics of BatchNorm and what starts as a constant too. Each model runs in a process of its own, each step within a time limit. The same
-fraction of every group's units leaves, drawn at random, so that 70 % of the multiply-accumulates stay or the nearest that can be
-reached. Nothing is judged but that the networks are what they are said to be.
+Weights are random, statistics of BatchNorm and what starts as a constant too. Each model runs in a process of its own, each step
+within a time limit. The same fraction of every group's units leaves, drawn at random, so that 70 % of the multiply-accumulates stay
+or the nearest that can be reached. Nothing is judged but that the networks are what they are said to be.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ from cswap_deploy.digests import digest_of
 
 HERE = Path(__file__).parent
 TARGET = 0.7
-LIMITS = {"built": 120, "grouped": 120, "proof": 180, "pruned": 120, "trained": 180, "stored": 120, "exported": 180, "onnx": 300}
+LIMITS = {
+    "built": 120,
+    "grouped": 120,
+    "proof": 180,
+    "pruned": 120,
+    "trained": 180,
+    "stored": 120,
+    "exported": 180,
+    "onnx": 300,
+}
 """Seconds for each step."""
 PEER_SECONDS = 75
 FORKED = multiprocessing.get_context("fork")
@@ -85,7 +94,9 @@ class Case:
         dense = self.groups.cost({})
         least = self.groups.cost({group.name: (0,) for group in self.groups.groups})
         reasons = Counter(_kind(item.reason) for item in self.groups.refused)
-        assert (round(dense[0]), round(dense[1])) == (self.network.params, self.network.macs), "the dense cost is another"
+        assert (round(dense[0]), round(dense[1])) == (self.network.params, self.network.macs), (
+            "the dense cost is another"
+        )
         return {
             "seconds": round(seconds, 2),
             "groups": len(self.groups.groups),
@@ -100,27 +111,30 @@ class Case:
         """Once more, from outside: other images, other units, the network's own weights."""
         import torch
 
-        from cswap_deploy.prune.cut import cut_copy, masked_copy
-
         generator = torch.Generator().manual_seed(7)
         keep = {}
         for group in self.groups.groups:
             width = 1 + int(torch.randint(group.units, (1,), generator=generator))
             keep[group.name] = tuple(sorted(torch.randperm(group.units, generator=generator)[:width].tolist()))
         images = torch.randn(2, *self.network.input.shape, generator=generator)
-        for kind, limit in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
-            own = copy.deepcopy(self.module).to(kind)
-            try:
-                with torch.no_grad():
-                    masked = masked_copy(own, self.groups.groups, keep)(images.to(kind))
-                    cut = cut_copy(own, self.groups.groups, keep)(images.to(kind))
-                break
-            except RuntimeError:
-                if kind is torch.float32:
-                    raise
+        try:
+            cut, masked = self._both(keep, images.double())
+        except RuntimeError:  # a forward that insists on float32
+            cut, masked = self._both(keep, images)
+        limit = 1e-9 if cut.dtype == torch.float64 else 1e-3
         difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
         assert difference <= limit, f"cut and masked differ by {difference:.1e}"
-        return {"difference": difference, "precision": str(kind).removeprefix("torch.")}
+        return {"difference": difference, "precision": str(cut.dtype).removeprefix("torch.")}
+
+    def _both(self, keep: dict[str, tuple[int, ...]], images: Any) -> tuple[Any, Any]:
+        """Logits of the cut and of the masked network, in the images' precision."""
+        import torch
+
+        from cswap_deploy.prune.cut import cut_copy, masked_copy
+
+        own = copy.deepcopy(self.module).to(images.dtype)
+        with torch.no_grad():
+            return tuple(make(own, self.groups.groups, keep)(images) for make in (cut_copy, masked_copy))
 
     def pruned(self) -> Facts:
         from cswap_deploy.model import count
@@ -138,9 +152,7 @@ class Case:
         import torch
 
         generator = torch.Generator().manual_seed(11)
-        order = {
-            group.name: torch.randperm(group.units, generator=generator).tolist() for group in self.groups.groups
-        }
+        order = {group.name: torch.randperm(group.units, generator=generator).tolist() for group in self.groups.groups}
         low, high = 0.0, 1.0
         for _ in range(20):
             middle = (low + high) / 2
@@ -243,7 +255,11 @@ def run_peer(name: str, say: Callable[[Facts], None]) -> None:
     module = timm.create_model(name).eval()
     image = torch.randn(1, *module.pretrained_cfg["input_size"])
     head = module.get_classifier()
-    heads = {layer.qkv: layer.num_heads for layer in module.modules() if hasattr(layer, "qkv") and hasattr(layer, "num_heads")}
+    heads = {
+        layer.qkv: layer.num_heads
+        for layer in module.modules()
+        if hasattr(layer, "qkv") and hasattr(layer, "num_heads")
+    }
     stage = "build graph"
     try:
         pruner = tp.pruner.BasePruner(

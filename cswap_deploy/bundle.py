@@ -53,7 +53,7 @@ FILES = {
 }
 """The bundle's file of each ONNX model."""
 ENGINE, LAYERS = "engine/model.engine", "engine/layers.json"
-ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "torch-pruning", "numpy")
+ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "numpy")
 SAFE_KWARGS = frozenset(
     (
         "num_classes in_chans img_size patch_size embed_dim depth depths num_heads mlp_ratio qkv_bias global_pool "

@@ -89,7 +89,6 @@ HOST_MODULES = (
     "safetensors",
     "PIL",
     "scipy",
-    "torch_pruning",
     "onnx",
     "onnxscript",
     "onnxruntime",

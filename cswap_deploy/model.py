@@ -197,7 +197,9 @@ def _standardised(layer: Any) -> nn.Module:
     with torch.no_grad():
         gain = (layer.gain.double() * layer.scale).view(-1) if hasattr(layer, "gain") else None
         own = layer.weight.double().reshape(1, layer.out_channels, -1)
-        plain.weight.copy_(F.batch_norm(own, None, None, gain, training=True, eps=layer.eps).reshape(layer.weight.shape))
+        plain.weight.copy_(
+            F.batch_norm(own, None, None, gain, training=True, eps=layer.eps).reshape(layer.weight.shape)
+        )
         if layer.bias is not None:
             assert plain.bias is not None
             plain.bias.copy_(layer.bias)

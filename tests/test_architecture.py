@@ -20,7 +20,9 @@ FLOORS = {
     0: "artifacts digests errors interrupts keys progress recipe recipe_file sources stage terminal wording",
     1: "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
     "prepared units onnx_file preprocess runtime manifest details report report.* "
-    "prune.batches prune.groups prune.ablation prune.observe prune.rows "
+    "prune.batches prune.groups prune.dims prune.rules prune.arranging prune.tracing prune.attributes "
+    "prune.proposals prune.proof prune.costs "
+    "prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
@@ -34,7 +36,7 @@ LIGHT = {"numpy", "pydantic", "pydantic_core", "ruamel", "typing_extensions"}
 """What the lowest floor may import besides the standard library."""
 
 HEAVY = set("torch timm onnx onnxruntime onnxscript onnxsim safetensors scipy PIL torch_pruning tensorrt".split())
-ONLY_IN = {"torch_pruning": "prune.groups", "timm": "model"}
+ONLY_IN = {"timm": "model"}
 
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

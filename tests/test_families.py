@@ -47,7 +47,9 @@ def test_what_is_found_may_be_cut(family: Family) -> None:
 
 
 @every_family
-@pytest.mark.filterwarnings("ignore:The tensor attribute")  # timm's caches of attention biases, filled while it is exported
+@pytest.mark.filterwarnings(
+    "ignore:The tensor attribute"
+)  # timm's caches of attention biases, filled while it is exported
 def test_half_of_it_trains_and_is_exported(family: Family) -> None:
     smaller, x = half(family).requires_grad_(True), images(family)
     program = torch.export.export(smaller.eval(), (x[:1],))
@@ -64,7 +66,9 @@ def test_half_of_it_comes_back_from_its_plan(family: Family, tmp_path: Path) -> 
     found, dense = family.groups_found, family.build()
     keep = zoo.half(found)
     smaller = cut_copy(dense, found.groups, keep)
-    save_file({name: tensor.contiguous() for name, tensor in smaller.state_dict().items()}, tmp_path / "weights.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in smaller.state_dict().items()}, tmp_path / "weights.safetensors"
+    )
     weights = File.of(tmp_path / "weights.safetensors")
     network = Network(family.architecture, None, weights, family.spec, zoo.CLASSES, 0, 0, None)
     write_plan(tmp_path / "plan.json", dense, smaller, network, found.groups, PruningPlan(keep, (), None))

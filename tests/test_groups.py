@@ -220,7 +220,10 @@ def between(layer: Any, made: int = 6, read: int = 6) -> Groups:
         (lambda x: x.flip(1), "flip in Between moves its units"),
         (lambda x: x[:, [3, 1, 2, 0, 5, 4]], "a step of the forward that picks by number reads its units"),
         (lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)), "pad in Between puts other units beside its units"),
-        (lambda x: x * torch.linspace(0.5, 1.5, 6).reshape(6, 1, 1), "a tensor that is neither a parameter nor a buffer"),
+        (
+            lambda x: x * torch.linspace(0.5, 1.5, 6).reshape(6, 1, 1),
+            "a tensor that is neither a parameter nor a buffer",
+        ),
         (lambda x: torch.fft.fft2(x).real, r"_fft_c2c in Between is no operator whose units can be followed"),
     ],
     ids="group-norm layer-norm transposed mean softmax l2 roll flip index pad constant unknown".split(),
@@ -381,7 +384,10 @@ def test_what_leaves_torch_and_comes_back_is_left_alone() -> None:
 def test_a_layer_that_runs_twice_loses_what_it_makes_and_reads_at_once() -> None:
     found = zoo.ZOO["recurrent"].groups
     shared = found.by_name["stem.0"]
-    assert {(member.module, member.axis) for member in shared.members if member.module == "again"} == {("again", 0), ("again", 1)}
+    assert {(member.module, member.axis) for member in shared.members if member.module == "again"} == {
+        ("again", 0),
+        ("again", 1),
+    }
     assert {"again", "wide"} <= {member.module for member in shared.consumers}
 
 

@@ -16,7 +16,9 @@ from cswap_deploy.prune.tracing import Trace
 if TYPE_CHECKING:
     from torch import nn
 
-DESCRIPTIVE = frozenset("num_features head_hidden_size num_classes feature_info depth layer_idx kernel_size stride".split())
+DESCRIPTIVE = frozenset(
+    "num_features head_hidden_size num_classes feature_info depth layer_idx kernel_size stride".split()
+)
 """Names that no forward splits by, although their values may be sizes."""
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Axis, CostTerm, Group, InputSpec
 from cswap_deploy.model import count_by_module
-from cswap_deploy.prune.dims import Dim
 from cswap_deploy.prune.attributes import owners
+from cswap_deploy.prune.dims import Dim
 from cswap_deploy.prune.tracing import Product, Trace
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def cost_terms(
         macs = own - sum(term.macs for term in apart)
         for leaf, values in tensors.items():
             mine = macs if leaf == "weight" else 0
-            terms.append(CostTerm(prefix + leaf, 0 if values in counted else values.numel(), mine, axes.get(prefix + leaf, ())))
+            terms.append(
+                CostTerm(prefix + leaf, 0 if values in counted else values.numel(), mine, axes.get(prefix + leaf, ()))
+            )
             counted.add(values)
         terms += apart
         if macs and "weight" not in tensors:

@@ -218,16 +218,18 @@ def _has_bias(layer: nn.Module) -> bool:
 
 
 def _lower(module: nn.Module, attribute: UnitAttribute, by: int) -> None:
-    """`name` or, in a tuple or list, `name.place`."""
+    """Errors: PruningError where the attribute is no integer, nor the item of a list or tuple: a plan may come from a file."""
     layer = module.get_submodule(attribute.module)
     name, _, place = attribute.name.partition(".")
-    value = getattr(layer, name)
-    if not place:
-        setattr(layer, name, value - by)
-        return
-    items = list(value)
-    items[int(place)] -= by
-    setattr(layer, name, type(value)(items))
+    value = vars(layer).get(name)
+    items = list(value) if place and type(value) in (list, tuple) else [value]
+    number = int(place) if place.isdigit() else 0
+    if number >= len(items) or type(items[number]) is not int:
+        raise PruningError(
+            f"{attribute.module or 'the network'} has no number {attribute.name!r} that could count units"
+        )
+    items[number] -= by
+    setattr(layer, name, (items if isinstance(value, list) else tuple(items)) if place else items[0])
 
 
 def _select(layer: nn.Module, parameter: str, axis: int, indices: Sequence[int]) -> None:

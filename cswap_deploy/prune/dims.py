@@ -13,6 +13,8 @@ from math import prod
 from typing import Literal
 
 SCATTERED = "its units are scattered over a coupled layer"
+POSITION = "it is a position, not a unit"
+FIXED = "a step of the forward that picks by number reads its units"
 
 
 @dataclass(eq=False)

@@ -26,7 +26,9 @@ DIGITS = re.compile(r"\d+(?=.*\.)")
 """Groups whose names differ in the numbers of their blocks only are alike: where the first and the last fail, all stay."""
 
 
-def proven(module: nn.Module, groups: Sequence[Group], spec: InputSpec) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
+def proven(
+    module: nn.Module, groups: Sequence[Group], spec: InputSpec
+) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
     """The groups that may leave, alone and together, in their order; the others with the reason.
 
     All are tried at once; a set that fails is divided until the ones that are wrong stand alone. `module` is not changed.
@@ -86,7 +88,14 @@ class _Prover:
         names = frozenset(attribute.name for attribute in group.attributes)
         tries = {names - {name} for name in names} | {frozenset({name}) for name in names} | {frozenset[str]()}
         tries = tries - {names} if len(names) <= MOST_NAMES else set()
-        return next((one for one in sorted(tries, key=sorted) if not self._disproof((replace(group, attributes=_named(group, one)),))), None)
+        return next(
+            (
+                one
+                for one in sorted(tries, key=sorted)
+                if not self._disproof((replace(group, attributes=_named(group, one)),))
+            ),
+            None,
+        )
 
     def _judged(self, groups: tuple[Group, ...], fault: str | None) -> tuple[Group, ...]:
         self.judged += len(groups)
@@ -139,7 +148,9 @@ class _Prover:
             return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
         return None if self._reloads(smaller, groups, keep, cut) else RELOADED
 
-    def _reloads(self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]], wanted: Tensor) -> bool:
+    def _reloads(
+        self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]], wanted: Tensor
+    ) -> bool:
         """Whether a network with other weights, cut anew and given the smaller one's, is the smaller one: as bundles are loaded."""
         import torch
 

@@ -56,9 +56,7 @@ def propose(module: nn.Module, trace: Trace) -> Proposals:
     return Proposals(groups, tuple(refused.values()), atoms)
 
 
-def _refusals(
-    reasons: dict[Dim, str], chosen: dict[Dim, Group], places: dict[Dim, list[_Place]]
-) -> Iterator[Refusal]:
+def _refusals(reasons: dict[Dim, str], chosen: dict[Dim, Group], places: dict[Dim, list[_Place]]) -> Iterator[Refusal]:
     """Named after the layer that makes the units; of a layer whose other units may leave, with the first index."""
     owned: dict[str, list[tuple[Slice, int]]] = {}
     for group in chosen.values():
@@ -168,4 +166,3 @@ def _preferred(candidates: dict[Dim, Group]) -> dict[Dim, Group]:
 
 def _overlap(a: Slice, units: int, b: Slice, others: int) -> bool:
     return a.offset < b.offset + others * b.repeat and b.offset < a.offset + units * a.repeat
-

@@ -18,7 +18,9 @@ from cswap_deploy.prune.rules import FUNCTIONS, RULES, unknown
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BY_NUMBER = frozenset("view _unsafe_view reshape _reshape_alias expand split split_with_sizes chunk slice repeat".split())
+BY_NUMBER = frozenset(
+    "view _unsafe_view reshape _reshape_alias expand split split_with_sizes chunk slice repeat".split()
+)
 """Operators that take sizes, which a module may have stored."""
 OUTPUTS = "its units are outputs of the network"
 
@@ -60,7 +62,9 @@ class Trace:
     def begin(module: nn.Module) -> Trace:
         from torch.utils.weak import WeakTensorKeyDictionary
 
-        trace = Trace(known=WeakTensorKeyDictionary(), names=WeakTensorKeyDictionary(), static=WeakTensorKeyDictionary())
+        trace = Trace(
+            known=WeakTensorKeyDictionary(), names=WeakTensorKeyDictionary(), static=WeakTensorKeyDictionary()
+        )
         trace.kinds = {name: type(layer).__name__ for name, layer in module.named_modules()}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             dims = tuple(Dim(size) for size in tensor.shape)
