@@ -79,7 +79,8 @@ class Case:
                 layer.running_var.copy_(torch.rand(layer.running_var.shape, generator=generator) + 0.5)
         for tensor in module.parameters():
             if float(tensor.abs().max()) < 1e-3 or float(tensor.max() - tensor.min()) == 0.0:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.7 + 0.3)
+                fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
+                tensor.copy_((torch.rand(tensor.shape, generator=generator) - 0.3) * fan_in**-0.5)
         path = self.folder / "weights.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
         self.network, self.module = replace(network, weights=File.of(path)), module

@@ -58,7 +58,7 @@ def lively(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for tensor in module.parameters():
             if float(tensor.abs().max()) < 1e-3 or float(tensor.max() - tensor.min()) == 0.0:
-                tensor.uniform_(0.3, 1.0)
+                tensor.uniform_(-0.3, 0.7).mul_((tensor[0].numel() if tensor.ndim > 1 else 1) ** -0.5)
     return module
 
 
