@@ -41,13 +41,13 @@ def _summary(rows: Sequence[Facts], asked: int) -> Iterator[str]:
     reached = [row for row in whole if row["pruned"]["macs"] <= REACHED]
     peers = [row["torch_pruning"] for row in rows if "torch_pruning" in row]
     files = {row["file"] for row in rows}
-    slowest = max(rows, key=lambda row: row.get("grouped", {}).get("seconds", 0.0))
+    slowest = max(rows, key=lambda row: row.get("grouped", {}).get("cpu_seconds", 0.0))
     yield f"- {len(rows)} models of {len(files)} module files were run, of {asked} in the list; {len(whole)} completed every step."
     yield f"- {len(reached)} of {len(whole)} come down to 70 % of their MACs."
     if whole:
         worst = max(row["proof"]["difference"] for row in whole if row["proof"]["precision"] == "float64")
         yield f"- The largest difference between cut and masked network, relative to the largest logit, in float64: {worst:.1e}."
-        yield f"- Grouping with all proofs took {slowest['grouped']['seconds']:.1f} s at most ({slowest['model']})."
+        yield f"- Grouping with all proofs took {slowest['grouped']['cpu_seconds']:.1f} s of one core at most ({slowest['model']})."
     if peers:
         yield f"- torch-pruning alone completes {sum('completed' in peer for peer in peers)} of {len(peers)}."
 
@@ -67,7 +67,7 @@ def _line(row: Facts) -> str:
         f"{built['macs'] / 1e9:.2f}",
         grouped["groups"],
         grouped["heads"],
-        f"{grouped['seconds']:.1f}",
+        f"{grouped['cpu_seconds']:.1f}",
         f"{grouped['prunable'][1]:.0%}",
         f"{row['pruned']['macs']:.1%}",
         f"{proof['difference']:.0e}" + ("" if proof["precision"] == "float64" else " (float32)"),
