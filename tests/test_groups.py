@@ -240,7 +240,7 @@ def test_units_that_something_mixes_are_refused(layer: Any, reason: str) -> None
     ("layer", "read", "units"),
     [
         (nn.InstanceNorm2d(6, affine=True), 6, 6),
-        (nn.Conv2d(6, 6, 1, groups=2), 6, 3),
+        (nn.Conv2d(6, 6, 1, groups=2), 6, 2),
         (nn.Conv2d(6, 12, 1, groups=6), 12, 6),
         (nn.ChannelShuffle(2), 6, 3),
         (lambda x: torch.cat([x, -x], 1), 12, 6),
@@ -256,11 +256,18 @@ def test_units_that_are_only_arranged_anew_may_leave(layer: Any, read: int, unit
 
 def test_grouped_convolutions_keep_equal_groups() -> None:
     torch.manual_seed(0)
-    module: Any = zoo.randomised(Between(nn.Conv2d(6, 6, 1, groups=2))).eval()
+    module: Any = zoo.randomised(Between(nn.Conv2d(6, 6, 1, groups=3))).eval()
     found = find(module, zoo.spec(8))
     cut: Any = cut_copy(module, found.groups, {"made": (0, 2)})
-    assert (cut.layer.groups, cut.layer.weight.shape[1], cut.made.out_channels) == (2, 2, 4)
-    assert torch.equal(cut.made.weight, module.made.weight[[0, 2, 3, 5]])
+    assert (cut.layer.groups, cut.layer.weight.shape[:2], cut.layer.in_channels) == (2, (4, 2), 4)
+    assert torch.equal(cut.made.weight, module.made.weight[[0, 1, 4, 5]])
+
+
+def test_what_a_grouped_convolution_reads_leaves_by_whole_groups_only() -> None:
+    """Where those must stay, its inputs stay: nothing else knows a column of such a weight as several channels."""
+    found = between(nn.Sequential(nn.Conv2d(6, 6, 1, groups=2), nn.ChannelShuffle(2)))
+    assert "a grouped convolution reads it by its place in each group" in refusals(found)["made"]
+    assert found.by_name["layer.0"].units == 3
 
 
 def test_a_single_unit_is_refused() -> None:

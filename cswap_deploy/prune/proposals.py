@@ -18,6 +18,10 @@ MOST_SLICES = 4096
 """Of one group; beyond it its units lie too scattered to be of use."""
 
 
+Role = Literal["makes", "reads", "regroups", "columns", "carries"]
+"""What a slice is to its layer: rows of a weight, its columns, those of a grouped one or of another layer; or it only goes along."""
+
+
 @dataclass(frozen=True)
 class Proposals:
     groups: tuple[Group, ...]
@@ -31,7 +35,7 @@ class _Place:
     """Where the units of an atom live in one tensor: a slice, with what the slice is to its layer."""
 
     member: Slice
-    role: Literal["makes", "reads", "carries"]
+    role: Role
 
 
 def propose(module: nn.Module, trace: Trace) -> Proposals:
@@ -49,11 +53,14 @@ def propose(module: nn.Module, trace: Trace) -> Proposals:
         else:
             reasons[atom] = reason
     chosen = _named_apart(_preferred(candidates))
-    refused = {item.name: item for item in _refusals(reasons, chosen, places)}
+    refused: dict[str, dict[str, None]] = {}
+    for item in _refusals(reasons, chosen, places):
+        refused.setdefault(item.name, {})[item.reason] = None
+    stay = tuple(Refusal(name, "; ".join(why)) for name, why in refused.items())
     atoms = {group.name: atom for atom, group in chosen.items()}
     counted = attributes(module, trace, {atom: group.name for atom, group in chosen.items()})
     groups = tuple(replace(group, attributes=counted[group.name]) for group in chosen.values())
-    return Proposals(groups, tuple(refused.values()), atoms)
+    return Proposals(groups, stay, atoms)
 
 
 def _refusals(reasons: dict[Dim, str], chosen: dict[Dim, Group], places: dict[Dim, list[_Place]]) -> Iterator[Refusal]:
@@ -91,12 +98,16 @@ def _layer_order(order: dict[str, int], member: Slice) -> Any:
     return order[member.module], member.axis, member.parameter, member.offset
 
 
-def _role(layer: Any, parameter: str, axis: int) -> Literal["makes", "reads", "carries"]:
+def _role(layer: Any, parameter: str, axis: int) -> Role:
     from torch import nn
 
-    if parameter == "weight" and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "makes" if axis == 0 else "reads" if axis == 1 else "carries"
-    return "carries"
+    if parameter != "weight" or axis > 1:
+        return "carries"
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "carries" if axis == 0 else "columns"
+    if axis == 1 and getattr(layer, "groups", 1) > 1:
+        return "regroups"
+    return "makes" if axis == 0 else "reads"
 
 
 def _unfit(atom: Dim, places: Sequence[_Place]) -> str | None:
@@ -107,8 +118,12 @@ def _unfit(atom: Dim, places: Sequence[_Place]) -> str | None:
         return ALONE
     if len(places) > MOST_SLICES:
         return "its units are scattered over a coupled layer"
+    if any(place.role == "regroups" for place in places):
+        return "a grouped convolution reads it by its place in each group"
     if "dims" in atom.roles:
         return "a product of two activations sums over it"
+    if any(place.role == "columns" for place in places):
+        return "it is coupled to the columns of a layer that is neither linear nor a convolution"
     if not any(place.role == "reads" for place in places):
         return "no layer reads it through its weights"
     return None
@@ -149,7 +164,7 @@ def _block(members: Sequence[Slice]) -> str:
 
 
 def _preferred(candidates: dict[Dim, Group]) -> dict[Dim, Group]:
-    """Whole heads before anything that is nested with them, else the finer units; in the order of the layers."""
+    """Whole heads before anything that is nested with them, else the more units; in the order of the layers."""
     ranked = sorted(candidates, key=lambda atom: (candidates[atom].kind != "heads", -atom.size))
     owned: dict[tuple[str, int], list[tuple[Slice, int]]] = {}
     chosen: set[Dim] = set()
