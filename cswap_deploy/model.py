@@ -170,7 +170,7 @@ def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Modul
 def _fused(module: nn.Module) -> nn.Module:
     """The same function in eval mode: branches that are one convolution at inference become one (timm's re-parameterisation),
     convolutions that standardise their weights become plain ones with the standardised weights."""
-    from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+    from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
     from timm.utils.model import reparameterize_model
 
     module = reparameterize_model(module, inplace=True)
@@ -185,7 +185,7 @@ def _standardised(layer: Any) -> nn.Module:
     """A plain convolution with the weights that `layer` computes from its own at each forward."""
     import torch
     import torch.nn.functional as F
-    from timm.layers import Conv2dSame
+    from timm.layers.conv2d_same import Conv2dSame
     from torch import nn
 
     kind = Conv2dSame if getattr(layer, "same_pad", False) else nn.Conv2d

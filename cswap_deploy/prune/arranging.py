@@ -65,7 +65,8 @@ def _squeeze(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> No
 
 
 def _slice(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
-    axis, start, end, step = [*args[1:], *[0, None, None, 1][len(args) - 1 :]]
+    given = dict(enumerate(args))
+    axis, start, end, step = given.get(1, 0), given.get(2), given.get(3), given.get(4, 1)
     axis, (size,) = axis % args[0].ndim, [args[0].shape[axis]]
     start, end, _ = slice(start, end).indices(size)
     dims = list(trace.dims(args[0]))

@@ -221,8 +221,8 @@ def _lower(module: nn.Module, attribute: UnitAttribute, by: int) -> None:
     """Errors: PruningError where the attribute is no integer, nor the item of a list or tuple: a plan may come from a file."""
     layer = module.get_submodule(attribute.module)
     name, _, place = attribute.name.partition(".")
-    value = vars(layer).get(name)
-    items = list(value) if place and type(value) in (list, tuple) else [value]
+    value: Any = vars(layer).get(name)
+    items: list[Any] = list(value) if place and type(value) in (list, tuple) else [value]
     number = int(place) if place.isdigit() else 0
     if number >= len(items) or type(items[number]) is not int:
         raise PruningError(

@@ -177,7 +177,7 @@ def _modes(trace: Trace) -> tuple[Any, Any]:
             _apply(trace, rule, func.__name__, args, kwargs, result)
             return result
 
-    class Operators(TorchDispatchMode):
+    class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             result = func(*args, **kwargs)
@@ -186,7 +186,7 @@ def _modes(trace: Trace) -> tuple[Any, Any]:
                 _apply(trace, RULES.get(name) or _by_tag(func), name, args, kwargs, result)
             return result
 
-    return Operators(), Functions()
+    return Operators(), Functions()  # type: ignore[no-untyped-call]
 
 
 def _by_tag(operator: Any) -> Any:
