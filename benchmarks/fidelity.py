@@ -4,9 +4,9 @@
 
 plain        one forward of the whole network per unit and batch with the same intervention, in batches of the same size. Timed on
              a drawn sample of units in three parts, before, between and after the others, and scaled to all units.
-exact        every unit; its effects are the reference of the rank correlation and of the verdicts. The largest difference of its
-             per-image log p from the plain loop is taken over the sampled units; what of it is rounding is told by the same loop in
-             float64, over the first few of them.
+exact        every unit; its effects are the reference of the rank correlation and of the verdicts. `of effects` is the largest
+             difference of a unit's effect, the mean over the images, from the plain loop's, over the sampled units; `of images` that of
+             the change of log p on one image. What of it is rounding is told by the same loop in float64, over the first few.
 screened     what it finds with its fewer ablations.
 attribution  first order alone.
 
@@ -113,7 +113,8 @@ class Bench:
                 "seconds": spent[name].wall,
                 "faster": spent["plain"].wall * scale / spent[name].wall,
                 "faster_cpu": spent["plain"].cpu * scale / spent[name].cpu,
-                "difference": max(float((found.effects[n][:, u] - loop[n, u]).abs().max()) for n, u in loop),
+                "of_effects": max(abs(float((found.effects[n][:, u] - loop[n, u]).mean())) for n, u in loop),
+                "of_images": max(float((found.effects[n][:, u] - loop[n, u]).abs().max()) for n, u in loop),
                 "from_float64": rounding if name == "exact" else None,
                 **self._fidelity(found, exact, decisive=name != "attribution"),
             }
@@ -187,13 +188,14 @@ def show(name: str, found: dict[str, Any]) -> None:
             )
             continue
         print(
-            f"{name:<10}{estimator:<13}{row['seconds']:9.1f}{row['faster']:8.1f}{row['faster_cpu']:8.1f}{row['difference']:12.1e}"
+            f"{name:<10}{estimator:<13}{row['seconds']:9.1f}{row['faster']:8.1f}{row['faster_cpu']:8.1f}"
+            f"{row['of_effects']:12.1e}{row['of_images']:12.1e}"
             f"{row['spearman']:10.4f}{row['verdicts']:10.1%}{row['verified']:10d}",
             flush=True,
         )
         if row["from_float64"]:
             print(
-                f"{'':<23}from float64: exact {row['from_float64']['exact']:.1e}, plain {row['from_float64']['plain']:.1e}"
+                f"{'':<23}an image's from float64: exact {row['from_float64']['exact']:.1e}, plain {row['from_float64']['plain']:.1e}"
             )
 
 
@@ -210,7 +212,8 @@ def main() -> None:
     cli.add_argument("--json", type=Path, default=here / "fidelity.json")
     args = cli.parse_args()
     print(
-        f"{'net':<10}{'estimator':<13}{'seconds':>9}{'faster':>8}{'cpu':>8}{'difference':>12}{'Spearman':>10}{'verdicts':>10}{'verified':>10}"
+        f"{'net':<10}{'estimator':<13}{'seconds':>9}{'faster':>8}{'cpu':>8}"
+        f"{'of effects':>12}{'of images':>12}{'Spearman':>10}{'verdicts':>10}{'verified':>10}"
     )
     nets = {}
     for name in NETS:

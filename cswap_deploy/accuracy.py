@@ -71,19 +71,20 @@ def on_engine(
     """The engine on the target, where it was built; its outcomes count, whatever its ONNX file's are. Errors: DeviceError."""
     import numpy as np
 
-    model, images = target.put(engine.file, pixels)
+    images, model = target.put(pixels)[0], {"sha256": engine.file.sha256, "name": "the engine"}
     answer = target.ask(
         "infer",
         120 + len(labels) / IMAGES_PER_SECOND,
-        runtime="tensorrt", model=model, images=images, mean=spec.mean, std=spec.std, batch=batch,
+        runtime="tensorrt", model=model, images=images, labels=labels, mean=spec.mean, std=spec.std, batch=batch,
     )  # fmt: skip
-    path = target.get(answer["logits"], out / "logits.npy").path
-    logits = np.load(path, allow_pickle=False)
-    if logits.ndim != 2 or len(logits) != len(labels):
-        raise DeviceError(f"{target.name}: the engine's logits have shape {logits.shape} for {len(labels)} images")
-    predicted, in_top5 = _outcome(logits, np.array(labels))
+    with np.load(target.get(answer["outcomes"], out / "outcomes.npz").path, allow_pickle=False) as found:
+        best, finite = found["top"], found["finite"]
+    if best.ndim != 2 or finite.shape != (len(labels),) or len(best) != len(labels):
+        raise DeviceError(f"{target.name}: the engine answered for {len(best)} images of {len(labels)}", "run it again")
+    best[~finite] = NO_CLASS
+    predicted = best[:, 0].tolist()
     _warn_of_lost("the engine", predicted)
-    return Evaluation(tuple(predicted), tuple(in_top5))
+    return Evaluation(tuple(predicted), tuple((best == np.array(labels)[:, None]).any(1).tolist()))
 
 
 def evaluate(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, PlainSerializer, SerializationInfo, TypeAdapter, ValidationInfo
-
-T = TypeVar("T")
+from cswap_deploy.codec import Rooted
 
 
 def sha256_of(path: Path) -> str:
@@ -25,19 +22,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _absolute(path: Any, info: ValidationInfo) -> Any:
-    return Path(info.context["root"]) / path if info.context else path
-
-
-def _relative(path: Path, info: SerializationInfo) -> str:
-    return path.relative_to(info.context["root"]).as_posix() if info.context else path.as_posix()
-
-
 @dataclass(frozen=True)
 class File:
     """A file of a stage; `path` is absolute in memory and relative to the stage's folder on disk."""
 
-    path: Annotated[Path, BeforeValidator(_absolute), PlainSerializer(_relative)]
+    path: Rooted
     sha256: str
     bytes: int
 
@@ -246,19 +235,10 @@ class GroupScores:
         """The scores of these units alone."""
         places = [place for place, unit in enumerate(self.units) if unit in set(units)]
 
-        def pick(values: tuple[T, ...]) -> tuple[T, ...]:
+        def pick(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(values[place] for place in places) if values else ()
 
-        return GroupScores(
-            self.group,
-            pick(self.units),
-            pick(self.keep_value),
-            pick(self.effect),
-            pick(self.error),
-            pick(self.xi),
-            pick(self.verdict),
-            pick(self.verified),
-        )
+        return GroupScores(self.group, *(pick(getattr(self, item.name)) for item in fields(self)[1:]))
 
 
 @dataclass(frozen=True)
@@ -362,16 +342,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Gate:
-    max_drop_pp: float | None
-    rule: Literal["point", "bound"]
-    confidence: float
-    verdict: Literal["pass", "fail", "off"]
-    proven: bool
-    images_to_prove: int | None
-
-
-@dataclass(frozen=True)
 class AccuracyReport:
     """Raw counts of every model on the same hold-out images; percentages, intervals and the gate are derived from them."""
 
@@ -383,14 +353,6 @@ class AccuracyReport:
     """Of the ONNX files: `fp32` and the variants."""
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why a bundle's verdict is not pass, and the exit code that this stands for."""
-
-    exit_code: int
-    text: str
-
-
 # --- the device ------------------------------------------------------------------------------------------------------
 
 
@@ -399,13 +361,18 @@ class Engine:
     """A TensorRT engine, as it was built on the target."""
 
     file: File
-    layers: File | None
-    """JSON: milliseconds of each layer, and what TensorRT's inspector says; None where only trtexec is on the target."""
+    layers: File
+    """JSON: milliseconds of each layer with its ONNX nodes and groups, and what TensorRT's inspector says."""
     tensorrt: str
     gpu: str | None
     seconds: float
     note: str
     """What of the settings could not be obeyed; else empty."""
+    compute_capability: str | None = None
+    board: str | None = None
+    power_mode: str | None = None
+    gpu_layers: tuple[str, ...] = ()
+    """Of an engine for a DLA: what runs on the GPU all the same."""
 
 
 @dataclass(frozen=True)
@@ -423,30 +390,14 @@ class LatencyReport:
     layers: File | None = None
     """JSON: milliseconds of each layer of the dense (`source`) and the shipped (`pruned`) model, from runs of their own; None where
     the runtime could not tell them."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The host's half: everything that the device's half and the bundle are made of."""
-
-    recipe: str
-    """The resolved recipe as the bundle shows it."""
-    source: Network
-    pruned: Network
-    groups: Groups
-    plan: PruningPlan
-    exported: OnnxModel
-    models: dict[str, OnnxModel]
-    """The pruned network's ONNX files: `fp32` and the variants that could be made."""
-    dense: dict[str, OnnxModel]
-    """The dense network's, in what ships and what an engine is built from; empty when nothing is built or measured."""
-    accuracy: AccuracyReport
-    labels: tuple[str, ...]
-    pixels: File | None
-    """Hold-out images as the target's engine gets them, uint8 (n, C, H, W) in .npy; None when no engine is asked for."""
-    reasons: tuple[Reason, ...]
-    environment: dict[str, str]
-    """Versions of Python and of the libraries that made this half."""
+    gpu_samples: File | None = None
+    """As `samples`, of an engine: between two events on the GPU, without the host's part."""
+    cold_ms: tuple[float, ...] = ()
+    """Per model, the median of single inferences after pauses; empty where none were made."""
+    energy_mj: tuple[float, ...] = ()
+    """Per model, of one inference, everything on the board included; empty where power could not be read."""
+    models: tuple[dict[str, Any], ...] = ()
+    """Per model, what the agent says of it: seconds to load it, whether it ran as a CUDA graph and why not."""
 
 
 @dataclass(frozen=True)
@@ -455,21 +406,3 @@ class BundleFiles:
 
     manifest: File
     files: tuple[File, ...]
-
-
-# --- codec -----------------------------------------------------------------------------------------------------------
-
-
-def encode(value: object, root: Path) -> Any:
-    """Plain JSON data of an artefact whose files lie under `root`."""
-    return TypeAdapter(type(value)).dump_python(value, mode="json", context={"root": root})
-
-
-def decode(kind: type[T], data: Any, root: Path) -> T:
-    """The artefact that `encode` wrote, its files now under `root`."""
-    return TypeAdapter(kind).validate_python(data, context={"root": root})
-
-
-def canonical(data: Any) -> str:
-    """JSON with one spelling for one value: what digests and stored files are made of."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

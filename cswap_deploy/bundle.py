@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy import manifest as facts
+from cswap_deploy import facts
+from cswap_deploy import manifest as manifests
 from cswap_deploy.artifacts import (
     Architecture,
     BundleFiles,
@@ -25,12 +26,11 @@ from cswap_deploy.artifacts import (
     File,
     LatencyReport,
     OnnxModel,
-    Prepared,
-    Reason,
     sha256_of,
 )
 from cswap_deploy.digests import SEAL, is_sealed, sealed
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
+from cswap_deploy.prepared import Prepared, Reason
 from cswap_deploy.preprocess import preprocess
 from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings, Precision, PruneSettings, Recipe
 from cswap_deploy.report import render_html, render_readme
@@ -95,9 +95,9 @@ class Bundle:
         except (ValueError, RecursionError) as error:
             raise VerifyError(f"{path} is not valid JSON: {error}", "build the bundle again") from error
         schema = document.get("schema") if isinstance(document, dict) else None
-        if schema != facts.SCHEMA:
-            raise VerifyError(f"{path} has schema {schema!r}, expected {facts.SCHEMA!r}", "update cswap-deploy")
-        if fault := next(facts.faults(document, facts.schema()), None):
+        if schema != manifests.SCHEMA:
+            raise VerifyError(f"{path} has schema {schema!r}, expected {manifests.SCHEMA!r}", "update cswap-deploy")
+        if fault := next(manifests.faults(document, manifests.schema()), None):
             raise VerifyError(f"{path} is not a manifest: {fault.removeprefix(': ')}", "build the bundle again")
         for entry in document["files"]:
             _require_plain(entry["path"])
@@ -178,10 +178,12 @@ class Terms:
     remote: bool
     engine: EngineSettings | None
     latency: LatencySettings | None
+    dynamic_batch: bool
 
     @staticmethod
     def of(recipe: Recipe) -> Terms:
-        return Terms(**{item.name: getattr(recipe, item.name) for item in fields(Terms)})
+        named = {item.name: getattr(recipe, item.name) for item in fields(Terms) if item.name != "dynamic_batch"}
+        return Terms(**named, dynamic_batch=recipe.onnx.dynamic_batch)
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,7 @@ def assemble(out: Path, terms: Terms, ready: Prepared, deployed: Deployed, holdo
     copies |= {"plan.json": ready.pruned.plan, "weights.safetensors": ready.pruned.weights}
     copies |= {"test_vectors/input.npy": vectors.input, "test_vectors/output.npy": vectors.output}
     if deployed.engine:
-        copies |= {ENGINE: deployed.engine.file}
-        copies |= {LAYERS: deployed.engine.layers} if deployed.engine.layers else {}
+        copies |= {ENGINE: deployed.engine.file, LAYERS: deployed.engine.layers}
     for name, file in copies.items():
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file.path, out / name)
@@ -246,7 +247,7 @@ def _manifest(
     no_engine = next((reason.text for reason in deployed.reasons), "")
     engine, latency = deployed.engine, deployed.latency
     return {
-        "schema": facts.SCHEMA,
+        "schema": manifests.SCHEMA,
         "name": terms.name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "tool": {"name": "cswap-deploy", "version": metadata.version("cswap-deploy")},
@@ -266,7 +267,9 @@ def _manifest(
         if latency and terms.latency
         else None,
         "budget": None,
-        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine) if terms.engine else None,
+        "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine, terms.dynamic_batch)
+        if terms.engine
+        else None,
         "environment": ready.environment,
     }
 

@@ -1,20 +1,25 @@
-"""`cswap-deploy check`: is the recipe sound, are images and model there, and what would run. Changes nothing on disk."""
+"""`cswap-deploy check`: what a build would find wrong before its long stages, and what would run. Changes nothing on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cswap_deploy import data, model, pipeline, prune
-from cswap_deploy.artifacts import Groups, Split
+from cswap_deploy import data, model, pipeline
+from cswap_deploy.artifacts import Groups, Network, Split
+from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
-from cswap_deploy.errors import DeviceError
+from cswap_deploy.errors import CswapError, DeviceError, PruningError
 from cswap_deploy.factory import code_files
-from cswap_deploy.recipe import Recipe
-from cswap_deploy.stage import Workdir
+from cswap_deploy.paths import require_paths
+from cswap_deploy.prune.select import CostKind, narrowest
+from cswap_deploy.recipe import MacsTarget, ParamsTarget, Recipe
+from cswap_deploy.stage import Workdir, WouldRun
+from cswap_deploy.wording import percent, plural
 
 
 @dataclass(frozen=True)
@@ -22,41 +27,36 @@ class CheckReport:
     facts: Mapping[str, str]
     stages: tuple[tuple[str, str], ...]
     """(stage, "up to date" or why it would run)."""
-    fault: DeviceError | None = None
-    """Why the target cannot do what the recipe asks of it; the host's half could still run."""
+    groups: Groups | None
+    """Of the network, where they were asked for or are known from an earlier run."""
+    faults: tuple[CswapError, ...] = ()
+    """What a build would end with although it can begin: a target that cannot be reached, in either sense."""
 
 
-def check(recipe: Recipe, folder: Path) -> CheckReport:
-    """Errors: those that a build would end with before its first long stage."""
+def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
+    """`prove`: also find the groups, which takes as long as in a build. Errors: those that a build would begin with."""
     pipeline.require_available(recipe)
-    outputs = model.expected_outputs(recipe.model)
-    calibration = recipe.calibration
+    require_paths(recipe)
+    work, faults = Workdir(folder, dry=True), list[CswapError]()
     facts = {"model": model.describe(recipe.model)}
-    work = Workdir(folder, dry=True)
-    if outputs is not None:
+    with work.open():
+        outputs, groups = _network(recipe, work, prove)
+        calibration = recipe.calibration
         catalogue = data.catalogue(calibration.images, calibration.labels, outputs, work.digest)
         split = data.divide(catalogue, calibration.scoring, calibration.holdout, recipe.seed)
         facts["images"] = _describe(split, calibration.images)
-    else:
-        facts["images"] = f"{calibration.images} (classes are compared once the factory has run)"
-    fault = None
-    if recipe.latency or recipe.engine:
-        try:
-            with reach(recipe.target) as target:
-                probe = Probe.of(target)
-            facts["target"] = f"{recipe.target} ({probe.device}, {_runtime(recipe, probe)})"
-        except DeviceError as error:
-            fault = error
-            facts["target"] = f"{recipe.target} (problem: {error.public})"
-    with work.open():
-        return CheckReport(facts, tuple(pipeline.status(recipe, work)), fault)
-
-
-def provable_groups(recipe: Recipe) -> Groups:
-    """Load the network and prove its groups, outside any work folder."""
-    with TemporaryDirectory() as scratch:
-        source = model.load(Path(scratch), recipe.model, code_files(recipe.model.factory), recipe.seed)
-        return prune.find_groups(Path(scratch), source, recipe.prune.skip)
+        if groups is not None and recipe.prune.target is not None:
+            facts["prunable"] = _prunable(recipe, groups)
+            faults += filter(None, [_pruning_fault(recipe, groups)])
+        if recipe.latency or recipe.engine:
+            try:
+                with reach(recipe.target) as target:
+                    probe = Probe.of(target)
+                facts["target"] = f"{recipe.target} ({probe.device}, {_runtime(recipe, probe)})"
+            except DeviceError as error:
+                faults.append(error)
+                facts["target"] = f"{recipe.target} (problem: {error.public})"
+        return CheckReport(facts, tuple(pipeline.status(recipe, work)), groups, tuple(faults))
 
 
 def groups_document(groups: Groups) -> dict[str, Any]:
@@ -69,11 +69,81 @@ def groups_document(groups: Groups) -> dict[str, Any]:
     }
 
 
+def _network(recipe: Recipe, work: Workdir, prove: bool) -> tuple[int, Groups | None]:
+    """Its outputs, and its groups where they are known or to be proven. What the work folder holds was proven when it was made.
+
+    A network with timm's own weights is not built: its name tells its outputs, and its weights may have to be fetched.
+    """
+    settings, code = recipe.model, code_files(recipe.model.factory)
+    source: Network | None = None
+    with suppress(WouldRun):
+        source = pipeline.load(recipe, work)
+        return source.outputs, pipeline.find_groups(recipe, source, work)
+    if prove:
+        with TemporaryDirectory() as scratch, Workdir(Path(scratch)).open() as elsewhere:
+            source = pipeline.load(recipe, elsewhere)
+            return source.outputs, pipeline.find_groups(recipe, source, elsewhere)
+    if source is not None:
+        return source.outputs, None
+    expected = model.expected_outputs(settings)
+    if expected is not None and settings.checkpoint is None:
+        return expected, None
+    return model.proven_outputs(settings, code, recipe.seed), None
+
+
+def _prunable(recipe: Recipe, groups: Groups) -> str:
+    multiple = pipeline.round_to(recipe)
+    macs, params = (percent(_left(groups, kind, multiple), 1) for kind in ("macs", "params"))
+    found = plural(len(groups.groups), "proven group")
+    return (
+        f"{found}; at their narrowest (round_to {multiple}) {macs} of the MACs and {params} of the parameters are left"
+    )
+
+
+def _pruning_fault(recipe: Recipe, groups: Groups) -> PruningError | None:
+    """Why the target cannot be reached. Biases that compensation adds are not counted, so a target of `params` that is just
+    out of reach is left to the build."""
+    target, multiple = recipe.prune.target, pipeline.round_to(recipe)
+    where = recipe.where("prune.target")
+    if not groups.groups:
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
+        return PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")
+    if min(_left(groups, "macs", multiple), _left(groups, "params", multiple)) >= 1:
+        widest = max(group.units for group in groups.groups)
+        return PruningError(
+            f"{recipe.where('prune.round_to')}: prune.round_to {multiple} leaves nothing to remove: no group has more than "
+            f"{plural(widest, 'unit')}",
+            f"set prune.round_to to {max(1, widest // 2)} or less",
+        )
+    match target:
+        case MacsTarget(macs=fraction):
+            return _unreachable(where, "macs", fraction, _left(groups, "macs", multiple), multiple)
+        case ParamsTarget(params=fraction):
+            return _unreachable(where, "params", fraction, _left(groups, "params", multiple), multiple)
+        case _:
+            return None
+
+
+def _unreachable(where: str, kind: CostKind, fraction: float, left: float, multiple: int) -> PruningError | None:
+    if fraction >= left - 1e-9:
+        return None
+    return PruningError(
+        f"{where}: prune.target asks to keep {fraction:g} of the {kind}; with every group at its narrowest "
+        f"(round_to {multiple}) {left:.3f} is left",
+        f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
+    )
+
+
+def _left(groups: Groups, kind: CostKind, multiple: int) -> float:
+    return narrowest(groups, kind, multiple) if groups.groups else 1.0
+
+
 def _runtime(recipe: Recipe, probe: Probe) -> str:
     """Errors: DeviceError when what the recipe needs is not on the target."""
     runtime = recipe.latency.runtime if recipe.latency else "tensorrt"
     if recipe.engine:
         probe.require_tensorrt(recipe.target)
+        needs.require(recipe, probe.document, recipe.target)
     return probe.facts(runtime)["runtime"]
 
 

@@ -24,6 +24,7 @@ app = typer.Typer(
     name="cswap-deploy",
     help="From a pretrained image classifier to a pruned, checked model, without fine-tuning.",
     no_args_is_help=True,
+    subcommand_metavar="COMMAND [OPTIONS]",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -50,6 +51,23 @@ ParserError: Any = typer.BadParameter.__mro__[1]
 """UsageError of click, whichever copy of click typer carries."""
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        typer.echo(f"cswap-deploy {metadata.version('cswap-deploy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print name and version")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def build(
     recipe: RecipeArgument,
@@ -60,7 +78,7 @@ def build(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Do everything the recipe asks for; ends with the bundle in <work>/bundle."""
+    """Everything the recipe asks for, to the bundle in <work>/bundle."""
     with session("build", as_json) as answer:
         from cswap_deploy import pipeline
 
@@ -80,7 +98,7 @@ def prepare(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The host's half: load, prune, export, make variants, judge them; `deploy` goes on, here or on the device."""
+    """The host's half: prune, export, make variants, judge them. `deploy` goes on, here or on the device."""
     with session("prepare", as_json) as answer:
         from cswap_deploy import pipeline
         from cswap_deploy.console import prepared_lines
@@ -101,7 +119,7 @@ def deploy(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The device's half: build and measure what `prepare` has made, and assemble the bundle. Needs no PyTorch."""
+    """The device's half: build the engine, measure, make the bundle. From what `prepare` has made; needs no PyTorch."""
     with session("deploy", as_json) as answer:
         from cswap_deploy import pipeline, prepared
         from cswap_deploy.console import Console
@@ -116,7 +134,7 @@ def deploy(
             recipe, ready = prepared.find(opened)
             recipe = running.moved(recipe, on) if on else recipe
             running.require_known_stages(force or [], pipeline.device_stages(recipe))
-            console = Console(pipeline.device_stages(recipe), silent=quiet or as_json)
+            console = Console(pipeline.device_lines(recipe), silent=quiet or as_json)
             with closing(console), reporting(console):
                 bundle = pipeline.deploy(recipe, ready, opened)
         _answer_bundle(answer, bundle)
@@ -145,7 +163,7 @@ def measure(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Latency of a model on a target; with --against, of two in turn and their ratio."""
+    """Latency of a model on a target, or of two and their ratio. With --against the two run in turn."""
     with session("measure", as_json) as answer:
         from cswap_deploy import measuring
         from cswap_deploy.console import measured_lines
@@ -162,8 +180,14 @@ def measure(
 
 
 @app.command()
-def doctor(on: OnOption = None, as_json: JsonOption = False) -> None:
-    """What this machine and the target can do, what is missing, and how to fix it."""
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="also compare the target with what this recipe needs")
+    ] = None,
+    on: OnOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What this machine and the target can do, and how to fix the rest."""
     with session("doctor", as_json) as answer:
         from cswap_deploy import doctor as examination
         from cswap_deploy.console import finding_lines
@@ -171,11 +195,12 @@ def doctor(on: OnOption = None, as_json: JsonOption = False) -> None:
         from cswap_deploy.errors import DeviceError
 
         running.require_target(on)
-        name = on or "local"
+        settings = running.load(recipe, None, None, on)[0] if recipe else None
+        name = on or (settings.target if settings else "local")
         here = examination.host()
         try:
             with reach(name) as target:
-                there = examination.target(name, Probe.of(target).document)
+                there = examination.target(name, Probe.of(target).document, settings)
         except DeviceError as error:
             there, answer.code = examination.unreachable(name, error.message, error.hint), error.exit_code
         answer.document = {
@@ -194,21 +219,21 @@ def check(
     groups: Annotated[bool, typer.Option("--groups", help="also prove and list what can be pruned")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate the recipe, the images and the model's name; say which stages would run, and why."""
+    """Validate recipe, images and model; say what would run, and why. With --groups also what can be pruned."""
     with session("check", as_json) as answer:
         from cswap_deploy import checks
         from cswap_deploy.console import check_lines, group_lines
 
         settings, folder = running.load(recipe, work, overrides, on)
-        report = checks.check(settings, folder)
-        found = checks.provable_groups(settings) if groups else None
+        report = checks.check(settings, folder, prove=groups)
+        found = report.groups if groups else None
         answer.document = {
             "facts": report.facts,
             "stages": [{"name": name, "status": status} for name, status in report.stages],
             "groups": checks.groups_document(found) if found else None,
         }
         answer.lines = [*check_lines(report), *(group_lines(found) if found else ())]
-        answer.fault = report.fault
+        answer.fault = min(report.faults, key=lambda fault: fault.exit_code, default=None)
 
 
 @app.command()
@@ -226,7 +251,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="replace files that are there")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a commented recipe to start from; on a terminal and without options, after a few questions."""
+    """Write a commented recipe to start from. On a terminal and without options, after a few questions."""
     with session("init", as_json) as answer:
         from cswap_deploy import starter
         from cswap_deploy.console.answers import starter_lines
@@ -263,7 +288,7 @@ def show(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What is in a bundle: the table before and after, the verdict, the files; with --unit, why a unit left or stayed."""
+    """What is in a bundle: before and after, verdict, files. With --unit, why a unit left or stayed."""
     with session("show", as_json) as answer:
         from cswap_deploy import report, units
         from cswap_deploy.bundle import Bundle
@@ -286,11 +311,11 @@ def show(
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="a bundle folder")],
     require: Annotated[
-        str | None, typer.Option("--require", metavar="CHECK,...", help="these checks must not be skipped")
+        str | None, typer.Option("--require", metavar="CHECK[,CHECK]", help="these checks must not be skipped")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle: sha256 of every file, test vectors through ONNX Runtime, reload in PyTorch where it is."""
+    """Check a bundle: sha256, test vectors, reload in PyTorch. What cannot run here is skipped with the reason."""
     with session("verify", as_json) as answer:
         from cswap_deploy import verify as checks
         from cswap_deploy.console import verified_lines

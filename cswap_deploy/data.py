@@ -296,7 +296,7 @@ def _digested(found: Sequence[Found], root: Path, digest: Callable[[Path], str])
         except OSError as fault:
             raise _unreadable(root / path, fault) from fault
         if len(images) % 64 == 0 or len(images) == len(found):
-            progress.advance("digests", len(images), len(found))
+            progress.advance("images hashed", len(images), len(found))
     return images
 
 

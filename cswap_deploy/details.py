@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cswap_deploy.artifacts import File, Groups, PruningPlan
+from cswap_deploy.artifacts import File, Groups, LatencyReport, PruningPlan
+from cswap_deploy.device.layers import reformats
 from cswap_deploy.samples import Samples
 
 QUANTILES = (10, 25, 50, 75, 90)
@@ -60,6 +61,28 @@ def layer_times(file: File | None) -> dict[str, Any] | None:
         return None
     found = json.loads(file.path.read_text(encoding="utf-8"))
     return {model: [{**layer, "ms": _short(layer["ms"])} for layer in rows] for model, rows in found.items()}
+
+
+def engine_times(report: LatencyReport) -> dict[str, Any]:
+    """Additions for engines: times on the GPU alone, single calls, graphs, and layers that only reformat; empty without."""
+    found: dict[str, Any] = {}
+    names = ("source", "pruned")
+    if report.cold_ms:
+        found["cold_p50_ms"] = dict(zip(names, report.cold_ms, strict=True))
+    if report.energy_mj:
+        found["energy_mj"] = dict(zip(names, report.energy_mj, strict=True))
+    if report.models:
+        found["models"] = dict(zip(names, report.models, strict=True))
+    if report.gpu_samples:
+        samples = Samples.load(report.gpu_samples.path)
+        found["gpu"] = {
+            name: {f"p{p}_ms": samples.percentile_ms(model, p) for p in (50, 90, 99)}
+            for model, name in enumerate(names)
+        }
+        if report.layers:
+            rows = json.loads(report.layers.path.read_text(encoding="utf-8"))
+            found["reformats"] = {name: reformats(rows[name]) for name in names}
+    return found
 
 
 def quantiles(effects: tuple[float, ...]) -> list[float] | None:

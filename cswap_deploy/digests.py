@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from cswap_deploy.artifacts import canonical, sha256_of
+from cswap_deploy.artifacts import sha256_of
+from cswap_deploy.codec import canonical
 
 T = TypeVar("T")
 

@@ -1,53 +1,32 @@
 """`cswap-deploy doctor`: what this machine and a target can do, what is missing, how to fix it. Changes nothing.
 
-Nothing heavy is imported: this machine is read from the metadata of its packages, a target from its agent's probe. Where a
-probe says null the answer is "unknown": no finding is guessed from a board's name. What is known about JetPack comes from
-NVIDIA's documentation and package indexes.
+Nothing heavy is imported: a target is read from its agent's probe. Where a probe says null the answer is "unknown": no finding
+is guessed from a board's name. What is known about JetPack comes from NVIDIA's documentation and package indexes.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import shlex
-import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from cswap_deploy import doctor_host
+from cswap_deploy.device import needs
 from cswap_deploy.device.target import APT_TENSORRT, SCHEMA
 from cswap_deploy.errors import DeviceError
+from cswap_deploy.findings import Finding, ok, or_unknown, release, size_text
 from cswap_deploy.manifest import INTEGER, NUMBER, TEXT, Schema, faults, nullable, record
+from cswap_deploy.recipe import Recipe
+from cswap_deploy.wording import BUSY, is_busy
 
-State = Literal["ok", "missing", "problem", "note"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`missing`: not installed; `problem`: there, but it will not do; `note`: works, with something to know.
-
-    `fix`: one exact command or sentence; empty exactly where the state is ok.
-    """
-
-    topic: str
-    state: State
-    text: str
-    fix: str
+host = doctor_host.findings
 
 
-def host() -> tuple[Finding, ...]:
-    """What this machine has for building bundles and for reaching targets."""
-    return (*_own_python(), *_packages(), *_torch_build(), *_ssh_client(), *_work_disk(), *_own_cores())
-
-
-def target(name: str, probe: Mapping[str, Any]) -> tuple[Finding, ...]:
-    """What a target's probe says to somebody who wants to build engines and measure there.
+def target(name: str, probe: Mapping[str, Any], recipe: Recipe | None = None) -> tuple[Finding, ...]:
+    """What a target's probe says to somebody who wants to build engines and measure there, with what a recipe needs.
 
     `name`: as the user gave it, `local` or ssh://...  Errors: DeviceError when the document is no probe of ours.
     """
@@ -58,7 +37,8 @@ def target(name: str, probe: Mapping[str, Any]) -> tuple[Finding, ...]:
     asked = _Target(name, probe)
     parts = (_machine, _python, _jetpack, _numpy, _onnxruntime, _tensorrt, _precision)
     conditions = (_power_mode, _gpu_clocks, _governor, _load, _memory, _disk, _store)
-    return tuple(finding for part in (*parts, *conditions) for finding in part(asked))
+    found = tuple(finding for part in (*parts, *conditions) for finding in part(asked))
+    return (*found, *(_wanted(recipe, probe) if recipe else ()))
 
 
 def unreachable(name: str, message: str, hint: str) -> tuple[Finding, ...]:
@@ -67,127 +47,12 @@ def unreachable(name: str, message: str, hint: str) -> tuple[Finding, ...]:
     return (Finding("target", "problem", f"{name} cannot be asked: {message}", hint or f"try it by hand: {by_hand}"),)
 
 
-def _ok(topic: str, text: str) -> Finding:
-    return Finding(topic, "ok", text, "")
-
-
-# --- this machine
-
-HOST_COMMAND = 'pip install "cswap-deploy[host]"'
-MODULES = {"pillow": "PIL"}
-"""Modules that are not named like their package."""
-LEAST_WORK = 2 << 30
-"""Free bytes that a work folder should find; a build of a small network takes a tenth of it."""
-
-
-def _own_python() -> Iterator[Finding]:
-    version = platform.python_version()
-    if sys.version_info >= (3, 11):
-        yield _ok("python", f"Python {version}")
-    else:
-        text = f"Python {version} serves deploy, measure, show and verify; building bundles needs 3.11"
-        yield Finding("python", "note", text, "for build and prepare use Python 3.11 or newer")
-
-
-def _packages() -> Iterator[Finding]:
-    """The packages of the [host] part, as the installed cswap-deploy asks for them."""
-    try:
-        wanted = metadata.requires("cswap-deploy") or []
-    except metadata.PackageNotFoundError:
-        yield Finding("cswap-deploy", "missing", "it runs from a folder, not installed", HOST_COMMAND)
-        return
-    for line in wanted:
-        requirement, _, marker = line.partition(";")
-        if re.search(r"extra == ['\"]host['\"]", marker) and (found := re.match(r"([\w.-]+)\s*(.*)", requirement)):
-            yield _package(found[1], found[2].strip())
-
-
-def _package(name: str, needs: str) -> Finding:
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return _unlisted_package(name)
-    if not _satisfies(version, needs):
-        return Finding(
-            name, "problem", f"{name} {version} is installed, {needs} is needed", f'pip install "{name}{needs}"'
-        )
-    return _ok(name, f"{name} {version}")
-
-
-def _unlisted_package(name: str) -> Finding:
-    """A module may come from another package, as onnxruntime does from onnxruntime-gpu."""
-    module = MODULES.get(name, name.replace("-", "_"))
-    if _is_there(module):
-        others = metadata.packages_distributions().get(module, [])
-        named = ", ".join(f"{other} {metadata.version(other)}" for other in others)
-        return _ok(name, f"module {module} from {named or 'a folder of the search path'}")
-    if "tegra" in platform.release():
-        text = f"{name} is not installed; only building bundles needs it, deploy and measure do not"
-        return Finding(name, "note", text, "build on a workstation: here pip would replace NVIDIA's own packages")
-    return Finding(name, "missing", f"{name} is not installed", HOST_COMMAND)
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _satisfies(version: str, needs: str) -> bool:
-    """Whether a version is within `>=a,<b` or `==c`; releases only, other forms are not judged."""
-    found = _release(version)
-    for part in filter(None, (item.strip() for item in needs.split(","))):
-        sign, bound = part.rstrip("0123456789."), _release(part.lstrip("<>=~!"))
-        width = max(len(found), len(bound))
-        left, right = (item + (0,) * (width - len(item)) for item in (found, bound))
-        if {">=": left < right, "<": left >= right, "==": left != right}.get(sign, False):
-            return False
-    return True
-
-
-def _torch_build() -> Iterator[Finding]:
-    """Which CUDA torch was built for, as far as its version tells without importing it."""
-    try:
-        version = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return
-    build = version.partition("+")[2]
-    if cuda := re.fullmatch(r"cu(\d+)(\d)", build):
-        yield _ok("torch build", f"for CUDA {cuda[1]}.{cuda[2]}")
-    elif build:
-        yield _ok("torch build", "for the CPU only" if build == "cpu" else f"named {build}")
-    else:
-        ask = 'python -c "import torch; print(torch.version.cuda, torch.cuda.is_available())"'
-        yield Finding("torch build", "note", f"the version {version} does not tell whether it carries CUDA", ask)
-
-
-def _ssh_client() -> Iterator[Finding]:
-    if shutil.which("ssh"):
-        yield _ok("ssh", "OpenSSH's client is there")
-    else:
-        text = "no ssh on the PATH: targets other than local cannot be reached"
-        yield Finding("ssh", "missing", text, "sudo apt install openssh-client")
-
-
-def _work_disk() -> Iterator[Finding]:
-    runs = Path.cwd() / "runs"
-    place = runs if runs.is_dir() else Path.cwd()
-    free = shutil.disk_usage(place).free
-    if not os.access(place, os.W_OK):
-        yield Finding(
-            "disk", "problem", f"{place} may not be written to", "start in another folder, or give --work DIR"
-        )
-    elif free < LEAST_WORK:
-        text = f"{_size(free)} free where {runs} lies, too little for a build"
-        yield Finding("disk", "problem", text, f"free {_size(LEAST_WORK)} there, or give --work DIR on another disk")
-    else:
-        yield _ok("disk", f"{_size(free)} free where {runs} lies")
-
-
-def _own_cores() -> Iterator[Finding]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield _ok("cores", f"{usable or 'unknown'} of {os.cpu_count() or 'unknown'} cores usable")
+def _wanted(recipe: Recipe, probe: Mapping[str, Any]) -> Iterator[Finding]:
+    lacking = list(needs.shortfalls(recipe, probe))
+    for need in lacking:
+        yield Finding(f"recipe: {need.topic}", "problem", need.text, need.fix)
+    if not lacking:
+        yield ok("recipe", f"{recipe.name}: the target has what it needs")
 
 
 # --- a target
@@ -245,7 +110,7 @@ class _Target:
 
     @cached_property
     def python(self) -> tuple[int, ...]:
-        return _release(self.probe["python"])
+        return release(self.probe["python"])
 
     @cached_property
     def l4t(self) -> str | None:
@@ -270,9 +135,9 @@ class _Target:
 def _machine(asked: _Target) -> Iterator[Finding]:
     cpu = asked.part("cpu")
     what = asked.part("board").get("model") or cpu.get("model") or "a machine of unknown model"
-    clock = f", {cpu['mhz']:g} of {_or_unknown(cpu.get('max_mhz'))} MHz" if cpu.get("mhz") else ""
+    clock = f", {cpu['mhz']:g} of {or_unknown(cpu.get('max_mhz'))} MHz" if cpu.get("mhz") else ""
     system = f"{asked.probe.get('system') or 'unknown system'}, {asked.probe['machine']}"
-    yield _ok("target", f"{asked.name}: {what}, {system}, {_or_unknown(cpu.get('cores'))} cores{clock}")
+    yield ok("target", f"{asked.name}: {what}, {system}, {or_unknown(cpu.get('cores'))} cores{clock}")
 
 
 def _python(asked: _Target) -> Iterator[Finding]:
@@ -284,7 +149,7 @@ def _python(asked: _Target) -> Iterator[Finding]:
         text = f"Python {version} runs the agent; cswap-deploy itself needs 3.10 and cannot be installed there"
         yield Finding("python", "note", text, f"use it from a workstation: --on {asked.name}")
     else:
-        yield _ok("python", f"Python {version}")
+        yield ok("python", f"Python {version}")
 
 
 def _jetpack(asked: _Target) -> Iterator[Finding]:
@@ -294,17 +159,17 @@ def _jetpack(asked: _Target) -> Iterator[Finding]:
         mount = "in a container, mount it: docker run -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro ..."
         yield Finding("jetpack", "note", "unknown: /etc/nv_tegra_release cannot be read", mount)
         return
-    release = _release(asked.l4t)
-    names = [jetpack for prefix, jetpack in JETPACKS.items() if _release(prefix) == release[: prefix.count(".") + 1]]
-    if release < (35,):
+    found = release(asked.l4t)
+    names = [jetpack for prefix, jetpack in JETPACKS.items() if release(prefix) == found[: prefix.count(".") + 1]]
+    if found < (35,):
         text = f"L4T {asked.l4t} is JetPack 4 or older, which is not supported"
         yield Finding(
             "jetpack", "problem", text, "flash JetPack 5 or newer, where the module has it; else take another board"
         )
     elif names:
-        yield _ok("jetpack", f"JetPack {names[0]} (L4T {asked.l4t})")
+        yield ok("jetpack", f"JetPack {names[0]} (L4T {asked.l4t})")
     else:
-        guess = f"JetPack {MAJORS[release[0]]}, exact name unknown" if release[0] in MAJORS else "JetPack unknown"
+        guess = f"JetPack {MAJORS[found[0]]}, exact name unknown" if found[0] in MAJORS else "JetPack unknown"
         fix = "to see its name: dpkg-query --show nvidia-jetpack"
         yield Finding("jetpack", "note", f"L4T {asked.l4t}: {guess}", fix)
 
@@ -315,18 +180,18 @@ def _numpy(asked: _Target) -> Iterator[Finding]:
     if version is None:
         fix = wheel if old or not asked.is_jetson else "sudo apt install python3-numpy"
         yield Finding("numpy", "missing", "numpy cannot be imported: the agent needs it to run models", fix)
-    elif old and _release(version) >= (2,):
+    elif old and release(version) >= (2,):
         text = f"numpy {version}: NVIDIA's wheels for JetPack 5 and 6 were built for numpy 1"
         yield Finding("numpy", "note", text, wheel)
     else:
-        yield _ok("numpy", f"numpy {version}")
+        yield ok("numpy", f"numpy {version}")
 
 
 def _onnxruntime(asked: _Target) -> Iterator[Finding]:
     found = asked.part("onnxruntime")
     version, why = found.get("version"), found.get("reason") or "no reason given"
     if version is not None:
-        yield _ok(
+        yield ok(
             "onnxruntime", f"ONNX Runtime {version}: {', '.join(found.get('providers') or ()) or 'providers unknown'}"
         )
     elif asked.has_tensorrt:
@@ -343,22 +208,22 @@ def _tensorrt(asked: _Target) -> Iterator[Finding]:
         yield _without_tensorrt(asked)
         return
     version = found["version"]
-    release, gpu = _release(version), found.get("gpu") or "GPU's name unknown"
+    number, gpu = release(version), found.get("gpu") or "GPU's name unknown"
     through = "its Python module" if found.get("module") else "trtexec only"
-    about = f"compute capability {_or_unknown(found.get('compute_capability'))}, DLA cores {_or_unknown(found.get('dla_cores'))}"
+    about = f"compute capability {or_unknown(found.get('compute_capability'))}, DLA cores {or_unknown(found.get('dla_cores'))}"
     text = f"TensorRT {version} through {through}; {gpu}, {about}"
-    if release and release < (8, 5):
+    if number and number < (8, 5):
         yield Finding("tensorrt", "problem", f"{text}; 8.5 is the oldest supported", "update to JetPack 5.1 or newer")
-    elif asked.is_jetson and (11,) <= release < (11, 4, 1):
+    elif asked.is_jetson and (11,) <= number < (11, 4, 1):
         text = f"{text}; TensorRT 11.0 to 11.4.0 do not support JetPack"
         yield Finding("tensorrt", "problem", text, "go back to the version of your JetPack: " + APT_TENSORRT)
-    elif release and release < (8, 6):
+    elif number and number < (8, 6):
         text = f"{text}; it reads ONNX up to opset 16 for sure, this tool writes 18 or newer: an engine may not build"
         yield Finding(
             "tensorrt", "note", text, "if it does not: update to JetPack 6, or set latency.runtime: onnxruntime"
         )
     else:
-        yield _ok("tensorrt", text)
+        yield ok("tensorrt", text)
     if not found.get("module"):
         text = "no Python module: engines are built and timed by trtexec, which is slower to start"
         venv = " (it serves the system's python3; a venv needs --system-site-packages)"
@@ -398,7 +263,7 @@ def _power_mode(asked: _Target) -> Iterator[Finding]:
         return
     mode, model = asked.part("board").get("power_mode"), asked.part("board").get("model") or ""
     if mode is not None and mode.startswith("MAXN"):
-        yield _ok("power mode", mode)
+        yield ok("power mode", mode)
         return
     known = next((number for board, number in FASTEST.items() if re.search(board, model)), None)
     set_it = (
@@ -419,7 +284,7 @@ def _gpu_clocks(asked: _Target) -> Iterator[Finding]:
     if not asked.is_jetson:
         return
     if locked:
-        yield _ok("gpu clocks", "locked")
+        yield ok("gpu clocks", "locked")
     elif locked is None:
         yield Finding("gpu clocks", "note", "unknown whether they are locked", "sudo jetson_clocks --show")
     else:
@@ -430,7 +295,7 @@ def _gpu_clocks(asked: _Target) -> Iterator[Finding]:
 def _governor(asked: _Target) -> Iterator[Finding]:
     governor = asked.part("cpu").get("governor")
     if governor == "performance":
-        yield _ok("cpu governor", governor)
+        yield ok("cpu governor", governor)
     elif governor is None:
         text = "unknown, as in most containers and virtual machines"
         yield Finding("cpu governor", "note", text, "compare only what was measured in one run on this machine")
@@ -443,11 +308,11 @@ def _load(asked: _Target) -> Iterator[Finding]:
     load, cores = asked.probe.get("load") or (), asked.part("cpu").get("cores")
     if not load:
         yield Finding("load", "note", "unknown", "see that nothing else runs there: uptime")
-    elif load[0] > max(1.0, (cores or 0) / 2):
-        text = f"{load[0]:.1f} over the last minute on {_or_unknown(cores)} cores: latencies would be those of a busy machine"
+    elif is_busy(load[0], cores):
+        text = f"{load[0]:.1f} over the last minute on {or_unknown(cores)} cores: {BUSY}"
         yield Finding("load", "problem", text, "stop what else runs there, and measure again: top")
     else:
-        yield _ok("load", f"{load[0]:.1f} over the last minute on {_or_unknown(cores)} cores")
+        yield ok("load", f"{load[0]:.1f} over the last minute on {or_unknown(cores)} cores")
 
 
 def _memory(asked: _Target) -> Iterator[Finding]:
@@ -462,7 +327,7 @@ def _memory(asked: _Target) -> Iterator[Finding]:
         )
         yield Finding("memory", "problem", f"{text}; an engine's build needs about 1 GiB", stop)
     else:
-        yield _ok("memory", text)
+        yield ok("memory", text)
 
 
 def _disk(asked: _Target) -> Iterator[Finding]:
@@ -473,27 +338,10 @@ def _disk(asked: _Target) -> Iterator[Finding]:
         text = f"{free:.0f} MiB free; models, engines and timing caches need about 1 GiB"
         yield Finding("disk", "problem", text, "free 1 GiB on that disk: df -h ~")
     else:
-        yield _ok("disk", f"{free / 1024:.1f} GiB free")
+        yield ok("disk", f"{free / 1024:.1f} GiB free")
 
 
 def _store(asked: _Target) -> Iterator[Finding]:
     store = asked.part("store")
     if store.get("folder") and store.get("bytes") is not None and store.get("limit_bytes") is not None:
-        yield _ok("store", f"{_size(store['bytes'])} of {_size(store['limit_bytes'])} in {store['folder']}")
-
-
-# --- words and numbers
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: `10.3.0` → (10, 3, 0); empty where it has none."""
-    found = re.match(r"\d{1,9}(?:\.\d{1,9}){0,8}", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
-
-
-def _or_unknown(value: float | str | None) -> str:
-    return "unknown" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        yield ok("store", f"{size_text(store['bytes'])} of {size_text(store['limit_bytes'])} in {store['folder']}")

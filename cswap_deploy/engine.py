@@ -1,19 +1,30 @@
-"""The TensorRT engine, built on the target. Not run on TensorRT by this project's own tests: see docs/architecture.md."""
+"""The TensorRT engine, built on the target. Not run on TensorRT by this project's own tests: see docs/jetson.md."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from cswap_deploy.artifacts import Engine, File, InputSpec
+from cswap_deploy.artifacts import Engine, File, Groups, InputSpec
+from cswap_deploy.device import layers as parts
+from cswap_deploy.device import trtexec
 from cswap_deploy.device.target import Target
+from cswap_deploy.errors import DeviceError
 from cswap_deploy.preprocess import INPUT
 from cswap_deploy.recipe import EngineSettings
 from cswap_deploy.stage import stage
 
 BUILD_S, LAYERS_S, WAIT_S = 7200.0, 600.0, 600.0
 """Engines of transformers take the better part of an hour on a small board."""
+HINTS = {
+    "UNSUPPORTED_NODE_DYNAMIC": "export with onnx.dynamic_batch: false",
+    "INT64": "TensorRT 8 has no 64-bit integers: export with another onnx.opset, or update to JetPack 6.1",
+    "No importer": "TensorRT does not know this operator: export with a lower onnx.opset, or replace it in the network",
+    "opset": "export with a lower onnx.opset",
+    "zero point": "TensorRT wants symmetric int8: use the variant int8-tensorrt",
+    "bias": "TensorRT takes no quantized bias: use the variant int8-tensorrt",
+}
+"""Words in the parser's error → what to do."""
 
 
 @stage("engine", returns=Engine)
@@ -23,28 +34,59 @@ def build(
     spec: InputSpec,
     settings: EngineSettings,
     dynamic_batch: bool,
+    groups: Groups,
     facts: Mapping[str, str],
-    described: bool,
     target: Target,
 ) -> Engine:
-    """ONNX file → engine. `described`: TensorRT's Python module is there to say how long each layer takes.
-
-    Errors: DeviceError, with TensorRT's own words.
-    """
-    answer = target.ask(
-        "build",
-        BUILD_S,
-        model=target.put(model)[0],
-        settings=settings.model_dump(mode="json"),
-        input={"name": INPUT, "shape": list(spec.shape)},
-        dynamic=dynamic_batch,
-        wait_s=WAIT_S,
-    )
+    """ONNX file → engine, its log, and how long each of its layers takes. Errors: DeviceError, with TensorRT's own words."""
+    try:
+        answer, log = target.ask_with_log(
+            "build",
+            BUILD_S,
+            model=target.put(model)[0],
+            settings=settings.model_dump(mode="json"),
+            input={"name": INPUT, "shape": list(spec.shape)},
+            dynamic=dynamic_batch,
+            wait_s=WAIT_S,
+        )
+    except DeviceError as error:
+        raise _explained(error, model) from error
+    (out / "build.log").write_text(log, encoding="utf-8")
     file = target.get(answer["engine"], out / "model.engine")
-    layers = None
-    if described:
-        kept = {"sha256": file.sha256, "name": "the engine"}
-        found = target.ask("layers", LAYERS_S, runtime="tensorrt", model=kept, batch=settings.batch.opt, wait_s=WAIT_S)
-        (out / "layers.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        layers = File.of(out / "layers.json")
-    return Engine(file, layers, answer["tensorrt"], answer["gpu"], answer["seconds"], answer["note"])
+    kept = {"sha256": file.sha256, "name": "the engine"}
+    found = target.ask("layers", LAYERS_S, runtime="tensorrt", model=kept, batch=settings.batch.opt, wait_s=WAIT_S)
+    rows = parts.joined(found, parts.nodes_of(model.path), groups)
+    parts.write(
+        out / "layers.json", {"layers": rows, "reformats": parts.reformats(rows), "tensorrt": found.get("layer_info")}
+    )
+    version = trtexec.banner_version(f"[{answer['tensorrt']}]") or answer["tensorrt"]  # by trtexec its banner
+    return Engine(
+        file=file,
+        layers=File.of(out / "layers.json"),
+        tensorrt=version,
+        gpu=answer["gpu"],
+        seconds=answer["seconds"],
+        note=answer["note"],
+        compute_capability=answer["compute_capability"],
+        board=answer["board"],
+        power_mode=answer["power_mode"],
+        gpu_layers=tuple(answer["gpu_layers"]),
+    )
+
+
+def _explained(error: DeviceError, model: File) -> DeviceError:
+    """With node, operator and a hint for each fault of TensorRT's parser; its own hint where there is none."""
+    if not error.parser:
+        return error
+    names = list(parts.nodes_of(model.path).values())
+    lines, hints = [], []
+    for fault in error.parser[:5]:
+        number, name, operator, text = (fault[key] for key in ("node", "name", "operator", "text"))
+        if not operator and 0 <= number < len(names):  # TensorRT to 8.6 gives the number only
+            name, operator = names[number].name, names[number].operator
+        where = f"node {name!r} (operator {operator})" if operator else f"node {number}"
+        lines.append(f"{where}: {text}")
+        hints += [hint for words, hint in HINTS.items() if words.lower() in text.lower()]
+    more = f" and {len(error.parser) - 5} more" if len(error.parser) > 5 else ""
+    message = f"TensorRT cannot read the ONNX file: {'; '.join(lines)}{more}"
+    return DeviceError(message, hints[0] if hints else error.hint, public=error.public, log=error.log)

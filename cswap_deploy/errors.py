@@ -15,7 +15,7 @@ CswapError             1   the base; raised bare it is a bug of ours
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class CswapError(Exception):
@@ -66,13 +66,18 @@ class PruningError(ModelError):
 
 
 class DeviceError(CswapError):
-    """`public`: what a bundle, which others read, may say about it: no host, user or path of the target."""
+    """`public`: what a bundle, which others read, may say about it: no host, user or path of the target.
+
+    `log`: what TensorRT printed before it failed; `parser`: what its ONNX parser refuses, by node.
+    """
 
     exit_code = 5
 
-    def __init__(self, message: str, hint: str = "", *, public: str = "the target failed") -> None:
+    def __init__(self, message: str, hint: str = "", *, public: str = "the target failed", log: str = "") -> None:
         super().__init__(message, hint)
         self.public = public
+        self.log = log
+        self.parser: list[dict[str, Any]] = []
 
 
 class ExportError(CswapError):

@@ -7,15 +7,24 @@ Of top-1: `n` images, `b` of them only the dense model gets right, `c` only the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import cos, pi, sin, sqrt, tan
 from statistics import NormalDist
 from typing import Literal
 
-from cswap_deploy.artifacts import Gate
-
 NORMAL_FROM = 2000
 """Degrees of freedom from which Student's distribution is taken to be the same."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    max_drop_pp: float | None
+    rule: Literal["point", "bound"]
+    confidence: float
+    verdict: Literal["pass", "fail", "off"]
+    proven: bool
+    images_to_prove: int | None
 
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

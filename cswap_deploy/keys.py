@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cswap_deploy.artifacts import File, canonical
+from cswap_deploy.artifacts import File
+from cswap_deploy.codec import canonical
 from cswap_deploy.digests import digest_of
 from cswap_deploy.sources import source_digests
 

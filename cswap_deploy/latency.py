@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import File, LatencyReport
+from cswap_deploy.artifacts import File, Groups, LatencyReport
+from cswap_deploy.device import conditions, exports, trtexec
+from cswap_deploy.device.layers import joined, nodes_of
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DataError, DeviceError
 from cswap_deploy.recipe import LatencySettings
@@ -18,6 +21,8 @@ from cswap_deploy.stage import stage
 
 LOAD_S, WAIT_S = 900.0, 120.0
 """Time for loading the models; time that another measurement on the target may still take."""
+COLD, LONGEST_PAUSE_S = 10, 0.1
+"""Single inferences after pauses, as a camera of ten pictures a second calls; in short measurements the pauses are shorter."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +44,45 @@ class Measurement:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What a reader must know to compare the figures: the machine, its clocks, its load before and after."""
-        before, after = self.document["before"], self.document["after"]
-        cpu, board = after["cpu"], after["board"] or {}
-        return {
-            "device": board.get("model") or cpu["model"],
-            "cpu": cpu["model"],
-            "cores": cpu["cores"],
-            "governor": cpu["governor"],
-            "mhz": [before["cpu"]["mhz"], cpu["mhz"]],
-            "max_mhz": cpu["max_mhz"],
-            "power_mode": board.get("power_mode"),
-            "gpu_clocks_locked": board.get("gpu_clocks_locked"),
-            "l4t": board.get("l4t"),
-            "load": [before["load"][0], after["load"][0]],
-            "temperature_c": [before["temperature_c"], after["temperature_c"]],
-            "system": f"{after['system']} {after['machine']}",
-            "python": after["python"],
-        }
+        return conditions.describe(self.document)
+
+    @property
+    def on_gpu(self) -> Samples | None:
+        """Engines only: between two events on the GPU."""
+        rounds = self.document.get("gpu_rounds")
+        return Samples.of(rounds) if rounds else None
+
+    @property
+    def cold_ms(self) -> tuple[float, ...]:
+        """Per model, the median of single inferences after pauses."""
+        cold = [times for times in self.document.get("cold", ()) if times]
+        return tuple(median(times) / 1e6 for times in cold)
 
 
 @stage("latency", returns=LatencyReport, libraries=("numpy",))
 def measure(
-    out: Path, dense: File, shipped: File, settings: LatencySettings, facts: Mapping[str, str], target: Target
+    out: Path,
+    dense: File,
+    shipped: File,
+    graphs: tuple[File, File],
+    groups: Groups,
+    settings: LatencySettings,
+    facts: Mapping[str, str],
+    target: Target,
 ) -> LatencyReport:
-    """The dense model and the one that ships, in turn, on `target`, which `facts` describe. Errors: DeviceError."""
-    names = ("the dense model", "the shipped model")
+    """The dense model and the one that ships, in turn, on `target`, which `facts` describe. Errors: DeviceError.
+
+    `graphs`: their ONNX files, which are the models themselves or what the engines were built from.
+    """
+    names = ("the dense model", "the model that ships")
     taken = take(target, (dense, shipped), settings, names=names)
     taken.samples.save(out / "samples.npz")
+    on_gpu = None
+    if taken.on_gpu:
+        taken.on_gpu.save(out / "gpu.npz")
+        on_gpu = File.of(out / "gpu.npz")
     layers = None
-    if found := _layers(target, (dense, shipped), settings, names):
+    if found := _layers(target, (dense, shipped), settings, names, graphs, groups):
         (out / "layers.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         layers = File.of(out / "layers.json")
     return LatencyReport(
@@ -78,11 +92,20 @@ def measure(
         taken.document["overhead"],
         taken.conditions,
         layers,
+        on_gpu,
+        taken.cold_ms,
+        conditions.energy_mj(taken.document),
+        tuple(taken.document["models"]),
     )
 
 
 def _layers(
-    target: Target, models: Sequence[File], settings: LatencySettings, names: tuple[str, ...]
+    target: Target,
+    models: Sequence[File],
+    settings: LatencySettings,
+    names: tuple[str, ...],
+    graphs: Sequence[File],
+    groups: Groups,
 ) -> dict[str, Any] | None:
     """Where the time of both models goes. The samples count without it, so a target that cannot tell is warned of only."""
     try:
@@ -95,13 +118,17 @@ def _layers(
                 batch=settings.batch,
                 threads=settings.threads,
                 wait_s=WAIT_S,
-            )["layers"]
+            )
             for model in target.put(*models, names=names)
         ]
+        if settings.runtime == "tensorrt":
+            rows = [joined(each, nodes_of(graph.path), groups) for each, graph in zip(found, graphs, strict=True)]
+        else:
+            rows = [each["layers"] for each in found]
     except DeviceError as error:
         progress.warn(f"layers were not timed: {error}")
         return None
-    return dict(zip(("source", "pruned"), found, strict=True))
+    return dict(zip(("source", "pruned"), rows, strict=True))
 
 
 def take(
@@ -112,8 +139,8 @@ def take(
     trust: Sequence[str] = (),
 ) -> Measurement:
     """Run models in turn. `trust`: digests of engines that were not built on the target. Errors: DeviceError."""
-    sampling = len(models) * (settings.warmup_s + 3 * settings.duration_s + 2)
-    document = target.ask(
+    sampling = len(models) * (settings.warmup_s + 3 * settings.duration_s + 2 + conditions.LEAST_ENERGY_S)
+    document, log = target.ask_with_log(
         "measure",
         LOAD_S + WAIT_S + sampling,
         runtime=settings.runtime,
@@ -122,10 +149,26 @@ def take(
         threads=settings.threads,
         warmup_s=settings.warmup_s,
         duration_s=settings.duration_s,
+        cold=COLD,
+        pause_s=min(LONGEST_PAUSE_S, settings.duration_s / 50),
+        energy_s=conditions.LEAST_ENERGY_S + 0.5 if settings.duration_s >= conditions.LEAST_ENERGY_S / 2 else 0,
         wait_s=WAIT_S,
         trust=list(trust),
     )
+    if "times" in document:
+        document |= _by_trtexec(document["times"], log)
     try:
         return Measurement(Samples.of(document["rounds"]), document)
     except DataError as error:
         raise DeviceError(f"{target.name}: {error.message}", "measure again") from error
+
+
+def _by_trtexec(times: Sequence[Sequence[str]], log: str) -> dict[str, Any]:
+    """Rounds and runtime from what trtexec exported and printed. Errors: DeviceError when a run failed or the two contradict."""
+    found = [[exports.times(text).latency_ms for text in texts] for texts in times]
+    runs = [run for run in trtexec.require_passed(log) if run.queries is not None]
+    counted = sorted(len(ms) for texts in found for ms in texts)
+    if counted != sorted(run.queries or 0 for run in runs):
+        raise DeviceError("trtexec's exported times are not as many as its log counts", "measure again")
+    rounds = [[[round(1e6 * ms) for ms in texts] for texts in blocks] for blocks in found]
+    return {"rounds": rounds, "models": [{"runtime": f"tensorrt {runs[0].version} by trtexec"} for _ in rounds[0]]}

@@ -8,9 +8,11 @@ from typing import Any, Literal, TypeAlias
 
 from cswap_deploy import latency
 from cswap_deploy.artifacts import File
+from cswap_deploy.device import conditions
+from cswap_deploy.device.layers import joined
 from cswap_deploy.device.target import reach
 from cswap_deploy.errors import UsageError
-from cswap_deploy.manifest import timing_block
+from cswap_deploy.facts import timing_block
 from cswap_deploy.recipe import LatencySettings
 
 Runtime: TypeAlias = Literal["onnxruntime", "tensorrt"]
@@ -50,7 +52,8 @@ def measure(paths: Sequence[Path], settings: LatencySettings, trust: Sequence[st
                 trust=list(trust),
             )
     samples, memory = taken.samples, taken.peak_memory_mb or (None,) * len(files)
-    faults = [list(samples.faults(number)) for number in range(len(files))]
+    around = [*conditions.faults(taken.conditions, settings.runtime)]
+    faults = [[*samples.faults(number), *around] for number in range(len(files))]
     faster = samples.speedup(0, against=1) if len(files) == 2 else None
     return {
         "target": settings.target,
@@ -71,5 +74,10 @@ def measure(paths: Sequence[Path], settings: LatencySettings, trust: Sequence[st
         "overhead": taken.document["overhead"],
         "memory": taken.document["memory"],
         "conditions": taken.conditions,
-        "layers": found["layers"] if found else None,
+        "cold_p50_ms": list(taken.cold_ms),
+        "energy_mj": list(conditions.energy_mj(taken.document)),
+        "on_gpu": [{f"p{p}_ms": gpu.percentile_ms(number, p) for p in (50, 90, 99)} for number in range(len(files))]
+        if (gpu := taken.on_gpu)
+        else None,
+        "layers": joined(found, {}, None) if found else None,
     }

@@ -20,6 +20,8 @@ from cswap_deploy.stage import stage
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+FUSED_TOLERANCE = 1e-3
+"""Largest change of a logit, relative to the largest, by which fusing layers may round."""
 FACTORY_INPUT = InputSpec(
     shape=(3, 224, 224),
     mean=(0.485, 0.456, 0.406),
@@ -39,24 +41,20 @@ def load(out: Path, settings: ModelSettings, code: tuple[Path, ...] = (), seed: 
     Errors: ModelError.
     """
     require_host()
-    import torch
     from safetensors.torch import save_file
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        architecture, module = _create(settings, code)
-    if settings.checkpoint is not None:
-        load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
-    _require_sound(module)
-    if architecture.source == "timm":
-        module = _fused(module)
-    spec = _input_spec(module, settings)
-    outputs = _count_outputs(module, spec, settings.num_classes)
+    architecture, module, spec, outputs = _proven(settings, code, seed)
     save_file(_contiguous(module.state_dict()), out / "weights.safetensors")
     params, macs = count(module, spec)
     weights = File.of(out / "weights.safetensors")
     license_name = getattr(module, "pretrained_cfg", {}).get("license") if settings.pretrained else None
     return Network(architecture, None, weights, spec, outputs, params, macs, license_name)
+
+
+def proven_outputs(settings: ModelSettings, code: tuple[Path, ...] = (), seed: int = 0) -> int:
+    """Number of classes, after all that `load` would refuse was looked for; nothing is kept. Errors: ModelError."""
+    require_host()
+    return _proven(settings, code, seed)[-1]
 
 
 def expected_outputs(settings: ModelSettings) -> int | None:
@@ -127,6 +125,25 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
 # --- building
 
 
+def _proven(
+    settings: ModelSettings, code: tuple[Path, ...], seed: int
+) -> tuple[Architecture, nn.Module, InputSpec, int]:
+    """The network with its weights, its input and the number of its outputs. Errors: ModelError."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        architecture, module = _create(settings, code)
+    if settings.checkpoint is not None:
+        load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
+    _require_sound(module)
+    spec = _input_spec(module, settings)
+    outputs = _count_outputs(module, spec, settings.num_classes)
+    if architecture.source == "timm":
+        module = _fused_alike(module, spec)
+    return architecture, module, spec, outputs
+
+
 def _create(settings: ModelSettings, code: tuple[Path, ...]) -> tuple[Architecture, nn.Module]:
     kwargs = dict(settings.kwargs)
     if settings.num_classes is not None:
@@ -179,6 +196,23 @@ def _fused(module: nn.Module) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, _standardised(layer))
     return module.eval()
+
+
+def _fused_alike(module: nn.Module, spec: InputSpec) -> nn.Module:
+    """`_fused`, and proof on one random image that the logits are the same. Errors: ModelError."""
+    import torch
+
+    image = torch.randn(1, *spec.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = module(image)
+        module = _fused(module)
+        change = float((module(image) - before).abs().max() / before.abs().max().clamp_min(1e-6))
+    if not change <= FUSED_TOLERANCE:
+        raise ModelError(
+            f"timm's re-parameterisation changes the network's logits by {change:.1e} of the largest",
+            "report this network; use another version of timm",
+        )
+    return module
 
 
 def _standardised(layer: Any) -> nn.Module:

@@ -8,12 +8,24 @@ from dataclasses import replace
 from typing import Any
 
 from cswap_deploy import accuracy, bundle, data, engine, export, latency, model, prepared, progress, prune, variants
-from cswap_deploy.artifacts import Engine, Groups, ImageSet, Network, OnnxModel, Prepared, PruningPlan, Reason, Split
+from cswap_deploy.artifacts import (
+    Engine,
+    File,
+    Groups,
+    ImageSet,
+    Network,
+    OnnxModel,
+    PruningPlan,
+    Split,
+)
 from cswap_deploy.bundle import Bundle, Deployed, Terms
+from cswap_deploy.device import needs
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError, ExportError, RecipeError, UsageError
 from cswap_deploy.factory import code_files
+from cswap_deploy.paths import require_paths
+from cswap_deploy.prepared import Prepared, Reason
 from cswap_deploy.recipe import (
     CurvesAllocation,
     FpsTarget,
@@ -31,6 +43,8 @@ STAGES = (
 """All stage names that --force takes, in order."""
 PROBE = "probe.json"
 """In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
+FAILED = "engine.failed.log"
+"""In the work folder: what TensorRT said before the last build of an engine failed."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")
@@ -39,14 +53,15 @@ PRUNING = ("groups", "scores", "plan")
 def build(recipe: Recipe, work: Workdir) -> Bundle:
     """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises."""
     if recipe.remote and not work.dry:
-        _warn_if_away(recipe.target)
+        _warn_if_away(recipe)
     return deploy(recipe, prepare(recipe, work), work)
 
 
 def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     """The host's half: load, split, prune, export, simplify, make variants, judge them on the hold-out images."""
     require_available(recipe)
-    source = _located(work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed), recipe)
+    require_paths(recipe)
+    source = load(recipe, work)
     images, calibration = recipe.calibration.images, recipe.calibration
     catalogue = data.catalogue(images, calibration.labels, source.outputs, work.digest)
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
@@ -70,7 +85,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         dense=dense,
         accuracy=judged,
         labels=split.labels,
-        pixels=work.run(accuracy.crop, holdout, source.input) if recipe.engine else None,
+        pixels=_pixels(holdout, source, work) if recipe.engine else None,
         reasons=(*reasons, *more),
         environment=bundle.environment(),
     )
@@ -95,13 +110,23 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
 # --- the host's half
 
 
+def load(recipe: Recipe, work: Workdir) -> Network:
+    """The dense network."""
+    return _located(work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed), recipe)
+
+
+def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
+    """What can leave it."""
+    return work.run(prune.find_groups, source, recipe.prune.skip)
+
+
 def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Groups, PruningPlan]:
     settings, device, seed = recipe.prune, recipe.device, recipe.seed
     if settings.target is None:
         return Groups((), (), ()), PruningPlan({}, (), None)
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
-    groups = work.run(prune.find_groups, source, settings.skip)
+    groups = find_groups(recipe, source, work)
     scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
     curves = None
     if isinstance(settings.allocation, CurvesAllocation):
@@ -124,7 +149,8 @@ def _models(
     models, reasons = {"fp32": simplified}, []
     for variant in wanted:
         try:
-            models[variant] = work.run(variants.make, simplified, network, fit, variant, recipe.onnx)
+            with progress.part(variant):
+                models[variant] = work.run(variants.make, simplified, network, fit, variant, recipe.onnx)
         except ExportError as error:
             reasons.append(Reason(error.exit_code, str(error)))
     return models, reasons
@@ -136,10 +162,19 @@ def _dense(
     """The dense twin of what ships, and what an engine of it may be built from."""
     if not (recipe.engine or recipe.latency):
         return {}, []
-    exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx)
-    wanted = [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
-    models, reasons = _models(recipe, exported, source, fit, work, wanted)
+    with progress.part("dense"):
+        exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx)
+        models, reasons = _models(recipe, exported, source, fit, work, _dense_variants(recipe))
     return models, [Reason(reason.exit_code, f"dense network, {reason.text}") for reason in reasons]
+
+
+def _pixels(holdout: ImageSet, source: Network, work: Workdir) -> File:
+    with progress.part("images"):
+        return work.run(accuracy.crop, holdout, source.input)
+
+
+def _dense_variants(recipe: Recipe) -> list[Variant]:
+    return [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
 
 
 def _located(network: Network, recipe: Recipe) -> Network:
@@ -201,7 +236,8 @@ def _judge_engine(
         return done
     assert recipe.engine and ready.pixels
     spec, batch, truth = ready.source.input, recipe.engine.batch.opt, ready.accuracy.labels
-    outcome = work.run(accuracy.on_engine, done.engine, ready.pixels, truth, spec, batch, target)
+    with progress.part("engine"):
+        outcome = work.run(accuracy.on_engine, done.engine, ready.pixels, truth, spec, batch, target)
     return replace(done, on_engine=outcome)
 
 
@@ -210,36 +246,53 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     assert recipe.latency
     name = recipe.shipped_file
     if recipe.latency.runtime == "tensorrt" and done.engine:
-        dense = _engine(recipe, ready.dense, ready, work, target, probe)
-        files = dense.file, done.engine.file
+        with progress.part("dense"):
+            dense = _engine(recipe, ready.dense, ready, work, target, probe)
+        files, name = (dense.file, done.engine.file), _built_from(recipe, probe)
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
         files = ready.dense[name].graph, ready.models[name].graph
     else:
         return done
-    facts = probe.facts(recipe.latency.runtime)
-    return replace(done, latency=work.run(latency.measure, *files, recipe.latency, facts, target))
+    facts, graphs = probe.facts(recipe.latency.runtime), (ready.dense[name].graph, ready.models[name].graph)
+    report = work.run(latency.measure, *files, graphs, ready.groups, recipe.latency, facts, target)
+    return replace(done, latency=report)
 
 
 def _engine(
     recipe: Recipe, models: dict[str, OnnxModel], ready: Prepared, work: Workdir, target: Target, probe: Probe
 ) -> Engine:
-    """From the file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
+    """A failed build leaves TensorRT's log in the work folder."""
     assert recipe.engine
-    by_flags = recipe.engine.precision == "fp16" and not probe.typed
-    name = "fp32" if by_flags else recipe.engine_file
+    name = _built_from(recipe, probe)
     if name not in models:
         missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
         raise DeviceError(missing, "see why above", public=missing)
-    spec, facts, described = ready.source.input, probe.facts("tensorrt"), probe.has_tensorrt_module
-    model, dynamic = models[name].graph, recipe.onnx.dynamic_batch
-    return work.run(engine.build, model, spec, recipe.engine, dynamic, facts, described, target)
+    spec, facts, model = ready.source.input, probe.facts("tensorrt"), models[name].graph
+    try:
+        return work.run(
+            engine.build, model, spec, recipe.engine, recipe.onnx.dynamic_batch, ready.groups, facts, target
+        )
+    except DeviceError as error:
+        if error.log:
+            write_atomically(work.root / FAILED, error.log)
+            progress.warn(f"TensorRT's log: {work.root / FAILED}")
+        raise
 
 
-def _warn_if_away(name: str) -> None:
-    """Said before the long stages rather than after; the target may still come back meanwhile."""
+def _built_from(recipe: Recipe, probe: Probe) -> str:
+    """The file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
+    assert recipe.engine
+    return "fp32" if recipe.engine.precision == "fp16" and not probe.typed else recipe.engine_file
+
+
+def _warn_if_away(recipe: Recipe) -> None:
+    """Said before the long stages rather than after; the target may still come back, or be mended, meanwhile."""
+    name = recipe.target
     try:
         with reach(name) as target:
-            Probe.of(target)
+            probe = Probe.of(target)
+        for need in needs.shortfalls(recipe, probe.document):
+            progress.warn(f"{name}: {need.text}; the host's half goes on ({need.fix})")
     except DeviceError as error:
         progress.warn(f"{error}; the host's half goes on, and without the target the bundle will fail")
 
@@ -255,6 +308,33 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
     return tuple(name for name in STAGES if name in wanted)
+
+
+def lines(recipe: Recipe) -> tuple[str, ...]:
+    """What a run reports, in order, as `progress.spelt`: a stage that runs several times has a line for each."""
+    measured = recipe.engine or recipe.latency
+    names = stages(recipe)
+    return (
+        *names[: names.index("exported")],
+        *_model_lines(recipe.wanted_variants),
+        *(_model_lines(_dense_variants(recipe), "dense") if measured else ()),
+        "accuracy",
+        *([progress.spelt("accuracy", "images")] if recipe.engine else ()),
+        *device_lines(recipe),
+    )
+
+
+def _model_lines(wanted: Sequence[Variant], *parts: str) -> Iterator[str]:
+    yield from (progress.spelt(name, *parts) for name in ("exported", "simplified"))
+    yield from (progress.spelt("variants", variant, *parts) for variant in wanted)
+
+
+def device_lines(recipe: Recipe) -> tuple[str, ...]:
+    """The lines of `deploy`."""
+    found = ["engine", progress.spelt("accuracy", "engine")] if recipe.engine else []
+    if recipe.latency and recipe.latency.runtime == "tensorrt":
+        found.append(progress.spelt("engine", "dense"))
+    return (*found, *(["latency"] if recipe.latency else ()), "bundle")
 
 
 def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from cswap_deploy.artifacts import Prepared, decode, encode
+from cswap_deploy.artifacts import AccuracyReport, File, Groups, Network, OnnxModel, PruningPlan
+from cswap_deploy.codec import decode, encode
 from cswap_deploy.digests import is_sealed, sealed, write_atomically
 from cswap_deploy.errors import UsageError, WorkdirError
 from cswap_deploy.recipe import Recipe
@@ -15,6 +17,38 @@ from cswap_deploy.stage import Workdir
 
 SCHEMA = "cswap-deploy/prepared/2"
 NAME = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a bundle's verdict is not pass, and the exit code that this stands for."""
+
+    exit_code: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The host's half: everything that the device's half and the bundle are made of."""
+
+    recipe: str
+    """The resolved recipe as the bundle shows it."""
+    source: Network
+    pruned: Network
+    groups: Groups
+    plan: PruningPlan
+    exported: OnnxModel
+    models: dict[str, OnnxModel]
+    """The pruned network's ONNX files: `fp32` and the variants that could be made."""
+    dense: dict[str, OnnxModel]
+    """The dense network's, in what ships and what an engine is built from; empty when nothing is built or measured."""
+    accuracy: AccuracyReport
+    labels: tuple[str, ...]
+    pixels: File | None
+    """Hold-out images as the target's engine gets them, uint8 (n, C, H, W) in .npy; None when no engine is asked for."""
+    reasons: tuple[Reason, ...]
+    environment: dict[str, str]
+    """Versions of Python and of the libraries that made this half."""
 
 
 def keep(work: Workdir, recipe: Recipe, ready: Prepared) -> None:

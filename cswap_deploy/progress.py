@@ -13,7 +13,7 @@ class Reporter(Protocol):
     """Receives the events of a run, in order; must not raise."""
 
     def stage_started(self, name: str, reason: str) -> None:
-        """A stage begins; `reason` says why it cannot be taken from the work folder."""
+        """A stage begins; `name` tells its part too, `reason` why it cannot be taken from the work folder."""
 
     def stage_finished(self, name: str, seconds: float | None, path: str, size: int) -> None:
         """A stage ended; `seconds` is None when its stored result was up to date; `size` in bytes."""
@@ -74,6 +74,7 @@ class Recording:
 
 
 _current: ContextVar[Reporter] = ContextVar("reporter", default=Silent())  # noqa: B039 - Silent has no state
+_parts: ContextVar[tuple[str, ...]] = ContextVar("parts", default=())
 
 
 @contextmanager
@@ -84,6 +85,26 @@ def reporting(reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """A stage that runs inside the block is one of several of its name: it is reported as `exported (dense)`."""
+    token = _parts.set((name, *_parts.get()))
+    try:
+        yield
+    finally:
+        _parts.reset(token)
+
+
+def named(stage: str) -> str:
+    """The stage with the part of it that runs."""
+    return spelt(stage, *_parts.get())
+
+
+def spelt(stage: str, *parts: str) -> str:
+    """`exported`, `exported (dense)`, `variants (int8, dense)`."""
+    return f"{stage} ({', '.join(parts)})" if parts else stage
 
 
 def current() -> Reporter:

@@ -472,6 +472,9 @@ class EngineSettings(Settings):
     workspace_mib: int = Field(default=1024, ge=1, description="scratch memory of the builder, in MiB")
     optimization_level: int = Field(default=3, ge=0, le=5, description="effort of the builder, 0 to 5")
     dla_core: int | None = Field(default=None, ge=0, description="number of the DLA core to run on; null: the GPU")
+    dla_fallback: bool = Field(
+        default=False, description="whether the GPU may run what the DLA cannot; counted in the bundle"
+    )
     batch: BatchSettings = Field(default_factory=BatchSettings, description="batch sizes of the optimization profile")
     keep_fp32: Names | Literal["auto"] = Field(
         default="auto", description="patterns of ONNX node names that stay fp32; auto: LayerNorm, Softmax, reductions"
@@ -480,6 +483,8 @@ class EngineSettings(Settings):
     def _conflicts(self) -> Conflicts:
         if self.dla_core is not None and self.precision == "fp32":
             yield "dla_core", f"a DLA runs fp16 and int8 only, got {self.dla_core} with engine.precision fp32"
+        if self.dla_fallback and self.dla_core is None:
+            yield "dla_fallback", "it says what a DLA does, and none is asked for: set engine.dla_core"
 
 
 _NAME = r"[A-Za-z0-9_.][A-Za-z0-9_.-]*"

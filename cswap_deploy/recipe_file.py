@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cswap_deploy.errors import RecipeError
+from cswap_deploy.schema_words import Schema, branches, choices, expected, flow, locate, shown
+from cswap_deploy.schema_words import spelt as spelt
 
-Schema = Mapping[str, Any]
 _YAML_TAG = "tag:yaml.org,2002:"
-_LONGEST_VALUE = 60
 
 
 @dataclass(frozen=True)
@@ -256,17 +255,17 @@ def explain(errors: Sequence[Mapping[str, Any]], schema: Schema, document: Docum
         loc = tuple(error["loc"])
         match error["type"]:
             case "conflict":
-                block = _dotted(_locate(schema, loc)[1])
+                block = _dotted(locate(schema, loc)[1])
                 found = [(f"{block}.{key}".strip("."), text) for key, text in error["ctx"]["faults"]]
                 faults += [Fault(key, document.place(key), text) for key, text in found]
             case "extra_forbidden":
-                node, path = _locate(schema, loc[:-1])
+                node, path = locate(schema, loc[:-1])
                 key = _dotted((*path, loc[-1]))
-                valid = [name for branch in _branches(schema, node) for name in branch.get("properties", ())]
+                valid = [name for branch in branches(schema, node) for name in branch.get("properties", ())]
                 guessed.update(f"{_dotted(path)}.{name}".strip(".") for name in _nearest(loc[-1], valid))
                 faults.append(Fault(key, document.place(key), unknown(loc[-1], valid)))
             case "missing" if isinstance(loc[-1], str):
-                node, path = _locate(schema, loc)
+                node, path = locate(schema, loc)
                 key = _dotted(path)
                 example = f"; for example `{path[-1]}: {flow(node['examples'][0])}`" if "examples" in node else ""
                 missing.append((key, Fault(key, document.place(key), f"required and not given{example}")))
@@ -284,15 +283,15 @@ def unknown(key: str, valid: Sequence[str]) -> str:
 
 
 def _wrong_value(schema: Schema, loc: Sequence[str | int], document: Document) -> Fault:
-    node, path = _locate(schema, loc)
+    node, path = locate(schema, loc)
     while path and isinstance(path[-1], int) and _dotted(path) not in document.places:
-        node, path = _locate(schema, path[:-1])
+        node, path = locate(schema, path[:-1])
     key = _dotted(path)
     if f"{key}.kind" in document.places:
         key = f"{key}.kind"
     value = document.place(key).value or "a block without kind"
-    choices = [str(choice) for choice in _choices(node)]
-    near = _nearest(value.strip("'\""), choices)
+    valid = [str(choice) for choice in choices(node)]
+    near = _nearest(value.strip("'\""), valid)
     text = f"{node.get('errorMessage') or f'expected {expected(schema, node)}'}, got {value}"
     if near:
         text += f"; did you mean {near[0]!r}?"
@@ -316,101 +315,3 @@ def _nearest(word: str, valid: Sequence[str]) -> list[str]:
 
 def _dotted(path: Iterable[str | int]) -> str:
     return ".".join(spelt(str(part)) for part in path)
-
-
-def _locate(schema: Schema, loc: Sequence[str | int]) -> tuple[Schema, list[str | int]]:
-    """The schema of a pydantic location, and the keys that lead to it; stops where the location leaves the schema."""
-    node, path = schema, list[str | int]()
-    for item in loc:
-        if isinstance(item, str) and item.startswith("@"):
-            node = schema["$defs"][item[1:]]
-            continue
-        child = _child(schema, node, item)
-        if child is None:
-            break
-        node = child
-        path.append(item)
-    return node, path
-
-
-def _child(schema: Schema, node: Schema, item: str | int) -> Schema | None:
-    for branch in _branches(schema, node):
-        if item in branch.get("properties", {}):
-            return dict(branch["properties"][item])
-        if isinstance(item, int) and branch.get("type") == "array":
-            return dict(branch.get("items") or branch["prefixItems"][min(item, len(branch["prefixItems"]) - 1)])
-        if isinstance(branch.get("additionalProperties"), Mapping):
-            return dict(branch["additionalProperties"])
-    return None
-
-
-def _branches(schema: Schema, node: Schema) -> Iterator[Schema]:
-    for branch in (node, *node.get("anyOf", ())):
-        yield _resolved(schema, branch)
-
-
-def _resolved(schema: Schema, node: Schema) -> Schema:
-    return {**schema["$defs"][node["$ref"].rpartition("/")[2]], **node} if "$ref" in node else node
-
-
-def _choices(node: Schema) -> list[Any]:
-    own = [node["const"]] if "const" in node else list(node.get("enum", ()))
-    return own + [choice for branch in node.get("anyOf", ()) for choice in _choices(branch)]
-
-
-def expected(schema: Schema, node: Schema) -> str:
-    """What a schema takes, in plain words."""
-    node = _resolved(schema, node)
-    match node:
-        case {"anyOf": branches}:
-            return " or ".join(expected(schema, branch) for branch in branches)
-        case {"const": const}:
-            return flow(const)
-        case {"enum": choices}:
-            return f"one of {', '.join(map(flow, choices))}"
-        case {"type": "integer" | "number" as kind}:
-            return _range("an integer" if kind == "integer" else "a number", node)
-        case {"type": "array", "prefixItems": items}:
-            return f"a list of {len(items)}, each {expected(schema, items[0])}"
-        case {"type": "array", "items": items}:
-            return f"a list, each {expected(schema, items)}"
-        case {"type": "object", "properties": keys}:
-            return f"a block with keys among {', '.join(keys)}"
-        case {"format": "path"}:
-            return "a path"
-        case {"type": str() as kind}:
-            return {"string": "text", "boolean": "true or false", "null": "null", "object": "a mapping"}[kind]
-        case _:
-            return "a plain value"
-
-
-def _range(noun: str, node: Schema) -> str:
-    low, high = node.get("minimum"), node.get("maximum")
-    if low is not None and high is not None:
-        return f"{noun} from {low:g} to {high:g}" if high < 1e6 else f"{noun} from {low} to {high}"
-    words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    return " ".join([noun, " and ".join(f"{word} {node[key]:g}" for key, word in words.items() if key in node)]).strip()
-
-
-def shown(value: Any) -> str:
-    """A value in one short line; text in quotes."""
-    text = repr(value) if isinstance(value, str) else flow(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
-
-
-def flow(value: Any) -> str:
-    """A plain value as one line of YAML."""
-    match value:
-        case str():
-            return spelt(value)
-        case dict():
-            return "{" + ", ".join(f"{spelt(str(key))}: {flow(item)}" for key, item in value.items()) + "}"
-        case list() | tuple():
-            return "[" + ", ".join(map(flow, value)) + "]"
-        case _:
-            return json.dumps(value)
-
-
-def spelt(text: str) -> str:
-    """A key or value as messages and `places` spell it."""
-    return text if text.isprintable() else repr(text)

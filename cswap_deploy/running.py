@@ -54,7 +54,7 @@ def opened(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) 
     require_known_stages(force or [], pipeline.stages(recipe))
     pipeline.require_available(recipe)
     work = Workdir(folder, force or ())
-    with closing(Console(pipeline.stages(recipe), silent=silent)) as console, reporting(console), work.open():
+    with closing(Console(pipeline.lines(recipe), silent=silent)) as console, reporting(console), work.open():
         yield work
 
 

@@ -160,7 +160,7 @@ def _faults(samples: Samples, model: int) -> Iterator[str]:
 def _uncertain(low: float, high: float) -> Iterator[str]:
     if (half := sqrt(high / low) - 1) > MAX_HALF_WIDTH:
         yield (
-            f"p50 is known within {half:.1%} only ({low:.3g} to {high:.3g} ms, 95 %), {MAX_HALF_WIDTH:.0%} is the limit: "
+            f"p50 is known within {100 * half:.1f} % only ({low:.3g} to {high:.3g} ms, 95 %), {100 * MAX_HALF_WIDTH:.0f} % is the limit: "
             "raise latency.duration_s, or stop what else runs on the target"
         )
 
@@ -173,8 +173,8 @@ def _spread(means: NDArray[np.float64]) -> Iterator[str]:
     low, high = np.quantile(means, (0.1, 0.9))
     if (spread := (high - low) / np.median(means)) > MAX_SPREAD:
         yield (
-            f"rounds differ by {spread:.1%} (mean latency {low:.3g} to {high:.3g} ms, 10th to 90th percentile), "
-            f"{MAX_SPREAD:.0%} is the limit: stop what else runs on the target, lock its clocks"
+            f"rounds differ by {100 * spread:.1f} % (mean latency {low:.3g} to {high:.3g} ms, 10th to 90th percentile), "
+            f"{100 * MAX_SPREAD:.0f} % is the limit: stop what else runs on the target, lock its clocks"
         )
 
 
@@ -186,7 +186,7 @@ def _drift(means: NDArray[np.float64], medians: NDArray[np.float64]) -> Iterator
         if abs(log(last / first)) > log(1 + MAX_DRIFT):
             yield (
                 f"{what} latency went from {first:.3g} ms in the first third of the rounds to {last:.3g} ms in the last, "
-                f"{MAX_DRIFT:.0%} is the limit: stop what else runs on the target, let it cool down or lock its clocks"
+                f"{100 * MAX_DRIFT:.0f} % is the limit: stop what else runs on the target, let it cool down or lock its clocks"
             )
             return
 

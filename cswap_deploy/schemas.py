@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cswap_deploy import manifest as facts
+from cswap_deploy import manifest as manifests
 from cswap_deploy import recipe, units
 from cswap_deploy.device import protocol, target
 from cswap_deploy.errors import UsageError
@@ -23,7 +23,7 @@ def of(*, manifest: bool = False, command: str | None = None, agent: bool = Fals
 
 
 def of_manifest() -> Schema:
-    return {"$schema": DRAFT, "title": "manifest of a cswap-deploy bundle", **facts.schema()}
+    return {"$schema": DRAFT, "title": "manifest of a cswap-deploy bundle", **manifests.schema()}
 
 
 def of_agent() -> Schema:
@@ -40,7 +40,7 @@ def _of_command(name: str) -> Schema:
     findings: Schema = {"type": "array", "items": finding}
     check = record(name=TEXT, outcome={"enum": ["passed", "failed", "skipped"]}, detail=TEXT)
     bodies: dict[str, Schema] = {
-        "build": {"bundle": TEXT, "verdict": {"enum": ["pass", "fail"]}, "manifest": facts.schema()},
+        "build": {"bundle": TEXT, "verdict": {"enum": ["pass", "fail"]}, "manifest": manifests.schema()},
         "prepare": {"work": TEXT, "onnx": TEXT, "macs": INTEGER, "reasons": {"type": "array", "items": TEXT}},
         "check": {
             "facts": {"type": "object", "additionalProperties": TEXT},
@@ -48,12 +48,12 @@ def _of_command(name: str) -> Schema:
             "groups": nullable({"type": "object"}),
         },
         "init": {"recipe": TEXT, "editor_schema": TEXT, "notes": {"type": "array", "items": TEXT}},
-        "show": {"manifest": facts.schema()},
-        "deploy": {"bundle": TEXT, "verdict": {"enum": ["pass", "fail"]}, "manifest": facts.schema()},
+        "show": {"manifest": manifests.schema()},
+        "deploy": {"bundle": TEXT, "verdict": {"enum": ["pass", "fail"]}, "manifest": manifests.schema()},
         "measure": {
             "target": TEXT,
             "runtime": TEXT,
-            "models": {"type": "array", "items": facts.timing_schema()},
+            "models": {"type": "array", "items": manifests.timing_schema()},
             "speedup": nullable(NUMBER),
             "speedup_ci95": nullable({"type": "array", "items": NUMBER}),
             "conditions": {"type": "object"},

@@ -27,7 +27,8 @@ from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar
 from pydantic import ValidationError
 
 from cswap_deploy import interrupts, progress
-from cswap_deploy.artifacts import File, decode, encode, sha256_of
+from cswap_deploy.artifacts import File, sha256_of
+from cswap_deploy.codec import decode, encode
 from cswap_deploy.digests import Digests, digest_of, is_sealed, load_json, sealed, write_atomically
 from cswap_deploy.errors import CswapError, WorkdirError
 from cswap_deploy.keys import changes, ingredients
@@ -118,11 +119,11 @@ class Workdir:
         reason = self._reason_to_run(stage, parts, entry)
         if reason is None:
             value, size = self._read(stage, entry)
-            progress.current().stage_finished(stage.name, None, str(entry), size)
+            progress.current().stage_finished(progress.named(stage.name), None, str(entry), size)
         elif self._dry:
             raise WouldRun(stage.name, reason)
         else:
-            progress.current().stage_started(stage.name, reason)
+            progress.current().stage_started(progress.named(stage.name), reason)
             if stage.reads_holdout:
                 self._count_holdout_read()
             value = self._execute(stage, parts, entry, args, kwargs)
@@ -248,7 +249,7 @@ class Workdir:
         out.replace(entry)
         _sync(entry.parent)
         value, size = self._read(stage, entry)
-        progress.current().stage_finished(stage.name, seconds, str(entry), size)
+        progress.current().stage_finished(progress.named(stage.name), seconds, str(entry), size)
         return value
 
     def _scratch(self, name: str) -> Path:

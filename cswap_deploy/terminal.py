@@ -9,7 +9,7 @@ from typing import TextIO
 GREEN, YELLOW, RED = "32", "33", "31"
 WORDS = {
     **dict.fromkeys(("PASS", "passed", "ok"), GREEN),
-    **dict.fromkeys(("NO GATE", "UNSTABLE", "SLOWER", "NOT FASTER", "warning", "skipped"), YELLOW),
+    **dict.fromkeys(("NO GATE", "UNSTABLE", "BUSY", "SLOWER", "NOT FASTER", "warning", "skipped"), YELLOW),
     **dict.fromkeys(("FAIL", "error", "failed", "missing", "problem"), RED),
 }
 """Words that open a line and their colour on a terminal; the colour says nothing that the word does not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +29,7 @@ from cswap_deploy.manifest import (
     scored_schema,
     with_optional,
 )
+from cswap_deploy.wording import printable
 
 LARGEST_PLAN = 256 << 20
 AGAIN = "build the bundle again"
@@ -59,11 +61,14 @@ def describe(plan: Plan, pruned: Facts, wanted: str) -> Facts:
     """
     found = re.fullmatch(r"(.+):([0-9]{1,9})", wanted)
     if not found:
-        raise UsageError(f"--unit: {wanted!r} is not GROUP:INDEX", "give a group and a unit, such as layer3.0.conv1:17")
-    group, index = _group(plan, found[1]), int(found[2])
+        hint = f"give a group and a unit, counted from 0; the nearest are {_nearest(plan, wanted.rpartition(':')[0] or wanted, 0)}"
+        raise UsageError(f"--unit: {wanted!r} is not GROUP:INDEX", hint)
+    index = int(found[2])
+    group = _group(plan, found[1], index)
     name, size = group["name"], group["units"]
     if index >= size:
-        raise UsageError(f"--unit: group {name!r} has {size} units, so there is no unit {index}", f"0 to {size - 1}")
+        text = f"--unit: group {name!r} has {size} units, counted from 0, so there is no unit {index}"
+        raise UsageError(text, f"the nearest is {_unit(name, group, index)}")
     kept = _accounted(plan, group)
     dense, last = (_facts(plan.get(key), name, index) for key in ("dense_scores", "scores"))
     allocation, refitted = pruned.get("allocation", ""), pruned.get("compensation") == "least_squares"
@@ -137,20 +142,35 @@ def schema() -> Schema:
 # --- one unit
 
 
-def _group(plan: Plan, name: str) -> Facts:
+def _group(plan: Plan, name: str, index: int) -> Facts:
     """The group of this name, else the only one that this layer belongs to."""
     groups: dict[str, Facts] = {group["name"]: group for group in plan["groups"]}
-    if not groups:
-        raise UsageError("nothing was pruned in this bundle, so no unit has left", "show it without --unit")
-    owners = [group for group in groups.values() if name in {member["module"] for member in group["members"]}]
+    owners = [group for group in groups.values() if name in _layers(group)]
     if name in groups or len(owners) == 1:
         return groups[name] if name in groups else owners[0]
     if owners:
-        choices = " or ".join(f"{group['name']!r} ({_side(group, name)})" for group in owners)
+        choices = " or ".join(f"{_unit(group['name'], group, index)} ({_side(group, name)})" for group in owners)
         raise UsageError(f"--unit: layer {name!r} belongs to {len(owners)} groups", f"name the group: {choices}")
-    layers = {member["module"] for group in groups.values() for member in group["members"]}
-    near = get_close_matches(name, sorted({*groups, *layers}), n=3, cutoff=0.5) or list(groups)[:3]
-    raise UsageError(f"--unit: no group is called {name!r}", f"the nearest are {', '.join(map(repr, near))}")
+    raise UsageError(f"--unit: no group is called {name!r}", f"the nearest are {_nearest(plan, name, index)}")
+
+
+def _nearest(plan: Plan, name: str, index: int) -> str:
+    """Units that exist, of the groups and layers with the most similar names, the most similar first."""
+    groups: dict[str, Facts] = {group["name"]: group for group in plan["groups"]}
+    if not groups:
+        raise UsageError("nothing was pruned in this bundle, so no unit has left", "show it without --unit")
+    layers = Counter(layer for group in groups.values() for layer in _layers(group))
+    owned = {layer: group for group in groups.values() for layer in _layers(group) if layers[layer] == 1}
+    known = {**owned, **groups}
+    return ", ".join(_unit(near, known[near], index) for near in get_close_matches(name, known, n=3, cutoff=0))
+
+
+def _unit(name: str, group: Facts, index: int) -> str:
+    return printable(f"{name}:{min(index, group['units'] - 1)}")
+
+
+def _layers(group: Facts) -> set[str]:
+    return {member["module"] for member in group["members"]}
 
 
 def _side(group: Facts, layer: str) -> str:

@@ -26,7 +26,7 @@ from cswap_deploy.artifacts import File
 from cswap_deploy.bundle import ENGINE, FILES, MANIFEST, Bundle, load_pruned
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.digests import SEAL
-from cswap_deploy.errors import CswapError, UsageError, VerifyError
+from cswap_deploy.errors import CswapError, DeviceError, UsageError, VerifyError
 from cswap_deploy.external_data import refers_to_other_files
 
 if TYPE_CHECKING:
@@ -354,7 +354,15 @@ def _engine(engine: Mapping[str, Any], contents: _Contents) -> str:
     if not engine["built"]:
         raise _Skipped(f"it was not built: {engine['reason'] or 'the manifest gives no reason'}")
     contents.path(ENGINE)
-    raise _Skipped("its sha256 agrees; running it needs the device: cswap-deploy measure")
+    if find_spec("tensorrt") is None:
+        raise _Skipped("its sha256 agrees; running it needs the device: cswap-deploy measure")
+    from cswap_deploy.engine_check import replay
+
+    inputs, wanted = (contents.path(name) for name in VECTORS)
+    try:
+        return replay(contents.files[ENGINE], inputs, wanted, dict(engine))
+    except DeviceError as error:
+        raise _Skipped(f"its sha256 agrees; it is not run: {error}") from error
 
 
 def _require_installed(library: str, command: str) -> None:

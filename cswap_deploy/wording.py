@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
+
+SLOWEST = 15
+"""Layers of a timed network that are listed."""
+BUSY = "latencies are those of a busy machine"
+"""What follows from `is_busy`."""
 
 
 def printable(text: str) -> str:
@@ -33,8 +38,13 @@ def count_text(number: float) -> str:
     return f"{number:.4g}"
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
+def percent(fraction: float, digits: int = 2) -> str:
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def level(confidence: float) -> str:
+    """As it was asked for: 95 %, 97.5 %."""
+    return f"{100 * confidence:g} %"
 
 
 def plural(number: int, noun: str) -> str:
@@ -62,3 +72,46 @@ def verdict(manifest: dict[str, Any]) -> str:
     """pass, fail, or, where nothing was to be passed, no gate."""
     off = manifest["accuracy"]["gate"]["verdict"] == "off"
     return "no gate" if off and manifest["verdict"] == "pass" else str(manifest["verdict"])
+
+
+def gate(accuracy: dict[str, Any]) -> str:
+    """Whether the drop is within what the gate allows, and whether that is proven; no capital, no full stop."""
+    asked, images = accuracy["gate"], f"{accuracy['images']} hold-out images"
+    if asked["verdict"] == "off":
+        return f"no gate was set; {images}"
+    sure = level(asked["confidence"])
+    what = "the drop" if asked["rule"] == "point" else f"the upper bound of the drop at {sure}"
+    held = {"pass": "within", "fail": "beyond"}[asked["verdict"]]
+    limit = f"{asked['max_drop_pp']:g} point{'' if asked['max_drop_pp'] == 1 else 's'}"
+    proof = "proven" if asked["proven"] else "not proven"
+    more = f"; about {asked['images_to_prove']} images would prove it" if asked["images_to_prove"] else ""
+    return f"{what} is {held} {limit} on {images}, {proof} at {sure} (one-sided){'' if asked['proven'] else more}"
+
+
+def removed(pruned: dict[str, Any]) -> str:
+    """How many units left and, where they were judged, what the dense network's scores say of them; no full stop."""
+    from cswap_deploy.artifacts import Verdict
+
+    text = f"{pruned['units_removed']} of {plural(pruned['units'], 'unit')} removed"
+    judged = [group["left"] for group in pruned.get("groups", ()) if group.get("left")]
+    totals = {kind: sum(group[kind] for group in judged) for kind in get_args(Verdict)}
+    said = ", ".join(f"{total} {kind}" for kind, total in totals.items() if total)
+    return f"{text}; of those, on the dense network, {said}" if said else text
+
+
+def is_busy(load: float | None, cores: int | None) -> bool:
+    """Whether a load, the kernel's average over the last minute, leaves too little of a machine for one that measures there."""
+    return load is not None and load > max(1.0, (cores or 0) / 2)
+
+
+def load_text(conditions: dict[str, Any]) -> str:
+    """The load when a measurement began."""
+    load, cores = conditions["load"][0], conditions.get("cores")
+    return f"load {load:.1f}" + (f" on {plural(cores, 'core')}" if cores else "")
+
+
+def busy(conditions: dict[str, Any]) -> str:
+    """What the load at the beginning of a measurement means for its figures; empty where it means nothing."""
+    if not is_busy(conditions["load"][0], conditions.get("cores")):
+        return ""
+    return f"{load_text(conditions)}: {BUSY}; the ratio is of the same minutes"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cswap_deploy import recipe
-from cswap_deploy.recipe_file import expected, flow
+from cswap_deploy.schema_words import expected, flow
 
 PAGE = Path(__file__).with_name("recipe.md")
 SCHEMA = Path(__file__).with_name("recipe.schema.json")

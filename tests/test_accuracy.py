@@ -14,21 +14,20 @@ from conftest import Project, faults
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cswap_deploy import manifest, progress
+from cswap_deploy import facts, manifest, progress
 from cswap_deploy.accuracy import BATCH, evaluate
 from cswap_deploy.artifacts import (
     AccuracyReport,
     Architecture,
     Evaluation,
     File,
-    Gate,
     Image,
     ImageSet,
     InputSpec,
     Network,
     sha256_of,
 )
-from cswap_deploy.intervals import paired_drop, wilson
+from cswap_deploy.intervals import Gate, paired_drop, wilson
 from cswap_deploy.recipe import AccuracySettings
 
 SPEC = InputSpec((3, 8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
@@ -76,8 +75,8 @@ def block_of(
     **settings: object,
 ) -> dict[str, Any]:
     shipped = made.models[ships]
-    verdict = manifest.gate_of(made, shipped, AccuracySettings(**settings))
-    return manifest.accuracy_block(made, None, shipped, verdict, labels, reads)
+    verdict = facts.gate_of(made, shipped, AccuracySettings(**settings))
+    return facts.accuracy_block(made, None, shipped, verdict, labels, reads)
 
 
 def test_first_and_first_five_of_each_predictor(project):
@@ -171,7 +170,7 @@ def test_figures_of_a_block_agree_with_each_other_and_with_the_schema(rows, limi
     assert block["only_dense_right"] - block["only_shipped_right"] == (
         block["source"]["correct"] - block["shipped"]["correct"]
     )
-    reasons = manifest.gate_reasons(made, made.models["fp32"], Gate(**block["gate"]))
+    reasons = facts.gate_reasons(made, made.models["fp32"], Gate(**block["gate"]))
     assert [reason.exit_code for reason in reasons] == ([7] if block["gate"]["verdict"] == "fail" else [])
     json.dumps(block, allow_nan=False)
 
@@ -198,13 +197,13 @@ def test_reason_names_limit_drop_and_images():
     made = report([0] * 10, [0] * 10, [0] * 8 + [1] * 2)
 
     def reasons(verdict: Gate) -> list[str]:
-        return [reason.text for reason in manifest.gate_reasons(made, made.models["fp32"], verdict)]
+        return [reason.text for reason in facts.gate_reasons(made, made.models["fp32"], verdict)]
 
     assert reasons(Gate(1.0, "point", 0.95, "fail", False, None)) == [
         "accuracy: the drop exceeds 1 points (observed +20.00 points on 10 images)"
     ]
     assert reasons(Gate(0.5, "bound", 0.9, "fail", False, None)) == [
-        "accuracy: the upper bound at 90% of the drop exceeds 0.5 points (observed +20.00 points on 10 images)"
+        "accuracy: the upper bound at 90 % of the drop exceeds 0.5 points (observed +20.00 points on 10 images)"
     ]
     assert reasons(Gate(None, "point", 0.95, "off", False, None)) == []
 
@@ -222,8 +221,8 @@ def test_the_gate_judges_what_ships_and_each_model_has_its_outcome():
 def test_an_engine_that_ships_is_judged_by_its_own_outcome():
     right, wrong = (Evaluation((label,) * 10, (True,) * 10) for label in (0, 1))
     made = AccuracyReport((0,) * 10, right, right, {"fp32": right})
-    verdict = manifest.gate_of(made, wrong, AccuracySettings())
-    block = manifest.accuracy_block(made, wrong, wrong, verdict, LABELS, 1)
+    verdict = facts.gate_of(made, wrong, AccuracySettings())
+    block = facts.accuracy_block(made, wrong, wrong, verdict, LABELS, 1)
     assert block["engine"]["top1"] == 0 and block["gate"]["verdict"] == "fail" and block["exported"]["top1"] == 1
 
 

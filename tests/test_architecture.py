@@ -17,17 +17,16 @@ import pytest
 ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
-    0: "artifacts digests errors interrupts keys progress recipe recipe_file sources stage terminal wording",
-    1: "device device.agent device.protocol device.target external_data model factory checkpoint data images intervals samples "
-    "prepared units onnx_file preprocess runtime manifest details report report.* "
+    0: "artifacts codec digests errors interrupts keys progress recipe recipe_file schema_words sources stage terminal wording",
+    1: "device device.* external_data model factory checkpoint data images intervals samples "
+    "paths prepared units onnx_file preprocess runtime manifest facts details report report.* "
     "prune.batches prune.groups prune.dims prune.rules prune.arranging prune.tracing prune.attributes "
-    "prune.proposals prune.proof prune.costs "
-    "prune.ablation prune.observe prune.rows "
+    "prune.proposals prune.proof prune.costs prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune export variants accuracy engine latency bundle",
-    3: "pipeline checks measuring verify doctor schemas starter",
+    3: "pipeline checks measuring verify engine_check doctor doctor_host findings schemas starter",
     4: "cli session running console console.* __main__",
 }
 """Modules by floor: values, nouns, stages, the line, the command line. A stage imports no other stage."""

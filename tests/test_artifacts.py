@@ -25,7 +25,6 @@ from cswap_deploy.artifacts import (
     Engine,
     Evaluation,
     File,
-    Gate,
     Group,
     Groups,
     GroupScores,
@@ -36,20 +35,18 @@ from cswap_deploy.artifacts import (
     Network,
     OnnxModel,
     Parity,
-    Prepared,
     PruningPlan,
     PruningStep,
-    Reason,
     Refusal,
     Scores,
     Slice,
     Split,
     UnitAttribute,
-    canonical,
-    decode,
-    encode,
     sha256_of,
 )
+from cswap_deploy.codec import canonical, decode, encode
+from cswap_deploy.intervals import Gate
+from cswap_deploy.prepared import Prepared, Reason
 
 ROOT = Path("/work folder/stages/x/1")
 FILE = File(ROOT / "sub" / "weights.safetensors", "ab" * 32, 7)

@@ -215,8 +215,9 @@ def damaged(content: Callable[[bytes], bytes]) -> Change:
 SIX = "blue\ncyan\ngreen\nmagenta\nred\nyellow\n"
 LABELS = sets("calibration.labels=labels.txt")
 DATASETS = [
-    data("images missing", lambda p: shutil.rmtree(images(p)), "cannot read", "check calibration.images"),
-    data("images a file", lambda p: (shutil.rmtree(images(p)), images(p).touch()), "images is not a folder", ARRANGE),
+    data("images missing", lambda p: shutil.rmtree(images(p)), "images does not exist", "correct calibration.images"),
+    data("images a file", lambda p: (shutil.rmtree(images(p)), images(p).touch()), "images is a file, expected a folder",
+         "correct calibration.images"),
     data("no images", lambda p: (shutil.rmtree(images(p)), images(p).mkdir()), "only 0 loose images", ARRANGE),
     data("only loose images", loose, "holds no class folders, only 48 loose images", ARRANGE),
     data("empty class folder", emptied, "red holds no image", "remove it, or add images"),
@@ -231,7 +232,7 @@ DATASETS = [
     data("labels too few", labelled("red\ngreen\n"), "names 2 classes and the model has 6", "in the order", *LABELS),
     data("label twice", labelled(SIX.replace("cyan", "red")), "labels.txt:5: 'red' is already on line 2", "own", *LABELS),
     data("unknown class", labelled(SIX.replace("red", "reds")), "the nearest is 'reds'", "rename the folder", *LABELS),
-    data("labels missing", nothing, "cannot read the label file", "one class name per", *LABELS),
+    data("labels missing", nothing, "labels.txt does not exist", "correct calibration.labels", *LABELS),
     data("labels in another order", rotated, "near chance for 6 classes", "give calibration.labels with one class name"),
 ]  # fmt: skip
 
@@ -322,7 +323,7 @@ NETWORKS = [
             "model={name: resnet18, num_classes: 6}", command="check"),
     network("timm kwargs", nothing, "timm cannot build 'resnet18' with kwargs {'depths': 3}", "correct model.kwargs",
             "model={name: resnet18, pretrained: false, kwargs: {depths: 3}}"),
-    network("factory file missing", nothing, "factory file", "recipe's folder", "model.factory=gone.py:net", command="check"),
+    network("factory file missing", nothing, "gone.py does not exist", "recipe's folder", "model.factory=gone.py:net", command="check"),
     network("factory missing", nothing, "has no function 'colour'", "did you mean 'colours'?", "model.factory=net.py:colour"),
     network("factory module missing", nothing, "No module named 'no_such'", "install it", "model.factory=no_such.one:net"),
     network("factory syntax", factory("def net(:"), "own.py cannot be imported: SyntaxError", "correct the file", OWN),

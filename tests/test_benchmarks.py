@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from cswap_deploy import data
+from cswap_deploy import data, recipe
 from cswap_deploy.artifacts import Group, Groups, GroupScores, ImageSet, InputSpec
 from cswap_deploy.intervals import paired_drop
 from cswap_deploy.model import count
@@ -44,7 +44,7 @@ def benchmark(name: str) -> ModuleType:
 
 paired, peers, cifar_resnet = (benchmark(name) for name in ("paired", "peers", "cifar_resnet"))
 oneshot_cells, oneshot_nets = (benchmark(name) for name in ("oneshot_cells", "oneshot_nets"))
-_, _, oneshot = (benchmark(name) for name in ("oneshot_paths", "oneshot_table", "oneshot"))
+_, _, oneshot, cost = (benchmark(name) for name in ("oneshot_paths", "oneshot_table", "oneshot", "cost"))
 
 
 # --- statistics
@@ -410,3 +410,27 @@ def test_what_is_not_known_is_refused() -> None:
         oneshot_nets.names("resnet5", list(oneshot_nets.NETS))
     with pytest.raises(SystemExit, match="resnet20-lossless needs --images and --weights"):
         oneshot.main(["--net", "resnet20-lossless"])
+
+
+# --- cost
+
+
+def test_results_of_costs_are_kept_by_case_and_drawn(tmp_path: Path) -> None:
+    def result(name: str, axis: str, units: int, images: int, seconds: float) -> dict[str, object]:
+        stages = dict.fromkeys(cost.STAGES, seconds)
+        return vars(cost.Result(name, axis, units, images, stages, 5 * seconds, 100.0))
+
+    written = [result("a", "units", 10, 512, 1.0), result("b", "units", 100, 512, 10.0), result("c", "images", 10, 64, 2.0),
+               result("d", "images", 10, 128, 4.0), result("resnet50", "", 9, 9, 9.0)]  # fmt: skip
+    (tmp_path / "cost.json").write_text(json.dumps(written))
+    cost.main(["--results", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.svg")])
+    drawn = (tmp_path / "cost.svg").read_text()
+    assert drawn.count("<path") == 2 * len(cost.COLOURS)
+    assert 'd="M60 236 L400 167"' in drawn, "a factor of ten is two sevenths of 240 pixels"
+
+
+def test_every_case_of_costs_is_a_recipe(tmp_path: Path) -> None:
+    for name in ("resnet56", "resnet50", "growth"):
+        for case in cost.cases(name, None):
+            (tmp_path / "recipe.yaml").write_text(json.dumps(case.recipe(tmp_path)))
+            assert recipe.load(tmp_path / "recipe.yaml", []).prune.steps == case.steps

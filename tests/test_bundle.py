@@ -16,8 +16,9 @@ import pytest
 from conftest import ROOT, Built, Project, build, make_project, run, tree
 
 from cswap_deploy import load_pruned
-from cswap_deploy.artifacts import File, Network, decode, sha256_of
+from cswap_deploy.artifacts import File, Network, sha256_of
 from cswap_deploy.bundle import SAFE_KWARGS, Bundle
+from cswap_deploy.codec import decode
 from cswap_deploy.digests import sealed
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError
 from cswap_deploy.prune.cut import restore

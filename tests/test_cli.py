@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,24 @@ def test_every_command_explains_itself(command):
     result = call(command, "--help")
     assert result.exit_code == 0 and command in result.stdout and "--help" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= WIDTH
+    assert "..." not in result.stdout and "…" not in result.stdout
 
 
-def test_help_names_every_command():
+def test_help_names_every_command_and_cuts_no_description_short():
     result = call("--help")
     assert result.exit_code == 0 and all(f"  {command} " in result.stdout for command in COMMANDS)
+    assert max(map(len, result.stdout.splitlines())) <= WIDTH
+    assert "..." not in result.stdout and "…" not in result.stdout
+
+
+def test_version_is_the_installed_one_and_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom cswap_deploy import cli\nsys.argv = ['cswap-deploy', '--version']\n"
+        f"try:\n    cli.main()\nfinally:\n    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert done.stdout == f"cswap-deploy {metadata.version('cswap-deploy')}\n"
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

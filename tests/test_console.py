@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import html
 import io
 import os
 import pty
 import re
 import shlex
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +20,12 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from cswap_deploy import console, terminal, wording
+from cswap_deploy import console, doctor, report, terminal, wording
 from cswap_deploy.artifacts import Group, Groups, Refusal
 from cswap_deploy.bundle import Bundle
-from cswap_deploy.console import WIDTH, Console, live
+from cswap_deploy.console import WIDTH, Console, answers, live, program
 from cswap_deploy.console import text as words
+from cswap_deploy.device.target import SCHEMA
 
 STAGES = ("source", "plan", "bundle")
 
@@ -74,7 +78,7 @@ def a_run(talk: Console) -> None:
     talk.advance("images", 3, 3)
     talk.stage_finished("source", 1.25, "runs/x/stages/source/1", 2048)
     talk.stage_started("plan", "seed: 0 -> 1")
-    talk.note("59.8% of the MACs")
+    talk.note("59.8 % of the MACs")
     talk.stage_finished("plan", 0.5, "runs/x/stages/plan/1", 0)
     talk.stage_finished("bundle", None, "runs/x/stages/bundle/1", 2048)
     talk.close()
@@ -85,7 +89,7 @@ LINES = [
     "warning: 2 exact copies",
     "        1.2 s, 2.0 KiB, runs/x/stages/source/1",
     "[ 2/3] plan       seed: 0 -> 1",
-    "        59.8% of the MACs",
+    "        59.8 % of the MACs",
     "        0.5 s, 0 B, runs/x/stages/plan/1",
     "[ 3/3] bundle     up to date",
     "",
@@ -141,9 +145,99 @@ def test_the_live_line_tells_for_how_long_still(monkeypatch):
         talk.close()
 
     sent = on_a_terminal(speak)
-    assert "plan       curves 1/9, about 1 min 20 s left, 40 s so far" in sent
-    assert "plan       curves 3/9, about 1 min 0 s left, 1 min 0 s so far" in sent
-    assert "plan       curves 1/4, about 3.0 s left, 1 min 1 s so far" in sent
+    assert "plan       curves 1/9, 40 s so far" in sent, "the first is no evidence: it may have read a model"
+    assert "plan       curves 2/9 (about 1 min 10 s left), 50 s so far" in sent
+    assert "plan       curves 3/9 (about 1 min 0 s left), 1 min 0 s so far" in sent
+    assert "plan       round 2, curves 1/4, 1 min 1 s so far" in sent
+
+
+def seconds_left(sent: str) -> list[int]:
+    """What the live line announced, in order."""
+    found = re.findall(r"\(about (?:(\d+) min )?([\d.]+) s left\)", sent)
+    return [60 * int(minutes or 0) + int(float(seconds)) for minutes, seconds in found]
+
+
+def test_the_time_left_falls_while_the_pace_stays_about_the_same(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def speak(talk: Console) -> None:
+        talk.stage_started("plan", "not run yet")
+        for number in range(1, 41):
+            clock.now += 8 if number % 2 else 12  # uneven, as images are
+            talk.advance("images", number, 40)
+        talk.close()
+
+    told = seconds_left(on_a_terminal(speak))
+    assert len(told) > 30 and told == sorted(told, reverse=True)
+
+
+def test_the_time_left_follows_a_pace_that_changes(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def speak(talk: Console) -> None:
+        talk.stage_started("plan", "not run yet")
+        for number in range(1, 21):
+            clock.now += 2 if number < 10 else 20
+            talk.advance("images", number, 20)
+        talk.close()
+
+    told = seconds_left(on_a_terminal(speak))
+    assert told[7] == 22 and told[8] > 30, "at first 2 s each, then far more: what was announced is taken back"
+    assert told[-1] >= 8
+
+
+def test_of_nested_counts_the_time_left_is_that_of_the_whole(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def speak(talk: Console) -> None:
+        talk.stage_started("plan", "not run yet")
+        for step in range(1, 4):
+            for curve in range(1, 6):
+                clock.now += 10
+                talk.advance("curves", curve, 5)
+            talk.advance("steps", step, 8)
+        clock.now += 10
+        talk.advance("curves", 1, 5)
+        talk.close()
+
+    sent = on_a_terminal(speak)
+    assert "plan       round 2, curves 5/5, 1 min 40 s so far" in sent
+    assert "plan       steps 3/8 (about 4 min 0 s left), curves 1/5\r" in sent, "what does not fit is left out, not cut"
+
+
+def test_time_between_stages_belongs_to_none(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def speak(talk: Console) -> None:
+        talk.stage_started("source", "not run yet")
+        clock.now += 500
+        talk.stage_finished("source", 500.0, "runs/x", 10)
+        for number in range(1, 4):
+            clock.now += 1
+            talk.advance("images hashed", 64 * number, 256)
+        talk.close()
+
+    sent = on_a_terminal(speak)
+    assert "images hashed 192/256 (about 1.0 s left), 3.0 s so far" in sent
+
+
+def test_numbers_only_grow_and_parts_are_named():
+    stages = ("source", "exported", "exported (dense)", "bundle")
+
+    def speak(talk: Console) -> None:
+        for name in ("source", "exported", "exported", "exported (dense)", "unforeseen", "bundle"):
+            talk.stage_finished(name, None, "", 0)
+
+    stream = io.StringIO()
+    speak(Console(stages, stream=stream))
+    assert stream.getvalue().splitlines() == [
+        "[ 1/4] source           up to date",
+        "[ 2/4] exported         up to date",
+        "[ 2/4] exported         up to date",
+        "[ 3/4] exported (dense) up to date",
+        "[ 3/4] unforeseen       up to date",
+        "[ 4/4] bundle           up to date",
+    ]
 
 
 def test_the_clock_moves_while_a_stage_says_nothing(monkeypatch):
@@ -176,7 +270,7 @@ def test_colour_is_for_terminals_whose_user_wants_it(monkeypatch, no_color, term
 
 
 def test_a_colour_says_nothing_that_the_word_does_not():
-    for line in ("PASS: x", "FAIL: x", "NO GATE: x", "UNSTABLE: x", "passed   sha256", "missing  x"):
+    for line in ("PASS: x", "FAIL: x", "NO GATE: x", "UNSTABLE: x", "BUSY: x", "passed   sha256", "missing  x"):
         assert re.sub(r"\x1b\[[0-9;]*m", "", terminal.painted(line)) == line != terminal.painted(line)
     for line in ("PASSED", "the verdict is PASS: x", "okay", "source       not run yet"):
         assert terminal.painted(line) == line
@@ -214,6 +308,7 @@ def test_wrapping_keeps_words_whole_and_loses_none():
         f"{'':9}{path}",
         f"{'':9}and more",
     ]
+    assert words.wrapped("a 95 %, b", width=4) == ["a", "  95 %,", "  b"]
     assert words.wrapped("") == [""] and words.wrapped("a\nb") == ["a b"]
 
 
@@ -319,12 +414,67 @@ def test_the_verdict_comes_with_one_sentence_of_why(quickstart):
         return text[text.index(next(word for word in ("NO GATE", "PASS", "FAIL") if word in text)) :]
 
     off = changed(quickstart.bundle, verdict="off", max_drop_pp=None)
-    assert sentence(off) == "NO GATE: the recipe sets no accuracy gate; 100 hold-out images"
+    assert sentence(off) == "NO GATE: no gate was set; 100 hold-out images"
     proven = changed(quickstart.bundle, proven=True, images_to_prove=90)
-    assert sentence(proven).endswith("hold-out images, proven at 95% (one-sided)")
+    assert sentence(proven).endswith("hold-out images, proven at 95 % (one-sided)")
     failed = replace(off, manifest={**off.manifest, "verdict": "fail", "reasons": ["one " * 30, "two"]})
     assert sentence(failed) == "FAIL: " + "one " * 29 + "one ; two"
     assert max(map(len, console.bundle_lines(failed))) <= WIDTH
+
+
+def test_page_and_terminal_say_the_same_of_the_gate_and_of_what_left(quickstart):
+    page = words_of_html(report.render_html(quickstart.manifest))
+    for text in (wording.gate(quickstart.manifest["accuracy"])[1:], wording.removed(quickstart.manifest["pruned"])):
+        assert text in page
+        terminal_text = [*console.bundle_lines(quickstart.bundle), *console.left_lines(quickstart.bundle)]
+        assert text in " ".join(" ".join(terminal_text).split())
+
+
+def words_of_html(page: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", page)).split())
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        ({"verdict": "pass", "proven": True, "images_to_prove": 9},
+         "the drop is within 0.5 points on 80 hold-out images, proven at 95 % (one-sided)"),
+        ({"verdict": "pass", "proven": False, "images_to_prove": 900},
+         "the drop is within 0.5 points on 80 hold-out images, not proven at 95 % (one-sided); about 900 images would prove it"),
+        ({"verdict": "fail", "proven": False, "images_to_prove": None, "rule": "bound"},
+         "the upper bound of the drop at 95 % is beyond 0.5 points on 80 hold-out images, not proven at 95 % (one-sided)"),
+    ],
+)  # fmt: skip
+def test_the_gate_in_words(gate, expected):
+    asked = {"max_drop_pp": 0.5, "rule": "point", "confidence": 0.95, **gate}
+    assert wording.level(0.975) == "97.5 %"
+    assert wording.gate({"images": 80, "gate": asked}) == expected
+
+
+def test_every_reason_of_an_unstable_measurement_is_told():
+    reasons = ["dense: " + "it drifts " * 9, "ships: rounds differ by 60.0 %"]
+    lines = list(answers.unstable_lines(reasons, "measure again"))
+    assert max(map(len, lines)) <= WIDTH and lines[-1] == "measure again"
+    text = " ".join(" ".join(lines).split())
+    assert all(f"UNSTABLE: {' '.join(reason.split())}" in text for reason in reasons)
+    assert list(answers.unstable_lines([], "measure again")) == []
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "busy"), [(1.0, 2, False), (1.1, 2, True), (2.0, 4, False), (1.1, None, True)]
+)
+def test_doctor_and_build_judge_a_load_alike(load, cores, busy):
+    probe = {
+        "schema": SCHEMA,
+        "python": "3.11.2",
+        "machine": "x86_64",
+        "load": [load, 0.0, 0.0],
+        "cpu": {"cores": cores},
+    }
+    (found,) = [finding for finding in doctor.target("local", probe) if finding.topic == "load"]
+    lines = list(answers.busy_lines({"load": [load, 9.0], "cores": cores}))
+    assert (found.state == "problem") is busy is bool(lines)
+    assert all(wording.BUSY in " ".join(said.split()) for said in ([found.text, " ".join(lines)] if busy else []))
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "it's", '"$HOME"; rm x', "a`b`"])
@@ -336,7 +486,26 @@ def test_next_commands_can_be_pasted(quickstart, tmp_path, name):
     program, option, text = shlex.split(code)
     names: list[object] = []
     exec(text, {"__builtins__": {"print": lambda _: None, "__import__": lambda *_: _Loader(names)}})
-    assert (program, option, names) == ("python", "-c", [str(folder)])
+    assert Path(shutil.which(program) or program).absolute() == Path(sys.executable)
+    assert (option, names) == ("-c", [str(folder)])
+
+
+def test_advice_names_the_program_as_it_was_started(monkeypatch, tmp_path):
+    script, package = tmp_path / "bin" / "cswap-deploy", tmp_path / "cswap_deploy" / "__main__.py"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    for argument, expected in (
+        (str(script), ["bin/cswap-deploy"]),
+        (str(package), [program.python(), "-m", "cswap_deploy"]),
+        ("/usr/bin/pytest", ["cswap-deploy"]),
+        ("/opt/cswap-deploy", ["/opt/cswap-deploy"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [argument])
+        assert program.program() == expected
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert program.program() == ["cswap-deploy"]
 
 
 class _Loader:

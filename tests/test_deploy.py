@@ -199,7 +199,7 @@ def test_a_change_of_the_gate_reruns_the_bundle(own):
 
 def test_int8_that_ships_is_what_is_measured_and_judged(own):
     bundle, ran = again(own, *MEASURED, "ship=int8")
-    assert ran == ["variants", "variants", "accuracy", "latency", "bundle"]
+    assert ran == ["variants (int8)", "variants (int8, dense)", "accuracy", "latency", "bundle"]
     manifest = require_complete(bundle.folder)
     assert manifest["shipped"] == "model.int8.onnx" and manifest["latency"]["precision"] == "int8"
     assert manifest["accuracy"]["shipped"] == manifest["accuracy"]["variants"]["int8"]
@@ -221,7 +221,8 @@ def _weights(file: Path) -> int:
 def test_variants_are_listed_in_the_bundle_and_judged(own):
     bundle, ran = again(own, "ship=fp16", "variants=[fp16, int8, int8-tensorrt, int8-arm]")
     manifest = require_complete(bundle.folder)
-    assert ran == [*["variants"] * 4, "accuracy", "bundle"], "without a measurement nothing needs the dense twin"
+    made = [f"variants ({name})" for name in ("fp16", "int8", "int8-tensorrt", "int8-arm")]
+    assert ran == [*made, "accuracy", "bundle"], "without a measurement nothing needs the dense twin"
     assert manifest["shipped"] == "model.fp16.onnx" and manifest["latency"] is None
     listed = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     assert {name for name in listed if name.endswith(".onnx")} == set(FILES.values())
@@ -333,7 +334,7 @@ def test_a_failed_gate_ends_with_7_each_time(own):
     for _ in range(2):
         manifest = require_failed(command(own, *sets(*MEASURED, "accuracy.rule=bound")), 7, own)
         assert manifest["latency"] == own.manifest["latency"]
-        assert manifest["reasons"][0].startswith("accuracy: the upper bound at 95% of the drop exceeds 1 points")
+        assert manifest["reasons"][0].startswith("accuracy: the upper bound at 95 % of the drop exceeds 1 points")
 
 
 def test_a_variant_that_cannot_be_made_ends_with_6_and_the_rest_is_there(tmp_path, cheap_export):
@@ -464,7 +465,10 @@ def test_the_dense_twin_is_no_change_of_the_pruned_network(own):
     with progress.reporting(recording):
         build(own.recipe, MEASURED, own.work)
     started = [event for event in recording.events if event[0] == "started"]
-    assert len([event for event in started if event[1] == "exported"]) == 2
+    assert [event[1] for event in started if event[1].startswith("exported")] == ["exported", "exported (dense)"]
+    assert recording.of("finished") == list(pipeline.lines(Project(own.recipe.parent).load(*MEASURED))), (
+        "each has a line, in this order"
+    )
     assert {event[2] for event in started} == {"not run yet"}
 
 

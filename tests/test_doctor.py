@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from conftest import run
 
-from cswap_deploy import doctor
-from cswap_deploy.doctor import Finding
+from cswap_deploy import doctor, doctor_host
 from cswap_deploy.errors import DeviceError
+from cswap_deploy.findings import Finding
 
 AGENT = Path(doctor.__file__).parent / "device" / "agent.py"
 NO_TENSORRT = {
@@ -380,7 +380,7 @@ def versions(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
 
 def test_packages_that_are_missing_or_of_another_version_come_with_the_command(monkeypatch):
     versions(monkeypatch, torch="2.15.0+cu126", timm="1.0.20", onnx="1.17.0", onnxsim="0.8.0", onnxruntime_gpu="1.23")
-    monkeypatch.setattr(doctor, "find_spec", lambda name: object() if name == "onnxruntime" else None)
+    monkeypatch.setattr(doctor_host, "find_spec", lambda name: object() if name == "onnxruntime" else None)
     monkeypatch.setattr(metadata, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]})
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
     monkeypatch.setattr(shutil, "which", lambda _: None)
@@ -396,7 +396,7 @@ def test_packages_that_are_missing_or_of_another_version_come_with_the_command(m
 
 def test_on_a_jetson_the_host_s_packages_are_not_urged(monkeypatch):
     versions(monkeypatch)
-    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    monkeypatch.setattr(doctor_host, "find_spec", lambda _: None)
     monkeypatch.setattr(platform, "release", lambda: "5.15.148-tegra")
     found = {finding.topic: finding for finding in doctor.host()}
     assert found["torch"].state == "note" and "replace NVIDIA's own" in found["torch"].fix
@@ -415,10 +415,10 @@ def test_running_from_a_folder_is_said(monkeypatch):
 def test_a_full_or_closed_disk_is_a_problem(monkeypatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 1 << 39, 300 << 20))
-    (finding,) = doctor._work_disk()
+    (finding,) = doctor_host._work_disk()
     assert finding.state == "problem" and "300.0 MiB free" in finding.text and "--work DIR" in finding.fix
     monkeypatch.setattr(os, "access", lambda *_: False)
-    (finding,) = doctor._work_disk()
+    (finding,) = doctor_host._work_disk()
     assert finding.state == "problem" and "may not be written to" in finding.text
 
 
@@ -431,7 +431,7 @@ def test_a_full_or_closed_disk_is_a_problem(monkeypatch, tmp_path: Path):
     ],
 )  # fmt: skip
 def test_versions_are_compared_by_number(version, needs, fits):
-    assert doctor._satisfies(version, needs) is fits
+    assert doctor_host._satisfies(version, needs) is fits
 
 
 def test_the_agent_s_own_probe_is_understood(tmp_path: Path):
@@ -449,3 +449,19 @@ def test_the_agent_s_own_probe_is_understood(tmp_path: Path):
     found = asked(probe, "local")
     assert found["python"].text == f"Python {platform.python_version()}"
     assert found["store"].text.endswith(f"in {tmp_path / 'cswap-deploy'}")
+
+
+def test_doctor_compares_the_target_with_a_recipe(tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nmodel: {name: resnet18}\ncalibration: {images: images}\nengine: {precision: fp16}\n"
+    )
+    done = run("-m", "cswap_deploy", "doctor", tmp_path / "r.yaml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {finding["topic"]: finding for finding in json.loads(done.stdout)["target"]["findings"]}
+    if "ok" in {finding["state"] for topic, finding in found.items() if topic == "tensorrt"}:
+        pytest.skip("this machine has TensorRT")
+    assert (
+        found["recipe: tensorrt"]["state"] == "problem"
+        and "an engine needs TensorRT" in found["recipe: tensorrt"]["text"]
+    )

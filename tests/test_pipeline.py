@@ -373,7 +373,7 @@ def test_a_bound_that_too_few_images_cannot_hold_fails_the_gate(project, cheap_e
     gate = built.manifest["accuracy"]["gate"]
     assert (built.manifest["verdict"], gate["verdict"], gate["proven"]) == ("fail", "fail", False)
     assert gate["images_to_prove"] > HOLDOUT * len(COLOURS)
-    assert built.manifest["reasons"][0].startswith("accuracy: the upper bound at 95% of the drop exceeds 1 points")
+    assert built.manifest["reasons"][0].startswith("accuracy: the upper bound at 95 % of the drop exceeds 1 points")
 
 
 def test_without_a_gate_everything_passes(project, cheap_export):

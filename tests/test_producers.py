@@ -97,11 +97,19 @@ def test_what_left_stays_out_and_no_hook_or_patch_is_left() -> None:
     ("name", "wanted"),
     [
         ("residual", {"layer1.conv1": "layer1.conv2", "layer2.conv1": "layer2.conv2", "layer3.conv1": "layer3.conv2"}),
-        ("vit", {"blocks.0.mlp.fc1": "blocks.0.mlp.fc2", "blocks.1.mlp.fc1": "blocks.1.mlp.fc2"}),
+        (
+            "vit",
+            {
+                "blocks.0.attn.qkv": "blocks.0.attn.proj",
+                "blocks.0.mlp.fc1": "blocks.0.mlp.fc2",
+                "blocks.1.attn.qkv": "blocks.1.attn.proj",
+                "blocks.1.mlp.fc1": "blocks.1.mlp.fc2",
+            },
+        ),
     ],
 )
 def test_pairs_of_a_network(name: str, wanted: dict[str, str]) -> None:
-    """Inner units of blocks; a stream that several layers make or read, and heads, have no pair."""
+    """Inner units of blocks and heads; a stream that several layers make or read has no pair."""
     entry, structure = zoo.ZOO[name], Structure()
     examine(entry.build(), structure, zoo.batches(entry, 8), ())
     found = partners(entry.groups.groups, structure.sites)
@@ -140,6 +148,23 @@ def test_a_short_branch_beside_a_longer_one_is_moved_towards_what_it_was() -> No
         module = compensated(dense, found.groups, keep, batches, LeastSquaresCompensation(producer_steps=steps))
         errors.append(float((outputs(module, "head", images) - outputs(dense, "head", images)).square().sum()))
     assert errors[1] < errors[0]
+
+
+def test_the_heads_that_stay_move_towards_what_left() -> None:
+    """The way from qkv to the projection goes through a softmax; queries, keys and values of the heads that stay all move."""
+    entry = zoo.ZOO["vit"]
+    dense, batches = entry.build(), zoo.batches(entry, 80)
+    units = next(group.units for group in entry.groups.groups if group.name == "blocks.0.attn.heads")
+    keep, images = {"blocks.0.attn.heads": tuple(range(units // 2))}, torch.cat([batch for batch, _ in batches])
+    errors, weights = [], []
+    for steps in (0, 2):
+        module = compensated(dense, entry.groups.groups, keep, batches, LeastSquaresCompensation(producer_steps=steps))
+        parts = [outputs(net, "blocks.0.attn.proj", images) for net in (module, dense)]
+        errors.append(float((parts[0] - parts[1]).square().sum()))
+        weights.append(module.get_submodule("blocks.0.attn.qkv").weight.detach().clone())
+    assert errors[1] < errors[0]
+    changed = (weights[1] != weights[0]).any(1).reshape(3, units, -1)
+    assert changed[:, : units // 2].all() and not changed[:, units // 2 :].any(), "what left is not read any more"
 
 
 def pair_of(name: str, producer: str, keep: dict[str, tuple[int, ...]]) -> tuple[Any, Any]:

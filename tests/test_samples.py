@@ -257,7 +257,7 @@ def test_pauses_that_the_median_does_not_see_are_a_fault() -> None:
     quiet, paused = [100_000] * 50, [100_000] * 48 + [2_600_000] * 2
     samples = measured([quiet] * 20 + [paused] * 20)
     assert samples.percentile_ms(0, 50) == 0.1
-    assert [fault.split(" latency")[0] for fault in samples.faults(0)] == ["rounds differ by 66.7% (mean", "mean"]
+    assert [fault.split(" latency")[0] for fault in samples.faults(0)] == ["rounds differ by 66.7 % (mean", "mean"]
 
 
 def test_an_uncertain_p50_is_a_fault() -> None:

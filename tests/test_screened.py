@@ -10,6 +10,7 @@ import zoo
 from torch import nn
 
 from cswap_deploy import progress
+from cswap_deploy.model import count
 from cswap_deploy.prune import screened
 from cswap_deploy.prune.attribution import through_softmax
 from cswap_deploy.prune.batches import Batches
@@ -76,6 +77,27 @@ def test_it_says_how_many_units_it_verified() -> None:
         screened.screen(prepared("residual"), 0.05)
     (note,) = recording.of("note")
     assert note.startswith("16 of 36 units verified by ablation on all 24 images, the others on 3;")
+
+
+def test_the_larger_the_network_the_less_is_ablated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of 3 x 72 (unit, image) pairs: 3 of 36 units teach, 3 are in doubt, the others are ablated on 2 hard images."""
+    ablations, asked = prepared("residual"), []
+    _, macs = count(ablations.module, ablations.batches.spec)
+    monkeypatch.setattr(screened, "FEWEST", 2)
+    monkeypatch.setattr(screened, "UNITS", 1.0)
+    monkeypatch.setattr(screened, "BUDGET", 3 * 72.5 * macs / 2)
+    found = Ablations.effects
+
+    def counted(self: Ablations, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
+        asked.append(sum(int(mask.sum()) for mask in wanted))
+        return found(self, wanted)
+
+    monkeypatch.setattr(Ablations, "effects", counted)
+    state = screened.screen(ablations, 0.05)
+    assert asked[0] == 3 * 24 and asked[1] <= 72 + 3 * 24
+    assert sum(map(sum, state.verified)) == 6
+    monkeypatch.setattr(screened, "BUDGET", 1.0)
+    assert sum(map(sum, screened.screen(ablations, 0.05).verified)) == 4, "never fewer than FEWEST of each"
 
 
 def test_a_spread_widens_the_interval() -> None:

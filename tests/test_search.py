@@ -13,7 +13,8 @@ import torch
 import zoo
 from torch import nn
 
-from cswap_deploy.artifacts import Groups, GroupScores, canonical, encode
+from cswap_deploy.artifacts import Groups, GroupScores
+from cswap_deploy.codec import canonical, encode
 from cswap_deploy.errors import PruningError
 from cswap_deploy.progress import Recording, reporting
 from cswap_deploy.prune.batches import Batches

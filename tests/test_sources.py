@@ -111,3 +111,8 @@ def test_missing_module_is_a_fault(package: Path) -> None:
     write(package, a="import cswap_deploy.gone")
     with pytest.raises(FileNotFoundError, match=r"gone\.py"):
         reached("cswap_deploy.a")
+
+
+@pytest.mark.parametrize("module", ["data", "model", "prune", "export", "variants", "accuracy", "engine", "latency"])
+def test_how_things_are_worded_is_no_reason_to_measure_anew(module: str) -> None:
+    assert "wording.py" not in source_digests(f"cswap_deploy.{module}")

@@ -122,8 +122,9 @@ def test_probe_takes_little_time(server: Server, device: Device) -> None:
         with reach(server.name) as target:
             probe = Probe.of(target)
         taken.append(time.perf_counter() - start)
-    print(f"probe over ssh, connecting included: {sorted(taken)[1]:.2f} s")
-    assert sorted(taken)[1] < 3
+    waiting = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))  # processes for each core
+    print(f"probe over ssh, connecting included: {min(taken):.2f} s, {waiting:.1f} processes for each core")
+    assert min(taken) < 1.5 * waiting
     assert [*manifest.faults(probe.document, protocol.response_schema("probe"))] == []
     assert probe.document["store"]["folder"] == str(device.store)
     assert probe.facts("onnxruntime")["runtime"].startswith("onnxruntime ")

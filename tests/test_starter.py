@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import sys
@@ -21,7 +22,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from cswap_deploy import cli, recipe, schemas, starter, wording
-from cswap_deploy.console import questions
+from cswap_deploy.console import WIDTH, questions
 from cswap_deploy.errors import DataError, ModelError, RecipeError, UsageError
 from cswap_deploy.starter import FILE, SCHEMA, Wishes
 
@@ -127,7 +128,7 @@ def test_a_pool_is_divided_in_two(tmp_path):
     pool.mkdir()
     for name in DIGITS.joinpath("holdout").iterdir():
         (pool / name.name).symlink_to(name)
-    assert made(tmp_path / "r.yaml", model="resnet18", images=pool, checkpoint=CNN).calibration.scoring == 300
+    assert made(tmp_path / "r.yaml", model="resnet18", images=pool).calibration.scoring == 300
     assert call("check", tmp_path / "r.yaml", "--work", tmp_path / "work").exit_code == 0
 
 
@@ -356,6 +357,10 @@ def test_a_terminal_is_asked_until_the_answers_can_be_used(tmp_path):
         "next     ",
     ):
         assert words in screen
+    asked = [line for line in screen.replace("\r", "").splitlines() if re.search(r"[\])]: ", line)]
+    assert len(asked) == len(answers) and max(len(line.rpartition(": ")[0]) + 2 for line in asked) <= WIDTH
+    assert all(re.search(r"\[.+\]: |\(no default\): ", line) for line in asked), "each says what is taken by default"
+    assert max(map(len, screen.replace("\r", "").splitlines())) <= WIDTH + max(map(len, answers))
     found = recipe.load(tmp_path / FILE)
     assert (found.model.name, found.model.checkpoint) == ("resnet18", CNN)
     assert found.prune.target == recipe.MacsTarget(macs=0.5) and found.latency is None

@@ -212,21 +212,23 @@ def test_a_layer_stands_for_its_group_where_it_has_one(colours, quickstart):
     assert described(deep, "layer1.0.bn1:1")["group"] == "layer1.0.conv1"
     with pytest.raises(UsageError, match=r"'layer1.0.conv2' belongs to 2 groups") as refusal:
         described(deep, "layer1.0.conv2:1")
-    assert "'conv1.6' (what it makes) or 'layer1.0.conv1' (what it reads)" in refusal.value.hint
+    assert "conv1.6:1 (what it makes) or layer1.0.conv1:1 (what it reads)" in refusal.value.hint
 
 
 @pytest.mark.parametrize(
     ("wanted", "message", "hint"),
     [
-        ("conv3:1", "no group is called 'conv3'", "'conv2'"),
-        ("nothing.like.it:1", "no group is called", "'conv1', 'conv2'"),
-        ("conv1:24", "group 'conv1' has 24 units, so there is no unit 24", "0 to 23"),
-        ("conv1", "'conv1' is not GROUP:INDEX", "such as layer3.0.conv1:17"),
-        ("conv1:-1", "is not GROUP:INDEX", "such as"),
-        ("conv1:1.0", "is not GROUP:INDEX", "such as"),
-        (":1", "is not GROUP:INDEX", "such as"),
-        ("conv1:" + "9" * 5000, "is not GROUP:INDEX", "such as"),
-        ("conv1:\u0663", "is not GROUP:INDEX", "such as"),
+        ("conv3:1", "no group is called 'conv3'", "the nearest are conv2:1, conv1:1, "),
+        ("convl:99", "no group is called 'convl'", "the nearest are conv2:23, conv1:23, "),
+        ("fcc:7", "no group is called 'fcc'", "the nearest are fc:7, "),
+        ("nothing.like.it:1", "no group is called", "the nearest are "),
+        ("conv1:24", "group 'conv1' has 24 units, counted from 0, so there is no unit 24", "the nearest is conv1:23"),
+        ("conv1", "'conv1' is not GROUP:INDEX", "counted from 0; the nearest are conv1:0, "),
+        ("conv1:-1", "is not GROUP:INDEX", "the nearest are conv1:0, "),
+        ("conv1:1.0", "is not GROUP:INDEX", "the nearest are conv1:0, "),
+        (":1", "is not GROUP:INDEX", "the nearest are "),
+        ("conv1:" + "9" * 5000, "is not GROUP:INDEX", "the nearest are conv1:0, "),
+        ("conv1:\u0663", "is not GROUP:INDEX", "the nearest are conv1:0, "),
     ],
 )
 def test_a_unit_that_is_not_there_is_refused(colours, wanted, message, hint):
@@ -234,6 +236,8 @@ def test_a_unit_that_is_not_there_is_refused(colours, wanted, message, hint):
     document = json.loads(result.stdout)
     assert result.exit_code == 2 and document["error"]["type"] == "UsageError"
     assert message in document["error"]["message"] and hint in document["error"]["hint"]
+    for near in re.findall(r"[\w.]+:\d+", hint):
+        assert call("show", colours.bundle.folder, "--unit", near).exit_code == 0
     assert list(faults(document, schemas.of(command="show"))) == []
 
 
@@ -277,6 +281,7 @@ def test_show_tells_people_why_a_unit_left(zeroed):
         f"effect {dense['effect']:+.3g} {then['effect']:+.3g}", f"error {dense['error']:.3g} {then['error']:.3g}",
         f"rank, lowest first {dense['rank']} of 24 {then['rank']} of {then['among']}",
         f"its turn to leave was {unit['turn']} of 24", "estimator screened attribution", "images 36 36",
+        f"ablated on {'all 36' if dense['verified'] else 'at most 5 of 36'} none of 36",
         f"from 24 to {unit['kept']} channels, in step 2 from {unit['step']['width_before']} to",
         f"{unit['step']['gone_before']} units had left before that step", "verdicts do not decide",
         "held at 5 % (Benjamini-Hochberg)", "the interval, at 95 %, is of this unit alone",
@@ -301,7 +306,7 @@ def test_show_tells_people_that_a_unit_stayed(zeroed):
     index = plan["keep"]["conv1"][-1]
     text = " ".join(call("show", zeroed.bundle.folder, "--unit", f"conv1:{index}").stdout.split())
     last = len(plan["keep"]["conv1"]) - 1
-    assert f"conv1:{index} stayed: it is unit {last} of the {last + 1} that are kept" in text
+    assert f"conv1:{index} stayed: it is unit {last} of the {last + 1} that are kept, counted from 0" in text
     assert "dense network before the last step" in text and f"keeps {last + 1} of 24 channels" in text
 
 

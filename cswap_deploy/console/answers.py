@@ -7,26 +7,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cswap_deploy.console.program import program
 from cswap_deploy.console.text import mb, ms_interval, table, wrapped
-from cswap_deploy.wording import ms, plural, size_text
+from cswap_deploy.wording import SLOWEST, busy, load_text, ms, percent, plural, size_text
 
 if TYPE_CHECKING:
-    from cswap_deploy.artifacts import Groups, Prepared
+    from cswap_deploy.artifacts import Groups
     from cswap_deploy.checks import CheckReport
-    from cswap_deploy.doctor import Finding
+    from cswap_deploy.findings import Finding
+    from cswap_deploy.prepared import Prepared
     from cswap_deploy.starter import Starter
     from cswap_deploy.verify import Check
-
-SLOWEST = 15
-"""Layers that are listed."""
 
 
 def prepared_lines(ready: Prepared, work: Path) -> Iterator[str]:
     share, file = ready.pruned.macs / ready.source.macs, ready.models["fp32"].graph
-    yield from wrapped(f"pruned to {share:.1%} of the MACs: {file.path} ({size_text(file.bytes)})")
+    yield from wrapped(f"pruned to {percent(share, 1)} of the MACs: {file.path} ({size_text(file.bytes)})")
     for reason in ready.reasons:
         yield from wrapped(f"failed: {reason.text}")
-    yield f"next     {shlex.join(['cswap-deploy', 'deploy', str(work)])}"
+    yield f"next     {shlex.join([*program(), 'deploy', str(work)])}"
 
 
 def measured_lines(document: dict[str, Any]) -> Iterator[str]:
@@ -49,6 +48,7 @@ def measured_lines(document: dict[str, Any]) -> Iterator[str]:
     yield from unstable_lines(
         [f"{name}: {why}" for name, m in zip(names, models, strict=True) for why in m["unstable_because"]]
     )
+    yield from busy_lines(document["conditions"])
     yield from wrapped(f"on {conditions(document)}")
     if document["layers"]:
         yield from layer_lines(document["layers"])
@@ -58,7 +58,7 @@ def layer_lines(layers: Sequence[dict[str, Any]]) -> Iterator[str]:
     """The layers that take longest."""
     total = sum(layer["ms"] for layer in layers) or 1  # ONNX Runtime counts whole microseconds, which may all be 0
     slowest = sorted(layers, key=lambda layer: -float(layer["ms"]))[:SLOWEST]
-    rows = [(layer["name"], layer["op"], ms(layer["ms"]), f"{layer['ms'] / total:.1%}") for layer in slowest]
+    rows = [(layer["name"], layer["op"], ms(layer["ms"]), percent(layer["ms"] / total, 1)) for layer in slowest]
     yield from table(("layer", "op", "ms", "share"), rows, f"{len(slowest)} slowest of {len(layers)} layers")
 
 
@@ -92,8 +92,8 @@ def starter_lines(made: Starter) -> Iterator[str]:
     yield f"schema   {made.schema}, for editors"
     for note in made.notes:
         yield from wrapped(note, rest=" " * 9)
-    yield f"next     {shlex.join(['cswap-deploy', 'check', str(made.recipe)])}"
-    yield f"         {shlex.join(['cswap-deploy', 'build', str(made.recipe)])}"
+    yield f"next     {shlex.join([*program(), 'check', str(made.recipe)])}"
+    yield f"         {shlex.join([*program(), 'build', str(made.recipe)])}"
 
 
 def group_lines(groups: Groups) -> Iterator[str]:
@@ -109,10 +109,11 @@ def group_lines(groups: Groups) -> Iterator[str]:
 
 
 def unstable_lines(reasons: Sequence[str], then: str = "") -> Iterator[str]:
-    """The first reason for which the figures cannot be trusted, and how many more there are."""
-    if reasons:
-        more = f" (and {plural(len(reasons) - 1, 'more reason')}: --json)" if len(reasons) > 1 else ""
-        yield from wrapped(f"UNSTABLE: {reasons[0]}{more}.{then}")
+    """Every reason for which the figures cannot be trusted, and what to do."""
+    for reason in reasons:
+        yield from wrapped(f"UNSTABLE: {reason}")
+    if reasons and then:
+        yield from wrapped(then)
 
 
 def conditions(document: dict[str, Any]) -> str:
@@ -122,4 +123,9 @@ def conditions(document: dict[str, Any]) -> str:
     parts = [found["device"], runtime, f"batch {document['batch']}", plural(document["threads"], "thread")]
     parts += [f"power mode {found['power_mode']}"] if found["power_mode"] else []
     parts += [f"governor {found['governor']}"] if found["governor"] else []
-    return ", ".join([*parts, f"load {found['load'][0]:.1f}", f"{document['duration_s']:g} s each, in turn"])
+    return ", ".join([*parts, load_text(found), f"{document['duration_s']:g} s each, in turn"])
+
+
+def busy_lines(found: dict[str, Any]) -> Iterator[str]:
+    if said := busy(found):
+        yield from wrapped(f"BUSY: {said}")

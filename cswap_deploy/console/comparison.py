@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.console.answers import conditions, unstable_lines
+from cswap_deploy.console.answers import busy_lines, conditions, unstable_lines
+from cswap_deploy.console.program import program, python
 from cswap_deploy.console.text import from_here, mb, ms_interval, table, wrapped
 from cswap_deploy.console.unit import ATTRIBUTION
 from cswap_deploy.errors import DeviceError
-from cswap_deploy.manifest import VERDICTS
-from cswap_deploy.wording import count_text, ms, percent, plural, size_text, sizes, verdict
+from cswap_deploy.wording import count_text, gate, ms, percent, removed, size_text, sizes, verdict
 
 if TYPE_CHECKING:
     from cswap_deploy.bundle import Bundle
@@ -41,13 +38,14 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
     ]
     if latency := manifest["latency"]:
         rows += _latency_rows(latency)
-    yield from table(("", "dense", "shipped", ""), rows, f"{manifest['name']}: {model['name']}")
-    yield from wrapped(f"{verdict(manifest).upper()}: {_sentence(manifest)}")
+    yield from table(("", "dense", "ships", ""), rows, f"{manifest['name']}: {model['name']}")
+    yield from wrapped(f"{verdict(manifest).upper()}: {'; '.join(manifest['reasons']) or gate(accuracy)}")
     if manifest["reasons"] and accuracy["gate"]["verdict"] == "pass":
-        yield from wrapped(f"accuracy passed: {_accuracy_sentence(accuracy)}")
+        yield from wrapped(f"accuracy passed: {gate(accuracy)}")
     if latency:
         yield from _slower(latency)
-        yield from unstable_lines(latency["unstable_because"], " Measure again with --force latency.")
+        yield from unstable_lines(latency["unstable_because"], "measure again: the same command with --force latency")
+        yield from busy_lines(latency["conditions"])
         yield from wrapped(f"latency of {manifest['shipped']} and its dense twin, on {conditions(latency)}")
 
 
@@ -56,19 +54,14 @@ def next_commands(bundle: Bundle) -> Iterator[str]:
     folder = from_here(bundle.folder)
     yield f"bundle   {folder}"
     yield f"report   {folder / 'report.html'}"
-    program = from_here(Path(sys.argv[0])) if os.sep in sys.argv[0] else Path("cswap-deploy")
-    if program.name != "cswap-deploy":
-        program = Path("cswap-deploy")
     if bundle.manifest["exit_code"] == DeviceError.exit_code:
-        yield f"finish   {shlex.join([str(program), 'deploy', str(folder.parent)])} --on TARGET"
-    yield f"next     {shlex.join([str(program), 'show', str(folder)])}"
-    yield f"         {shlex.join([str(program), 'verify', str(folder)])}"
+        yield f"finish   {shlex.join([*program(), 'deploy', str(folder.parent)])} --on TARGET"
+    yield f"next     {shlex.join([*program(), 'show', str(folder)])}"
+    yield f"         {shlex.join([*program(), 'verify', str(folder)])}"
     if bundle.manifest["model"]["source"] == "timm":
         code = f"import cswap_deploy; print(cswap_deploy.load_pruned({str(folder)!r}))"
-        python = str(program.with_name("python")) if program.parent != Path() else "python"
-        plain = re.fullmatch(r"[\w./-]+", str(folder)) and " " not in python
-        quoted = f'{python} -c "{code}"' if plain else shlex.join([python, "-c", code])
-        yield f"         {quoted}"
+        quoted = f'"{code}"' if re.fullmatch(r"[\w./-]+", str(folder)) else shlex.quote(code)
+        yield f"         {shlex.quote(python())} -c {quoted}"
 
 
 def file_lines(bundle: Bundle) -> Iterator[str]:
@@ -79,16 +72,11 @@ def file_lines(bundle: Bundle) -> Iterator[str]:
 def left_lines(bundle: Bundle) -> Iterator[str]:
     """How many units left, and what the dense network's scores said of them."""
     pruned = bundle.manifest["pruned"]
-    count, scores = pruned["units_removed"], pruned.get("scores")
-    text = f"{count} of {plural(pruned['units'], 'unit')} removed"
-    judged = [group["left"] for group in pruned.get("groups", ()) if group.get("left")]
-    if count and judged:
-        totals = {kind: sum(group[kind] for group in judged) for kind in VERDICTS}
-        said = ", ".join(f"{total} {kind}" for kind, total in totals.items() if total)
-        text += f"; on the dense network: {said}"
-        text += f" (by attribution: {ATTRIBUTION})" if scores and scores["estimator"] == "attribution" else ""
-    elif count and scores:
-        text += f"; criterion {scores['criterion']} gives no verdicts"
+    text, scores = removed(pruned), pruned.get("scores")
+    if scores and pruned["units_removed"]:
+        judged = any(group.get("left") for group in pruned.get("groups", ()))
+        text += "" if judged else f"; criterion {scores['criterion']} gives no verdicts"
+        text += f" (by attribution: {ATTRIBUTION})" if judged and scores["estimator"] == "attribution" else ""
     yield from wrapped(text)
 
 
@@ -137,23 +125,3 @@ def _slower(latency: dict[str, Any]) -> Iterator[str]:
         word = "SLOWER" if latency["speedup_ci95"][1] < 1 else "NOT FASTER"
         advice = "runtimes work in blocks of channels, and cuts within a block buy no time"
         yield from wrapped(f"{word} than the dense model: {advice}; try --set prune.round_to=8, 16 or 32")
-
-
-def _sentence(manifest: dict[str, Any]) -> str:
-    if manifest["reasons"]:
-        return "; ".join(manifest["reasons"])
-    return _accuracy_sentence(manifest["accuracy"])
-
-
-def _accuracy_sentence(accuracy: dict[str, Any]) -> str:
-    gate = accuracy["gate"]
-    if gate["verdict"] == "off":
-        return f"the recipe sets no accuracy gate; {accuracy['images']} hold-out images"
-    proof = f"{'proven' if gate['proven'] else 'not proven'} at {gate['confidence']:.0%} (one-sided)"
-    more = (
-        f"; about {gate['images_to_prove']} images would prove it"
-        if not gate["proven"] and gate["images_to_prove"]
-        else ""
-    )
-    limit = f"{gate['max_drop_pp']:g} point{'' if gate['max_drop_pp'] == 1 else 's'}"
-    return f"the drop is within {limit} on {accuracy['images']} hold-out images, {proof}{more}"

@@ -24,30 +24,69 @@ CLOCK = "cswap-deploy clock"
 """Name of the thread."""
 
 
+EVIDENCE_S = 1.0
+"""Counting for less than this says nothing of how long the rest takes."""
+PATIENCE = 0.25
+"""An announced end stays while what is counted speaks for another one by less than this share of the time that is left."""
+
+
 @dataclass
 class _Activity:
-    """One countable part of a stage: `done` of `total` since `began`, on the monotonic clock."""
+    """One countable part of a stage: `done` of `total`; `begun` of them at `since`, when the first were told (monotonic clock)."""
 
     what: str
-    done: int
     total: int
-    began: float
+    begun: int
+    since: float
+    round: int = 1
+    """A stage may count the same thing several times."""
+    done: int = 0
+    end: float | None = None
+    """When it is expected to be done; None before there is evidence."""
 
-    def __str__(self) -> str:
-        spent = monotonic() - self.began
-        left = spent / self.done * (self.total - self.done) if self.done else 0
-        return f"{self.what} {self.done}/{self.total}" + (f", about {duration_text(left)} left" if left >= 1 else "")
+    def __post_init__(self) -> None:
+        self.done = self.begun
+
+    def continues(self, done: int, total: int) -> bool:
+        return total == self.total and self.done < done
+
+    def advance(self, done: int, now: float) -> None:
+        """What was done before the first call, such as reading a model, is no measure of the rest."""
+        self.done = done
+        if now - self.since < EVIDENCE_S:
+            return
+        end = now + (now - self.since) / (done - self.begun) * (self.total - done)
+        if self.end is None or abs(end - self.end) > PATIENCE * max(self.end - now, 0):
+            self.end = end
+
+    def left(self, now: float) -> float:
+        """Seconds; 0 where there is nothing to say."""
+        return max(0.0, self.end - now) if self.end is not None and self.done < self.total else 0.0
+
+    @property
+    def count(self) -> str:
+        return f"{self.what} {self.done}/{self.total}"
+
+    def forecast(self, now: float) -> str:
+        again = f"round {self.round}, " if self.round > 1 else ""
+        left = self.left(now)
+        return f"{again}{self.count}" + (f" (about {duration_text(left)} left)" if left >= 1 else "")
 
 
 class Console:
     """A reporter. A stage begins with its number and reason and ends with time, size and path.
 
+    `stages` are the lines to expect, in order: numbers only grow, and a stage that is not among them has that of the last.
+
     On a terminal a live line tells what the stage is at, for how long still, and how long it has run; a thread moves
-    its clock. A stream that nobody reads any more does not end the run: what it would have shown is dropped.
+    its clock. Where one thing is counted within another, the time left is that of the whole. A stream that nobody reads
+    any more does not end the run: what it would have shown is dropped.
     """
 
     def __init__(self, stages: Sequence[str], *, silent: bool = False, stream: TextIO | None = None) -> None:
         self._stages = list(stages)
+        self._reached = 0
+        self._width = max(10, *(min(len(name), 20) for name in stages), 0)
         self._silent = silent
         self._stream = stream or sys.stderr
         self._live = is_screen(self._stream) and not silent
@@ -55,7 +94,8 @@ class Console:
         self._pending = False
         self._shown_at = 0.0
         self._stage = ""
-        self._began = self._event_at = monotonic()
+        self._began = monotonic()
+        self._activities: dict[str, _Activity] = {}
         self._activity: _Activity | None = None
         self._lock = RLock()
         self._closed = Event()
@@ -63,18 +103,17 @@ class Console:
 
     def stage_started(self, name: str, reason: str) -> None:
         with self._lock:
-            self._line(f"{self._number(name)} {name:<10} ", reason)
-            self._stage, self._activity = name, None
-            self._began = self._event_at = monotonic()
+            self._line(f"{self._number(name)} {name:<{self._width}} ", reason)
+            self._enter(name)
             if self._live and self._clock is None:
                 self._clock = Thread(target=self._tick, name=CLOCK, daemon=True)
                 self._clock.start()
 
     def stage_finished(self, name: str, seconds: float | None, path: str, size: int) -> None:
         with self._lock:
-            self._stage = ""
+            self._enter("")
             if seconds is None:
-                self._line(f"{self._number(name)} {name:<10} ", "up to date")
+                self._line(f"{self._number(name)} {name:<{self._width}} ", "up to date")
                 return
             facts = f"{duration_text(seconds)}, {size_text(size or _record_size(path))},"
             place = str(from_here(Path(path)))
@@ -87,7 +126,6 @@ class Console:
     def note(self, message: str) -> None:
         with self._lock:
             self._line(MARGIN, message)
-            self._event_at = monotonic()
 
     def warn(self, message: str) -> None:
         with self._lock:
@@ -96,11 +134,13 @@ class Console:
     def advance(self, what: str, done: int, total: int) -> None:
         with self._lock:
             now = monotonic()
-            current = self._activity
-            if current is None or current.what != what or done < current.done:
-                current = self._activity = _Activity(what, done, total, self._event_at)
-            current.done, current.total = done, total
-            self._event_at = now
+            current = self._activities.get(what)
+            if current is None or not current.continues(done, total):
+                current = _Activity(what, total, done, now, current.round + 1 if current else 1)
+                self._activities[what] = current
+            else:
+                current.advance(done, now)
+            self._activity = current
             if self._live and (now - self._shown_at >= REFRESH_S or done >= total):
                 self._show()
 
@@ -119,11 +159,18 @@ class Console:
 
     def _show(self) -> None:
         """Draw the live line anew."""
-        self._shown_at = monotonic()
-        parts = [str(self._activity)] if self._activity else []
+        now = self._shown_at = monotonic()
+        parts = []
+        if self._activity:
+            whole = max(self._activities.values(), key=lambda activity: activity.left(now))
+            own = whole is self._activity or not whole.left(now)
+            parts = [self._activity.forecast(now)] if own else [whole.forecast(now), self._activity.count]
         spent = self._shown_at - self._began
         parts += [f"{duration_text(spent)} so far"] if spent >= 1 else []
-        self._write(cut_to(self._columns() - 1, f"{MARGIN}{self._stage:<10} {', '.join(parts)}"))
+        columns, line = self._columns() - 1, f"{MARGIN}{self._stage:<{self._width}} {', '.join(parts[:1])}"
+        for part in parts[1:]:
+            line += f", {part}" if len(line) + len(part) + 2 <= columns else ""
+        self._write(cut_to(columns, line))
         self._pending = True
 
     def _line(self, head: str, text: str) -> None:
@@ -146,9 +193,15 @@ class Console:
     def _columns(self) -> int:
         return min(WIDTH, shutil.get_terminal_size().columns)
 
+    def _enter(self, stage: str) -> None:
+        self._stage, self._began = stage, monotonic()
+        self._activities, self._activity = {}, None
+
     def _number(self, name: str) -> str:
-        position = self._stages.index(name) + 1 if name in self._stages else 0
-        return f"[{position:>2}/{len(self._stages)}]"
+        """Of the next line of this name."""
+        if name in self._stages[self._reached :]:
+            self._reached = self._stages.index(name, self._reached) + 1
+        return f"[{self._reached:>2}/{len(self._stages)}]"
 
 
 def _record_size(path: str) -> int:

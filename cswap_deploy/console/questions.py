@@ -12,13 +12,23 @@ from typing import TypeVar
 import typer
 
 from cswap_deploy import data, starter
+from cswap_deploy.console.text import wrapped
 from cswap_deploy.errors import CswapError, UsageError
 from cswap_deploy.recipe import TARGET, PruneSettings
 from cswap_deploy.starter import Wishes
 from cswap_deploy.wording import printable
 
 T = TypeVar("T")
-NOWHERE = "no"
+NOTHING, NOWHERE = "none", "no"
+TARGETS = (
+    "What is pruned for, one of:",
+    "macs=0.7      keep this fraction of the multiply-accumulates",
+    "params=0.7    keep this fraction of the parameters",
+    "max_drop=0.5  lose at most so many percentage points of top-1",
+    "none          prune nothing, export only",
+)
+REFUSED = "Error: "
+"""What typer puts before the reason for which an answer is not taken."""
 
 
 def on_a_terminal() -> bool:
@@ -27,16 +37,18 @@ def on_a_terminal() -> bool:
 
 
 def ask(wishes: Wishes) -> Wishes:
-    """The wishes with what was answered; questions go to standard error."""
-    wishes = replace(wishes, model=_ask("Model (timm name, or file.py:function)", wishes.model, _model))
+    """The wishes with what was answered; questions go to standard error, none wider than a screen."""
+    wishes = replace(wishes, model=_ask("Model: a timm name, or file.py:function", wishes.model, _model))
     near = starter.find_images(wishes.path)
-    images = _ask("Images (one folder per class)", str(near) if near else None, _images)
+    images = _ask("Images: a folder with one folder per class", str(near) if near else None, _images)
     wishes = replace(wishes, images=images)
     if why := starter.look(wishes).untrained:
-        typer.echo(printable(f"  {why}"), err=True)
-        wishes = replace(wishes, checkpoint=_ask("Your weights (.safetensors or .pth; empty: none yet)", "", _file))
-    target = _ask("Prune to (macs=, params=, max_drop=; none: export only)", wishes.target, _target)
-    on = _ask(f"Measure on (local, ssh://user@host, {NOWHERE})", "local", _on)
+        _say(why)
+        weights = _ask(f"Your weights: a .safetensors or .pth file, or {NOTHING}", NOTHING, _file)
+        wishes = replace(wishes, checkpoint=weights)
+    _say(*TARGETS)
+    target = _ask("Prune to", wishes.target, _target)
+    on = _ask(f"Measure latency on: local (this machine), ssh://user@host, or {NOWHERE}", "local", _on)
     return replace(wishes, target=target, on=on)
 
 
@@ -45,10 +57,17 @@ def _ask(question: str, default: str | None, read: Callable[[str], T]) -> T:
         try:
             return read(text)
         except CswapError as error:
-            raise typer.BadParameter(printable(str(error))) from error
+            lines = wrapped(printable(str(error)), first=REFUSED)
+            raise typer.BadParameter("\n".join(lines).removeprefix(REFUSED)) from error
 
-    answer: T = typer.prompt(question, default=default, value_proc=checked, err=True)
+    shown = question if default is not None else f"{question} (no default)"
+    answer: T = typer.prompt(shown, default=default, value_proc=checked, err=True)
     return answer
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        typer.echo("\n".join(wrapped(printable(line), first="  ")), err=True)
 
 
 def _model(text: str) -> str:
@@ -60,14 +79,16 @@ def _model(text: str) -> str:
 def _images(text: str) -> Path:
     folder = Path(text).expanduser()
     listing = data.survey(folder)
-    typer.echo(printable(f"  {starter.described(listing)}"), err=True)
+    _say(starter.described(listing))
     return folder
 
 
 def _file(text: str) -> Path | None:
-    if text and not Path(text).expanduser().is_file():
-        raise UsageError(f"{text} is not a file", "give a file, or nothing")
-    return Path(text).expanduser() if text else None
+    if text == NOTHING:
+        return None
+    if not Path(text).expanduser().is_file():
+        raise UsageError(f"{text} is not a file", f"give a file, or {NOTHING}")
+    return Path(text).expanduser()
 
 
 def _target(text: str) -> str:

@@ -19,7 +19,7 @@ WIDTH = 80
 def wrapped(text: str, width: int = WIDTH, first: str = "", rest: str = "  ") -> list[str]:
     """Lines of at most `width` columns, but for words that are longer, such as paths: those are to be copied whole."""
     lines, current = list[str](), first
-    for word in re.findall(r" *[^ ]+", re.sub(r"\s", " ", text)):
+    for word in re.findall(r" *[^ ]+(?: %[^ ]*)?", re.sub(r"\s", " ", text)):  # a number and its % stay together
         if current not in (first, rest) and _columns(current + word) > width:
             lines.append(current)
             current = rest

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import ceil
 from typing import Any
 
 from cswap_deploy.console.text import table, wrapped
-from cswap_deploy.wording import plural, printable
+from cswap_deploy.wording import percent, plural, printable
 
 ATTRIBUTION = "it calls no unit critical or detrimental"
 
@@ -17,7 +18,9 @@ def unit_lines(unit: dict[str, Any]) -> Iterator[str]:
     if step:
         yield from wrapped(f"{name} left in step {step['number']} of {unit['steps']}")
     else:
-        yield from wrapped(f"{name} stayed: it is unit {unit['kept_as']} of the {unit['kept']} that are kept")
+        yield from wrapped(
+            f"{name} stayed: it is unit {unit['kept_as']} of the {unit['kept']} that are kept, counted from 0"
+        )
     found = {"dense network": unit["dense"]} if unit["dense"] else {}
     first = (step["number"] if step else unit["steps"]) == 1  # the first step goes by the dense network's scores
     later = unit["last"] if step is None else step["scores"]
@@ -48,7 +51,7 @@ def _widths(unit: dict[str, Any]) -> str:
     return printable(
         f"Its group went from {unit['units']} to {unit['kept']} {kind}, in step {step['number']} from {step['width_before']} to "
         f"{step['width_after']}. Of all groups {plural(step['gone_before'], 'unit')} had left before that step, which kept "
-        f"{step['macs']:.1%} of the MACs at a drop of {step['drop_pp']:+.1f} points on the selection images."
+        f"{percent(step['macs'], 1)} of the MACs at a drop of {step['drop_pp']:+.1f} points on the selection images."
     )
 
 
@@ -93,7 +96,14 @@ def _ablated(facts: dict[str, Any]) -> str:
     """On how many of the images the unit really was taken out."""
     if facts["verified"] is None or facts["estimator"] is None:
         return ""
-    return "all images" if facts["verified"] else "no image" if facts["estimator"] == "attribution" else "some images"
+    images = facts["images"]
+    if facts["verified"]:
+        return f"all {images}"
+    if facts["estimator"] == "attribution":
+        return f"none of {images}"
+    from cswap_deploy.prune.screened import IMAGES
+
+    return f"at most {ceil(IMAGES * images)} of {images}"
 
 
 def _effect(value: float | None) -> str:

@@ -5,11 +5,11 @@ and a runtime: onnxruntime, or TensorRT by its Python module, else by trtexec.
 
   probe: what this machine is and can run · missing: which files are not stored here · store, fetch: receive or send one,
   which follows the line · build: ONNX file → TensorRT engine · measure: durations of several models, run in turn ·
-  infer: logits of images · layers: where a model's time goes
+  infer: outcomes of images · layers: where a model's time goes
 
 ~/.cache/cswap-deploy/ (or below XDG_CACHE_HOME) holds files/<sha256>, timing/ (TensorRT's timing caches), lock (held while
-a model is built or run) and engines/<sha256>: an engine is native code, so only one that was built here, or that the
-request trusts by its digest, is loaded.
+a model is built or run) and engines/<sha256>: an engine is native code, so only one that was built on this board with
+this TensorRT, or that the request trusts by its digest, is loaded. What trtexec prints is not read here but sent to the host.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -38,11 +39,13 @@ SCHEMA = "cswap-deploy/agent/1"
 Json = Dict[str, Any]
 LIMIT, SPARE = 4 << 30, 256 << 20  # bytes of files kept here; bytes of disk that stay free
 ABANDONED_S, FRESH_S = 3600, 600  # unfinished files older than this are removed; files used lately stay
-BLOCK_S, SETTLE_S = (
-    0.05,
-    0.005,
-)  # how long a model's turn is; what it starts with, on caches full of another, is not kept
+BLOCK_S = 0.05  # how long a model's turn is
+SETTLE_S = 0.005  # what a turn starts with, on caches full of another model, is not kept
 ROUNDS, TRTEXEC_ROUNDS, PROFILED_RUNS = 6, 6, 50  # fewer rounds prove nothing
+WATCH_S, IDLE_S = 0.1, 0.5  # how often a board's state is read meanwhile; how long before anything runs
+KEPT_LOGITS, TOP = 64, 5
+ROOT = os.environ.get("CSWAP_DEPLOY_ROOT", "")  # before /proc, /sys, /etc and /var: another board's files
+NEVER_C = -256.0  # what a thermal zone that is off shows
 MEMORY = {"memory_mb": "MemTotal", "memory_free_mb": "MemAvailable"}
 APT = "on a Jetson: sudo apt install python3-libnvinfer libnvinfer-bin"
 
@@ -50,9 +53,9 @@ APT = "on a Jetson: sudo apt install python3-libnvinfer libnvinfer-bin"
 class Fault(Exception):
     """What the host is told instead of an answer. Kinds: request, file, disk, busy, transfer, runtime, model, engine."""
 
-    def __init__(self, kind: str, message: str, hint: str = "") -> None:
+    def __init__(self, kind: str, message: str, hint: str = "", **details: Any) -> None:
         super().__init__(message)
-        self.document = {"kind": kind, "message": message, "hint": hint}
+        self.document = {"kind": kind, "message": message, "hint": hint, **details}
 
 
 def main() -> int:
@@ -138,13 +141,21 @@ class Store:
                 path.unlink(missing_ok=True)
                 used -= bytes_of_it
 
-    def engine(self, request: Json, file: Json) -> Path:
-        """An engine that was built here or that the request trusts. Errors: Fault."""
+    def engine(self, request: Json, file: Json) -> tuple[Path, Json]:
+        """An engine that was built on this board or that the request trusts, and how it was built. Errors: Fault."""
         found = digest_of(path := self.find(file))
-        if not (self.root / "engines" / found).is_file() and found not in request.get("trust", ()):
+        entry = self.root / "engines" / found
+        built = dict(json.loads(entry.read_text())) if entry.is_file() else {}
+        if found in request.get("trust", ()):
+            return path, built
+        if not built:
             hint = f"build it there, or, if you trust its origin, pass --trust-engine {found}"
             raise Fault("engine", "this engine was not built on the target; an engine is native code", hint)
-        return path
+        here = place_of(tensorrt_facts())
+        for key in filter(lambda key: built[key] != here[key], BOUND_TO):
+            was = f"the engine was built for {key.replace('_', ' ')} {built[key]}, the target now has {here[key]}"
+            raise Fault("engine", was, "build it again on this target")
+        return path, built
 
     def listed(self, folder: str) -> list[tuple[float, int, Path]]:
         """Time of the last change, bytes and path of each file, oldest first; other agents' files come and go."""
@@ -216,26 +227,66 @@ def probe(request: Json, files: Store) -> Json:
     return {**machine(), **found, "tensorrt": tensorrt_facts(), "store": here}
 
 
+# --- the machine and its state, read without root; what cannot be read is None
+
+
 def machine() -> Json:
-    """The temperature is that of the hottest zone, in degrees Celsius."""
     memory = dict(re.findall(r"(\w+):\s+(\d+) kB", text_of("/proc/meminfo")))
-    zones = [text_of(path) for path in Path("/sys/class/thermal").glob("thermal_zone*/temp")]
     system, release, kind = os.uname().sysname, os.uname().release, os.uname().machine
     return {
         **{"python": sys.version.split()[0], "machine": kind, "system": f"{system} {release}"},
         **{key: int(memory.get(name, 0)) >> 10 for key, name in MEMORY.items()},
         **{"cpu": cpu(), "board": board(), "load": list(os.getloadavg())},
-        "temperature_c": max((int(text) / 1000 for text in zones if text.isdigit()), default=None),
+        **state(),
     }
+
+
+def state() -> Json:
+    """What changes while something runs. Temperatures in degrees Celsius, the hottest zone apart; power in mW by rail."""
+    zones: dict[str, float] = {}
+    for folder in found_at("/sys/class/thermal/thermal_zone*"):
+        value = number_of(folder / "temp")
+        if value is not None and value / 1000 > NEVER_C:
+            zones[text_of(folder / "type") or folder.name] = value / 1000
+    return {"temperature_c": max(zones.values(), default=None), "zones_c": zones, "gpu": gpu(), "rails_mw": rails()}
+
+
+def gpu() -> Json | None:
+    """Clock in MHz with its bounds, governor, and load in percent of an integrated GPU (devfreq): Jetson."""
+    for folder in found_at("/sys/class/devfreq/*"):
+        if re.search(r"\.(ga10b|gv11b|gpu)$|^gpu-gpc-\d+$", folder.name):
+            hertz = {key: number_of(folder / name) for key, name in CLOCKS.items()}
+            load = number_of(folder / "device" / "load")  # per mille
+            facts: Json = {key: None if value is None else value // 1_000_000 for key, value in hertz.items()}
+            known = hertz["min_mhz"] is not None and hertz["max_mhz"] is not None
+            facts["locked"] = hertz["min_mhz"] == hertz["max_mhz"] if known else None
+            facts["load"] = None if load is None else load / 10
+            return {**facts, "governor": text_of(folder / "governor") or None}
+    return None
+
+
+def rails() -> dict[str, float]:
+    """Power by rail in mW, from INA3221 sensors: volts times amperes of channels 1 to 3. Empty: none that can be read."""
+    found = {}
+    for name in found_at("/sys/bus/i2c/devices/*/name"):
+        for label in sorted(name.parent.glob("hwmon/hwmon*/in[1-6]_label")) if "ina3221" in text_of(name) else []:
+            rail, number = text_of(label), label.name[2]
+            values = [number_of(label.with_name(f"{kind}{number}_input")) for kind in ("in", "curr")]
+            if rail and "NC" not in rail.split("_") and values[0] is not None and values[1] is not None:
+                found[rail] = values[0] * values[1] / 1000
+    return found
 
 
 def cpu() -> Json:
     folder = "/sys/devices/system/cpu/cpu0/cpufreq/"
-    clocks = {"mhz": text_of(folder + "scaling_cur_freq"), "max_mhz": text_of(folder + "cpuinfo_max_freq")}
+    names = {"mhz": "scaling_cur_freq", "max_mhz": "cpuinfo_max_freq"}
+    kilohertz = {key: number_of(folder + name) for key, name in names.items()}
+    bounds = [number_of(folder + name) for name in ("scaling_min_freq", "scaling_max_freq")]
     name = re.search(r"^(?:model name|Model|Hardware)\s*: (.+)$", text_of("/proc/cpuinfo"), re.M)
-    facts: Json = {key: int(text) // 1000 if text.isdigit() else None for key, text in clocks.items()}
+    facts: Json = {key: None if value is None else value // 1000 for key, value in kilohertz.items()}
     facts.update({"cores": len(os.sched_getaffinity(0)), "governor": text_of(folder + "scaling_governor") or None})
-    return {**facts, "model": name.group(1).strip() if name else os.uname().machine}
+    model, locked = name.group(1).strip() if name else os.uname().machine, bounds[0] == bounds[1]
+    return {**facts, "model": model, "locked": None if None in bounds else locked}
 
 
 def board() -> Json | None:
@@ -244,20 +295,38 @@ def board() -> Json | None:
     if not name:
         return None
     release = re.search(r"# R(\d+) .*REVISION: ([\d.]+)", text_of("/etc/nv_tegra_release"))
-    clocks = [path for path in Path("/sys/class/devfreq").glob("*") if re.search("ga10b|gv11b|gpu", path.name)]
-    limits = [text_of(clock / bound) for clock in clocks[:1] for bound in ("min_freq", "max_freq")]
-    locked, mode = limits[0] == limits[1] if limits else None, None
+    chips = re.findall(r"nvidia,(tegra\d{3})", text_of("/proc/device-tree/compatible"))
+    facts = {"model": name, "l4t": ".".join(release.groups()) if release else None, "chip": chips[0] if chips else None}
+    return {**facts, "power_mode": power_mode(), "gpu_clocks_locked": (gpu() or {}).get("locked")}
+
+
+def power_mode() -> str | None:
+    """Its name, as nvpmodel's own files give it, else as `nvpmodel -q` does; `mode 2` where it has no name."""
+    number = re.match(r"pmode:(\d+)", text_of("/var/lib/nvpmodel/status"))
+    if number:
+        names = re.findall(r"POWER_MODEL ID=(\d+) NAME=(\S+)", text_of("/etc/nvpmodel.conf"))
+        return next((name for key, name in names if int(key) == int(number.group(1))), f"mode {int(number.group(1))}")
     with suppress(OSError, subprocess.SubprocessError, IndexError):
-        asked = subprocess.run(["nvpmodel", "-q"], stdin=-3, stdout=-1, stderr=-3, timeout=10)  # -1: PIPE, -3: DEVNULL
-        mode = re.findall(r"NV Power Mode: (\S+)", asked.stdout.decode())[0]
-    l4t = ".".join(release.groups()) if release else None
-    return {"model": name, "l4t": l4t, "power_mode": mode, "gpu_clocks_locked": locked}
+        if not ROOT:
+            asked = subprocess.run(["nvpmodel", "-q"], stdin=-3, stdout=-1, stderr=-3, timeout=10)  # -1: PIPE
+            return str(re.findall(r"NV Power Mode: (\S+)", asked.stdout.decode())[0])
+    return None
+
+
+def found_at(pattern: str) -> list[Path]:
+    return sorted(Path(ROOT or "/").glob(pattern[1:]))
 
 
 def text_of(path: str | Path) -> str:
     with suppress(OSError):
-        return Path(path).read_text(errors="replace").strip()
+        place = Path(path) if isinstance(path, Path) else Path(ROOT + path)
+        return place.read_text(errors="replace").strip()
     return ""
+
+
+def number_of(path: str | Path) -> int | None:
+    text = text_of(path)
+    return int(text) if re.fullmatch(r"-?\d{1,18}", text) else None
 
 
 def imported(name: str) -> tuple[Any, str]:
@@ -268,73 +337,146 @@ def imported(name: str) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
+@contextmanager
+def watched(files: Store) -> Iterator[Json]:
+    """The board's state every WATCH_S, read by a process of its own: `moments` (ns, state), there when the block ends.
+
+    Where neither clock nor power can be read nothing is watched, but tegrastats, if it is there: its lines are for the host.
+    """
+    found: Json = {"moments": [], "tegrastats": None}
+    path, can_read = files.scratch(".watch"), bool(gpu() or rails())
+    tool = None if can_read or ROOT else shutil.which("tegrastats")
+    if not can_read and tool is None:
+        yield found
+        return
+    with path.open("wb") as stream:
+        if tool:
+            command = [tool, "--interval", str(int(1000 * WATCH_S))]
+            child = subprocess.Popen(command, stdin=-3, stdout=stream, stderr=-3, preexec_fn=die_with_agent).pid
+        else:
+            child = os.fork()
+        if child == 0:
+            try:
+                die_with_agent()
+                while os.write(stream.fileno(), json.dumps([time.perf_counter_ns(), state()]).encode() + b"\n"):
+                    time.sleep(WATCH_S)
+            finally:
+                os._exit(1)  # whatever happens, this process is no second agent
+    time.sleep(IDLE_S)
+    try:
+        yield found
+    finally:
+        with suppress(OSError):  # it has ended by itself
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        text = path.read_text(errors="replace")
+        path.unlink()
+        found["tegrastats"] = text if tool else None
+        found["moments"] = [] if tool else [json.loads(line) for line in text.splitlines() if line.endswith("}]")]
+
+
+def die_with_agent() -> None:
+    """In a child: on its own it would go on using the device, without holding the lock."""
+    ctypes.CDLL(None).prctl(1, 9)  # SIGKILL when the parent ends
+
+
+# --- measuring
+
+
 def measure(request: Json, files: Store) -> Json:
-    """Raw durations in ns: `rounds[r][m]` are those of model m in round r; what they mean is for the host to say."""
-    with files.alone(request):
+    """Raw durations in ns: `rounds[r][m]` are those of model m in round r; what they mean is for the host to say.
+
+    Engines also have `gpu_rounds`, the same between two CUDA events. trtexec's exported times are sent as they are.
+    """
+    with files.alone(request), watched(files) as watch:
         before = machine()
         by_trtexec = request["runtime"] == "tensorrt" and not imported("tensorrt")[0]
-        return {
-            **(trtexec_in_turn if by_trtexec else models_in_turn)(request, files),
-            "before": before,
-            "after": machine(),
-        }
+        found = (trtexec_in_turn if by_trtexec else models_in_turn)(request, files)
+        after = machine()
+    return {**found, "watch": watch, "before": before, "after": after}
 
 
 def models_in_turn(request: Json, files: Store) -> Json:
-    kind, opened = MODELS[request["runtime"]], request["models"]
-    bare, *memory = [peak_memory(request, file, files) for file in (None, *opened)]
+    """By a runtime's own module; single calls after pauses and, where rails can be read, a run for the energy follow."""
+    kind, opened, used = MODELS[request["runtime"]], request["models"], None
+    start = time.perf_counter_ns()
+    if request["runtime"] == "onnxruntime":
+        bare, *memory = [peak_memory(request, file, files) for file in (None, *opened)]
+        used = {"peak_mb": memory, "runtime_mb": bare}
     models = [kind(request, file, files) for file in opened]
     for model in models:
         run_for(model.run, request["warmup_s"])
-    start = time.perf_counter_ns()
-    rounds, running = sample([model.run for model in models], request["duration_s"], request.get("block_s", BLOCK_S))
-    overhead = 1 - running / (time.perf_counter_ns() - start)
-    own = int(re.findall(r"VmHWM:\s+(\d+) kB", text_of("/proc/self/status"))[0]) / 1024
-    used = {"peak_mb": memory, "runtime_mb": bare, "agent_mb": own}
-    return {"rounds": rounds, "models": [model.facts for model in models], "overhead": overhead, "memory": used}
+    begun = time.perf_counter_ns()
+    rounds, gpu_rounds, running = sample(models, request["duration_s"], request.get("block_s", BLOCK_S))
+    overhead = 1 - running / (time.perf_counter_ns() - begun)
+    if used:
+        own = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]
+        used["agent_mb"] = int(own) / 1024
+    cold = [after_pauses(model.run, request.get("cold", 0), request.get("pause_s", 0.0)) for model in models]
+    energy = [run_for(model.run, request["energy_s"]) for model in models if request.get("energy_s") and rails()]
+    facts = [model.facts for model in models]
+    more = {"cold": cold, "energy": energy, "idle_until_ns": start, "sampling_ns": [begun, begun + running]}
+    return {"rounds": rounds, "gpu_rounds": gpu_rounds, "models": facts, "overhead": overhead, "memory": used, **more}
 
 
-def sample(runs: Sequence[Callable[[], None]], duration_s: float, block_s: float) -> tuple[list[list[list[int]]], int]:
-    """Rounds until each model has run for `duration_s`, order reversed every other round; and the ns spent running."""
+def sample(models: Sequence[Any], duration_s: float, block_s: float) -> tuple[Any, Any, int]:
+    """Rounds until each model has run for `duration_s`, order reversed every other round; GPU's too; the ns spent running."""
     rounds: list[list[list[int]]] = []
-    spent, running, asked = [0] * len(runs), 0, duration_s * 1e9
+    gpu_rounds: list[list[list[int]]] = []
+    spent, running, asked = [0] * len(models), 0, duration_s * 1e9
     gc.disable()
-    while (min(spent) < asked and sum(spent) < 2 * len(runs) * asked) or len(rounds) < ROUNDS:
-        blocks: list[list[int]] = [[]] * len(runs)
-        for index in range(len(runs))[:: -1 if len(rounds) % 2 else 1]:
-            again, blocks[index] = block(runs[index], SETTLE_S, 1), block(runs[index], block_s, 2)
-            spent[index] += sum(blocks[index])
-            running += sum(again) + sum(blocks[index])
-        rounds.append(blocks)
+    while (min(spent) < asked and sum(spent) < 2 * len(models) * asked) or len(rounds) < ROUNDS:
+        rounds.append([[] for _ in models])
+        gpu_rounds.append([[] for _ in models])
+        for index in range(len(models))[:: -1 if len(rounds) % 2 == 0 else 1]:
+            again, _ = block(models[index], SETTLE_S, 1)
+            rounds[-1][index], gpu_rounds[-1][index] = block(models[index], block_s, 2)
+            spent[index] += sum(rounds[-1][index])
+            running += sum(again) + sum(rounds[-1][index])
     gc.enable()
-    return rounds, running
+    return rounds, gpu_rounds if gpu_rounds[0][0] else None, running
 
 
-def block(run: Callable[[], None], seconds: float, least: int) -> list[int]:
-    """ns of each inference."""
-    clock, durations = time.perf_counter_ns, []
+def block(model: Any, seconds: float, least: int) -> tuple[list[int], list[int]]:
+    """ns of each inference, and of its part between two events on the GPU, which only engines have."""
+    clock, run, on_gpu, durations, gpu_durations = time.perf_counter_ns, model.run, model.on_gpu, [], []
     end = clock() + int(seconds * 1e9)
     while True:
         before = clock()
         run()
         after = clock()
         durations.append(after - before)
+        if on_gpu:
+            gpu_durations.append(on_gpu())
         if after >= end and len(durations) >= least:
-            return durations
+            return durations, gpu_durations
 
 
-def run_for(run: Callable[[], None], seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    run()
-    while time.perf_counter() < end:
+def after_pauses(run: Callable[[], None], times: int, pause_s: float) -> list[int]:
+    """ns of single inferences, each after a pause, as a camera calls."""
+    found = []
+    for _ in range(times):
+        time.sleep(pause_s)
+        before = time.perf_counter_ns()
         run()
+        found.append(time.perf_counter_ns() - before)
+    return found
+
+
+def run_for(run: Callable[[], None], seconds: float) -> Json:
+    """Inferences without a break, at least one. Long enough, they show in the power sensors, which are read meanwhile."""
+    start, runs = time.perf_counter_ns(), 0
+    while not runs or time.perf_counter_ns() < start + seconds * 1e9:
+        run()
+        runs += 1
+    return {"start_ns": start, "end_ns": time.perf_counter_ns(), "runs": runs}
 
 
 def peak_memory(request: Json, file: Json | None, files: Store) -> float:
     """Peak resident memory in MB of a process of its own that runs this model, or, without one, only loads the runtime."""
     child = os.fork()
     if child == 0:
-        ctypes.CDLL(None).prctl(1, 9)  # it dies with the agent, whose lock it shares
+        die_with_agent()
         with suppress(Exception):  # what fails here fails again, and is reported, when it is measured
             imported("numpy"), imported(request["runtime"])
             if file:
@@ -346,12 +488,13 @@ def peak_memory(request: Json, file: Json | None, files: Store) -> float:
 class OnnxModel:
     """An ONNX file in ONNX Runtime on the CPU; input and output buffers are bound once."""
 
+    on_gpu = None
+
     def __init__(self, request: Json, file: Json, files: Store) -> None:
         ort, reason = imported("onnxruntime")
         if not ort:
-            raise Fault(
-                "runtime", f"ONNX Runtime is not usable on the target: {reason}", "there: pip install onnxruntime"
-            )
+            what = f"ONNX Runtime is not usable on the target: {reason}"
+            raise Fault("runtime", what, "there: pip install onnxruntime")
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = request.get("threads", 1), 1
         options.log_severity_level = 4
@@ -359,13 +502,15 @@ class OnnxModel:
             options.enable_profiling, options.profile_file_prefix = True, request["profile"]
         path, name = files.find(file), file.get("name", "the model")
         self.ort, self.name, self.batch = ort, name, request.get("batch", 1)
-        self.facts = {"runtime": f"onnxruntime {ort.__version__}"}
+        self.facts: Json = {"runtime": f"onnxruntime {ort.__version__}"}
+        start = time.perf_counter()
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base
             message = f"ONNX Runtime {ort.__version__} cannot open {name}: {error}"
             raise Fault("model", message, "is it an ONNX file?") from error
         self.bind({item.name: self.noise(item) for item in self.session.get_inputs()})
+        self.facts["load_s"] = time.perf_counter() - start
 
     def bind(self, feeds: Json) -> None:
         """Every output gets a buffer of the size that a first run shows."""
@@ -410,54 +555,101 @@ class OnnxModel:
 
 
 def infer(request: Json, files: Store) -> Json:
-    """Logits of `images`, an .npy file of shape (n, C, H, W): uint8 pixels, normalised here, or float32 as they are."""
+    """Outcomes of `images`, an .npy file of shape (n, C, H, W): uint8 pixels, normalised here, or float32 as they are.
+
+    An .npz file of `top` (n, 5 or fewer) int32, the best classes first; `true` (n) float32, the logit of the image's own class
+    in `labels`; `crc32` (n) of its logits; `finite` (n); and `logits` (64 or fewer, classes) of the first images.
+    """
     with files.alone(request):
         import numpy as np
 
-        images = np.load(str(files.find(request["images"])), mmap_mode="r", allow_pickle=False)
+        path, batch = str(files.find(request["images"])), request.get("batch", 1)
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        (count, channels), pixels = images.shape[:2], images.dtype == np.uint8
         model = MODELS[request["runtime"]](request, request["model"], files)
-        batch, results = request.get("batch", 1), []
-        mean, std = (np.float32(request[key][: images.shape[1]]).reshape(-1, 1, 1) for key in ("mean", "std"))
-        for start in range(0, len(images), batch):
+        mean, std = (np.float32(request[key][:channels]).reshape(-1, 1, 1) for key in ("mean", "std"))
+        truth = np.array(request.get("labels") or [0] * count)
+        parts: dict[str, list[Any]] = {}
+        for start in range(0, count, batch):
+            images = np.load(path, mmap_mode="r", allow_pickle=False)  # anew: else all pages read count as memory
             some = np.array(images[start : start + batch], np.float32)
-            if images.dtype == np.uint8:
-                some = (some / np.float32(255) - mean) / std
+            if pixels:
+                some /= np.float32(255)
+                some -= mean
+                some /= std
             full = np.concatenate([some, np.repeat(some[-1:], batch - len(some), axis=0)])
-            results.append(model.logits(full)[: len(some)])
-        path = files.scratch(".npy")
-        np.save(str(path), np.concatenate(results).astype(np.float32))
-        return {"logits": files.keep(path), "images": len(images)}
+            logits = model.logits(full)[: len(some)].astype(np.float32)
+            for key, value in outcomes(logits, truth[start : start + batch], max(0, KEPT_LOGITS - start)).items():
+                parts.setdefault(key, []).append(value)
+        joined: Json = {key: np.concatenate(values) for key, values in parts.items()}
+        target = files.scratch(".npz")
+        with target.open("wb") as stream:
+            np.savez(stream, **joined)
+        return {"outcomes": files.keep(target), "images": count}
+
+
+def outcomes(logits: Any, truth: Any, kept: int) -> Json:
+    """What `infer` keeps of one batch."""
+    import numpy as np
+
+    return {
+        "top": np.argsort(-logits, axis=1, kind="stable")[:, :TOP].astype(np.int32),
+        "true": logits[np.arange(len(logits)), truth],
+        "crc32": np.array([zlib.crc32(row.tobytes()) for row in logits], np.uint32),
+        "finite": np.isfinite(logits).all(1),
+        "logits": logits[:kept],
+    }
 
 
 def layers(request: Json, files: Store) -> Json:
-    """Median milliseconds of each layer over PROFILED_RUNS inferences, in order of execution; its operator where known."""
+    """Median milliseconds of each layer over PROFILED_RUNS inferences, in order of execution; its operator where known.
+
+    By trtexec: its two documents, `profile` and `layer_info`, as they are.
+    """
     with files.alone(request):
-        model = MODELS[request["runtime"]]({**request, "profile": str(files.scratch())}, request["model"], files)
+        if request["runtime"] == "tensorrt" and not imported("tensorrt")[0]:
+            return trtexec_layers(request, files)
+        settings = {**request, "profile": str(files.scratch()), "graph": False}
+        model = MODELS[request["runtime"]](settings, request["model"], files)
         for _ in range(PROFILED_RUNS):
             model.run()
         return dict(model.layers())
 
 
+# --- TensorRT, by its Python module
+
+
 def tensorrt_facts() -> Json:
-    """`precision`: `flags` set FP16 and INT8 on the builder (to 10.x), `typed` graphs carry them (from 11)."""
+    """`precision`: `flags` set FP16 and INT8 on the builder (to 10.x), `typed` graphs carry them (from 11).
+
+    Without the module `banner` is trtexec's own name of its version, which the host can read.
+    """
     trt, reason = imported("tensorrt")
-    cards = map(text_of, Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    cards = [text_of(path) for path in found_at("/proc/driver/nvidia/gpus/*/information")]
     card = re.search(r"Model:\s+(.+)", "\n".join(cards))
     facts: Json = {"module": False, "trtexec": trtexec(), "gpu": card.group(1) if card else None, "reason": reason}
-    facts.update(dict.fromkeys(("version", "precision", "compute_capability", "dla_cores")))
+    facts.update(dict.fromkeys(("version", "precision", "compute_capability", "dla_cores", "banner")))
     try:
         if trt:
-            facts["dla_cores"] = trt.Builder(trt.Logger(trt.Logger.ERROR)).num_DLA_cores
+            facts["dla_cores"] = trt.Runtime(trt.Logger(trt.Logger.ERROR)).num_DLA_cores
             facts["precision"] = "flags" if hasattr(trt.BuilderFlag, "FP16") else "typed"
-            facts.update({"compute_capability": Cuda().capability(), "version": trt.__version__, "module": True})
+            facts.update({**Cuda().device(facts["gpu"]), "version": trt.__version__, "module": True})
         elif facts["trtexec"]:
             text = run_trtexec(["--help"])
-            banner = re.search(r"TensorRT v(?:(\d+)(\d\d)(\d\d)|(\d)(\d)(\d\d))\]", text)
-            facts["version"] = ".".join(str(int(part)) for part in banner.groups() if part) if banner else "unknown"
+            facts["banner"] = (re.findall(r"TensorRT v\d+", text) or ["TensorRT"])[0]
             facts["precision"] = "flags" if "--fp16" in text else "typed"
     except (Fault, TypeError) as error:  # TypeError: TensorRT's library cannot start
         facts["reason"] = str(error)
     return facts
+
+
+def place_of(facts: Json) -> Json:
+    """What an engine is bound to, and how the device was set when it was built. Errors: Fault."""
+    found, version = board() or {}, facts["version"] or facts["banner"]
+    if version is None:
+        raise Fault("runtime", f"TensorRT is not on the target: {facts['reason']}", APT)
+    own = {"tensorrt": version, "board": found.get("model"), "power_mode": found.get("power_mode")}
+    return {**own, "gpu": facts["gpu"], "compute_capability": facts["compute_capability"]}
 
 
 class Cuda:
@@ -472,49 +664,67 @@ class Cuda:
         raise Fault("runtime", "CUDA's runtime library, libcudart.so, is not on the target", "install it there")
 
     def call(self, name: str, *arguments: Any) -> None:
-        code = getattr(self.library, name)(*arguments)
+        function = getattr(self.library, name, None)
+        code = function(*arguments) if function else "unknown: this libcudart does not have it"
         if code:
             raise Fault("engine", f"{name} failed on the target with CUDA error {code}")
 
-    def created(self, name: str, *arguments: Any) -> int | None:
+    def forget(self) -> None:
+        """An error that was answered: else TensorRT finds it after its next launch."""
+        getattr(self.library, "cudaGetLastError", int)()
+
+    def created(self, name: str, *arguments: Any) -> ctypes.c_void_p:
         """The handle or address that a call hands out through its first argument."""
         handle = ctypes.c_void_p()
         self.call(name, ctypes.byref(handle), *arguments)
-        return handle.value
+        return handle
 
-    def capability(self) -> str:
+    def device(self, name: str | None) -> Json:
+        """Name and compute capability of GPU 0."""
         numbers = [ctypes.c_int(), ctypes.c_int()]
         for number, attribute in zip(numbers, (75, 76)):  # major and minor
             self.call("cudaDeviceGetAttribute", ctypes.byref(number), attribute, 0)
-        return ".".join(str(number.value) for number in numbers)
+        told = ctypes.create_string_buffer(1 << 16)  # the name comes first in every version of a struct of 1 KB
+        with suppress(Fault):
+            self.call("cudaGetDeviceProperties", told, 0)
+        shown = told.value.decode(errors="replace") or name
+        return {"gpu": shown, "compute_capability": ".".join(str(number.value) for number in numbers)}
 
-    def copy(self, to: int | None, source: int | None, size: int) -> None:
-        arguments = ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size)
-        self.call("cudaMemcpy", *arguments, 4)  # 4: the direction follows from the addresses
-        self.call(
-            "cudaStreamSynchronize", None
-        )  # pageable memory may still be on its way; our stream does not wait for it
+    def copy(self, to: Any, source: Any, size: int, stream: ctypes.c_void_p) -> None:
+        """In the stream's order; 4: the direction follows from the addresses."""
+        self.call("cudaMemcpyAsync", ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), 4, stream)
 
 
 class EngineModel:
-    """An engine on the GPU: buffers and stream are made once."""
+    """An engine on the GPU: buffers, stream, events and graph are made once."""
 
     def __init__(self, request: Json, file: Json, files: Store) -> None:
         trt, reason = imported("tensorrt")
         if not trt:
             raise Fault("runtime", f"TensorRT's Python module cannot be used on the target: {reason}", APT)
-        blob, batch = files.engine(request, file).read_bytes(), request.get("batch", 1)
+        start = time.perf_counter()
+        path, built = files.engine(request, file)
         self.trt, self.cuda, self.logger = trt, Cuda(), trt.Logger(trt.Logger.ERROR)
+        spins = getattr(self.cuda.library, "cudaSetDeviceFlags", int)(1) == 0  # Jetson's own choice may be to sleep
+        self.cuda.forget()
         self.runtime = trt.Runtime(self.logger)
-        self.engine = self.runtime.deserialize_cuda_engine(blob)
+        if built.get("dla_core") is not None:
+            self.runtime.DLA_core = built["dla_core"]
+        self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         self.context: Any = self.engine.create_execution_context() if self.engine is not None else None
         if self.context is None:
             raise Fault("engine", f"TensorRT {trt.__version__} cannot load the engine", "build it again on this target")
         self.stream = self.cuda.created("cudaStreamCreateWithFlags", 1)  # 1: does not wait for the default stream
+        self.events = [self.cuda.created("cudaEventCreateWithFlags", 0) for _ in range(2)]
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         names.sort(key=lambda name: self.engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT)  # the input first
-        self.tensors = [self.place(name, batch) for name in names]
-        self.facts = {"runtime": f"tensorrt {trt.__version__}"}
+        self.tensors = [self.place(name, request.get("batch", 1)) for name in names]
+        self.graph: ctypes.c_void_p | None = None
+        self.run()
+        self.facts: Json = {"runtime": f"tensorrt {trt.__version__}", "load_s": time.perf_counter() - start}
+        self.facts["graph_note"] = self.capture() if request.get("graph", True) else "not asked for"
+        self.facts.update({"cuda_graph": self.graph is not None, "device_mb": self.size() / 2**20})
+        self.facts["host_waits"] = "spinning" if spins else "as the driver chooses"
 
     def place(self, name: str, batch: int) -> tuple[Any, int | None]:
         """Array on the host and address on the device of one tensor; an input's open batch is fixed first."""
@@ -526,22 +736,55 @@ class EngineModel:
                 raise Fault("engine", f"the engine does not take a batch of {batch}", "see engine.batch of the recipe")
         kind = self.trt.nptype(self.engine.get_tensor_dtype(name))
         array = np.random.RandomState(0).random_sample(tuple(self.context.get_tensor_shape(name))).astype(kind)
-        address = self.cuda.created("cudaMalloc", ctypes.c_size_t(array.nbytes))
-        self.cuda.copy(address, array.ctypes.data, array.nbytes)
+        address = self.cuda.created("cudaMalloc", ctypes.c_size_t(array.nbytes)).value
+        self.cuda.copy(address, array.ctypes.data, array.nbytes, self.stream)
         self.context.set_tensor_address(name, address)
         return array, address
 
+    def size(self) -> int:
+        """Bytes of activations that it takes on the device."""
+        made = self.engine
+        return int(made.device_memory_size_v2 if hasattr(made, "device_memory_size_v2") else made.device_memory_size)
+
     def run(self) -> None:
-        if not self.context.execute_async_v3(self.stream):
+        self.cuda.call("cudaEventRecord", self.events[0], self.stream)
+        if self.graph:
+            self.cuda.call("cudaGraphLaunch", self.graph, self.stream)
+        elif not self.context.execute_async_v3(self.stream.value):
             raise Fault("engine", "TensorRT did not run the engine", "build it again on this target")
-        self.cuda.call("cudaStreamSynchronize", ctypes.c_void_p(self.stream))
+        self.cuda.call("cudaEventRecord", self.events[1], self.stream)
+        self.cuda.call("cudaStreamSynchronize", self.stream)
+
+    def on_gpu(self) -> int:
+        """ns of the last run between its two events."""
+        passed = ctypes.c_float()
+        self.cuda.call("cudaEventElapsedTime", ctypes.byref(passed), *self.events)
+        return max(1, round(1e6 * passed.value))
+
+    def capture(self) -> str:
+        """Make a run a CUDA graph; without, each kernel is launched by the host. Returns why not, as for engines with loops."""
+        graph = ctypes.c_void_p()
+        try:
+            self.cuda.call("cudaStreamBeginCapture", self.stream, 1)  # 1: only this thread's calls can break it
+            enqueued = self.context.execute_async_v3(self.stream.value)
+            self.cuda.call("cudaStreamEndCapture", self.stream, ctypes.byref(graph))
+            if not enqueued:
+                return "TensorRT did not enqueue the engine while a graph was captured"
+            self.graph = self.cuda.created("cudaGraphInstantiateWithFlags", graph, ctypes.c_ulonglong(0))
+            self.run()
+        except Fault as fault:
+            self.graph = None
+            self.cuda.forget()
+            return str(fault)
+        return ""
 
     def logits(self, images: Any) -> Any:
         (given, source), (found, target) = self.tensors
         given[...] = images
-        self.cuda.copy(source, given.ctypes.data, given.nbytes)
+        self.cuda.copy(source, given.ctypes.data, given.nbytes, self.stream)
         self.run()
-        self.cuda.copy(found.ctypes.data, target, found.nbytes)
+        self.cuda.copy(found.ctypes.data, target, found.nbytes, self.stream)
+        self.cuda.call("cudaStreamSynchronize", self.stream)
         return found.copy()
 
     def layers(self) -> Json:
@@ -553,57 +796,71 @@ class EngineModel:
         for _ in range(PROFILED_RUNS):
             self.run()
         inspector = self.engine.create_engine_inspector()
-        facts = json.loads(inspector.get_engine_information(self.trt.LayerInformationFormat.JSON))
-        return {"layers": [{"name": n, "op": "", "ms": median(ms)} for n, ms in times.items()], "engine": facts}
+        text = inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+        return {"layers": [{"name": n, "op": "", "ms": median(ms)} for n, ms in times.items()], "layer_info": text}
 
 
 def build(request: Json, files: Store) -> Json:
-    """Settings are those of the recipe's `engine`; `input`: name and (channels, height, width); `dynamic`: open batch."""
+    """Settings are those of the recipe's `engine`; `input`: name and (channels, height, width); `dynamic`: open batch.
+
+    What TensorRT says meanwhile goes to standard error, which the host keeps.
+    """
     with files.alone(request):
         facts = tensorrt_facts()
-        if facts["version"] is None:
-            raise Fault("runtime", f"TensorRT is not on the target: {facts['reason']}", APT)
-        model = files.find(request["model"])
+        here, model = place_of(facts), files.find(request["model"])
         files.make_room(4 * model.stat().st_size + (64 << 20))
-        mode = (board() or {}).get("power_mode")
-        place = re.sub(r"[^\w.-]+", "_", f"{facts['version']} {facts['gpu']} {facts['compute_capability']} {mode}")
+        place = re.sub(r"[^\w.-]+", "_", " ".join(str(here[key]) for key in (*BOUND_TO, "power_mode")))[:150]
         target, start = files.scratch(".engine"), time.monotonic()
         builder = build_with_module if facts["module"] else build_with_trtexec
-        note = builder(model, target, files.root / "timing" / f"{place}.cache", request)
-        built = {key: facts[key] for key in ("gpu", "compute_capability")}
-        built.update({"tensorrt": facts["version"], "note": note, "seconds": time.monotonic() - start})
+        told = builder(model, target, files.root / "timing" / f"{place}.cache", request)
+        built = {**here, **told, "seconds": time.monotonic() - start}
         kept = files.keep(target)
-        (fresh := files.scratch()).write_text(json.dumps(built))
+        settings = {key: request["settings"][key] for key in ("precision", "batch", "dla_core")}
+        entry = {**built, **settings, "input": request["input"], "dynamic": request["dynamic"]}
+        (fresh := files.scratch()).write_text(json.dumps(entry))
         fresh.replace(files.root / "engines" / kept["sha256"])  # the ledger of the engines that were built here
         return {"engine": kept, **built}
 
 
-def build_with_module(path: Path, target: Path, timing: Path, request: Json) -> str:
+def build_with_module(path: Path, target: Path, timing: Path, request: Json) -> Json:
     """ONNX file → engine file; `timing`: cache of kernel timings. Returns what of the settings could not be obeyed."""
     import tensorrt as trt
 
-    logger, creation = trt.Logger(trt.Logger.WARNING), trt.NetworkDefinitionCreationFlag
+    logger, creation = trt.Logger(trt.Logger.INFO), trt.NetworkDefinitionCreationFlag
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(creation.EXPLICIT_BATCH) if hasattr(creation, "EXPLICIT_BATCH") else 0)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)) or not network.num_layers:
-        faults = [parser.get_error(index) for index in range(parser.num_errors)]
-        text = "; ".join(f"node {fault.node()}: {fault.desc()}" for fault in faults) or "the graph is empty"
-        raise Fault("engine", f"TensorRT {trt.__version__} cannot read the ONNX file: {text}", "try another onnx.opset")
+    if not parser.parse_from_file(str(path)) or not network.num_layers or not network.num_outputs:
+        faults = [parser_fault(parser.get_error(index)) for index in range(parser.num_errors)]
+        text = "; ".join(fault["text"] for fault in faults) or "the graph is empty"
+        message = f"TensorRT {trt.__version__} cannot read the ONNX file: {text}"
+        raise Fault("engine", message, "try another onnx.opset", parser=faults)
     config = builder.create_builder_config()
     configure(trt, builder, network, config, request)
+    layers = map(network.get_layer, range(network.num_layers if request["settings"]["dla_core"] is not None else 0))
+    beside = [layer.name for layer in layers if not config.can_run_on_DLA(layer)]
     cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):  # written on another device or by another version
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     blob = builder.build_serialized_network(network, config)
     if blob is None:
-        raise Fault("engine", f"TensorRT {trt.__version__} could not build the engine", "its log is above")
+        which = f"; the DLA cannot run {', '.join(beside[:5])}" if beside else ""
+        hint = "set engine.dla_fallback: true to run these on the GPU" if beside else "its log is above"
+        raise Fault("engine", f"TensorRT {trt.__version__} could not build the engine{which}", hint)
     target.write_bytes(blob)
     fresh = timing.with_suffix(f".{os.getpid()}")
     fresh.write_bytes(config.get_timing_cache().serialize())
     fresh.replace(timing)
-    return ""
+    note = f"{len(beside)} of {network.num_layers} layers run on the GPU, not on the DLA" if beside else ""
+    return {"note": note, "gpu_layers": beside}
+
+
+def parser_fault(fault: Any) -> Json:
+    """Node and operator by name are known from 10.3 on; before, the host finds them by the node's number."""
+    name = fault.node_name() if hasattr(fault, "node_name") else ""
+    operator = fault.node_operator() if hasattr(fault, "node_operator") else ""
+    return {"node": fault.node(), "name": name, "operator": operator, "text": fault.desc()}
 
 
 def configure(trt: Any, builder: Any, network: Any, config: Any, request: Json) -> None:
@@ -612,18 +869,26 @@ def configure(trt: Any, builder: Any, network: Any, config: Any, request: Json) 
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings["workspace_mib"] << 20)
     config.builder_optimization_level = settings["optimization_level"]
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if hasattr(trt.BuilderFlag, "FP16") and settings["precision"] != "fp32":  # from 11 on the graph's own types decide
+    if settings["precision"] == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default: ten bits of mantissa are no fp32
+    elif hasattr(trt.BuilderFlag, "FP16"):  # from 11 on the graph's own types decide
         for name in flags[settings["precision"]].split():
             config.set_flag(getattr(trt.BuilderFlag, name))
         if settings["dla_core"] is None or settings["keep_fp32"] != "auto":  # a DLA knows no fp32
             keep_in_fp32(trt, network, config, settings["keep_fp32"])
-    if settings["dla_core"] is not None:  # without GPU_FALLBACK: what the DLA cannot run ends the build
-        config.default_device_type, config.DLA_core = trt.DeviceType.DLA, settings["dla_core"]
+    if settings["dla_core"] is not None:
+        cores, wanted = builder.num_DLA_cores, settings["dla_core"]
+        if wanted >= cores:
+            raise Fault("engine", f"the target has {cores} DLA cores, no core {wanted}", "change engine.dla_core")
+        config.default_device_type, config.DLA_core = trt.DeviceType.DLA, wanted
+        if settings.get("dla_fallback"):  # without it what the DLA cannot run ends the build
+            config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
     if request["dynamic"]:
         profile = builder.create_optimization_profile()
         shapes = [(settings["batch"][key], *request["input"]["shape"]) for key in ("min", "opt", "max")]
         profile.set_shape(request["input"]["name"], *shapes)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise Fault("engine", f"TensorRT refuses the batches {shapes}", "see engine.batch of the recipe")
 
 
 def keep_in_fp32(trt: Any, network: Any, config: Any, patterns: Any) -> None:
@@ -638,59 +903,94 @@ def keep_in_fp32(trt: Any, network: Any, config: Any, patterns: Any) -> None:
             layer.set_output_type(0, trt.float32)
 
 
+# --- TensorRT, by trtexec: its output is for the host
+
+
 def trtexec() -> str | None:
     return shutil.which("trtexec", path=f"{os.environ.get('PATH', '')}:/usr/src/tensorrt/bin:/opt/tensorrt/bin")
 
 
 def run_trtexec(options: Sequence[str]) -> str:
-    """What it prints. It dies with the agent: on its own it would go on using the GPU without holding the lock."""
-    program, libc = trtexec(), ctypes.CDLL(None)  # prctl(1, 9): SIGKILL when the parent ends
+    """What it prints, which also goes to standard error. Errors: Fault when it does not end with 0."""
+    program = trtexec()
     if program is None:
         raise Fault("runtime", "TensorRT is not on the target: no module and no trtexec", APT)
-    process = subprocess.Popen([program, *options], stdin=-3, stdout=-1, stderr=-2, preexec_fn=lambda: libc.prctl(1, 9))
+    process = subprocess.Popen([program, *options], stdin=-3, stdout=-1, stderr=-2, preexec_fn=die_with_agent)
     text = process.communicate()[0].decode(errors="replace")
-    if process.returncode:
+    if options != ["--help"]:
         sys.stderr.write(text)
-        faults = "; ".join(re.findall(r"\[E\] (.+)", text)[-3:]) or f"it ended with {process.returncode}"
-        raise Fault("engine", f"trtexec failed: {faults}", "its log is above")
+        sys.stderr.flush()
+    if process.returncode:
+        raise Fault("engine", f"trtexec ended with {process.returncode}", "its log is above")
     return text
 
 
-def build_with_trtexec(path: Path, target: Path, timing: Path, request: Json) -> str:
+def build_with_trtexec(path: Path, target: Path, timing: Path, request: Json) -> Json:
     """As `build_with_module`."""
     settings, known = request["settings"], run_trtexec(["--help"])
     options = [f"--onnx={path}", f"--saveEngine={target}", f"--timingCacheFile={timing}", "--skipInference"]
     options += [f"--memPoolSize=workspace:{settings['workspace_mib']}", "--profilingVerbosity=detailed"]
     options += [f"--builderOptimizationLevel={settings['optimization_level']}"]
-    wanted = {"fp32": [], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[settings["precision"]]
+    wanted = {"fp32": ["--noTF32"], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[settings["precision"]]
     options += [flag for flag in wanted if flag in known]  # from 11 on the graph's own types decide
-    options += [] if settings["dla_core"] is None else [f"--useDLACore={settings['dla_core']}"]
+    if settings["dla_core"] is not None:
+        options += [
+            f"--useDLACore={settings['dla_core']}",
+            *(["--allowGPUFallback"] if settings.get("dla_fallback") else []),
+        ]
     if request["dynamic"]:
         rest, name, batch = "x".join(map(str, request["input"]["shape"])), request["input"]["name"], settings["batch"]
         options += [f"--{key}Shapes={name}:{batch[key]}x{rest}" for key in ("min", "opt", "max")]
     run_trtexec(options)
-    return "" if settings["precision"] == "fp32" else "trtexec pins no layers: engine.keep_fp32 was not applied"
+    if not target.is_file():
+        raise Fault("engine", "trtexec wrote no engine", "its log is above")
+    pinned = settings["precision"] != "fp32" and "--fp16" in known
+    return {"note": "trtexec pins no layers: engine.keep_fp32 was not applied" if pinned else "", "gpu_layers": []}
+
+
+def trtexec_engine(request: Json, file: Json, files: Store) -> list[str]:
+    """The options that load an engine, with its batch where that is open. Errors: Fault."""
+    path, built = files.engine(request, file)
+    batch, open_batch = request.get("batch", 1), built.get("dynamic", False)
+    if not (built["batch"]["min"] <= batch <= built["batch"]["max"] if open_batch else batch == 1):
+        raise Fault("engine", f"the engine does not take a batch of {batch}", "see engine.batch of the recipe")
+    options = [f"--loadEngine={path}"]
+    if open_batch:
+        shape = "x".join(map(str, built["input"]["shape"]))
+        options += [f"--shapes={built['input']['name']}:{batch}x{shape}"]
+    return options + ([] if built.get("dla_core") is None else [f"--useDLACore={built['dla_core']}"])
 
 
 def trtexec_in_turn(request: Json, files: Store) -> Json:
     """Several short runs in turn; trtexec keeps one query ahead, so its latency is that under full load."""
-    if request.get("batch", 1) != 1:
-        raise Fault("runtime", "trtexec measures a batch of 1 only", APT)
-    engines = [files.engine(request, file) for file in request["models"]]
-    rounds: list[list[list[int]]] = []
+    engines = [trtexec_engine(request, file, files) for file in request["models"]]
     exported, seconds = files.scratch(".json"), request["duration_s"] / TRTEXEC_ROUNDS
-    for _ in range(TRTEXEC_ROUNDS):
-        rounds.append([])
-        for engine in engines:
-            options = [f"--loadEngine={engine}", "--noDataTransfers", "--useSpinWait", "--useCudaGraph"]
-            options += [f"--warmUp={1000 * request['warmup_s']:.0f}", f"--duration={max(1, seconds):.0f}"]
-            run_trtexec([*options, f"--exportTimes={exported}"])
-            rounds[-1].append([round(1e6 * entry["latencyMs"]) for entry in json.loads(exported.read_text())])
+    options = ["--noDataTransfers", "--useSpinWait", "--useCudaGraph", "--avgRuns=1000", f"--exportTimes={exported}"]
+    options += [f"--warmUp={1000 * request['warmup_s']:.0f}", f"--duration={max(1, seconds):.0f}"]
+    times: list[list[str]] = []
+    for number in range(TRTEXEC_ROUNDS):
+        blocks = [""] * len(engines)
+        for index in range(len(engines))[:: -1 if number % 2 else 1]:
+            run_trtexec([*engines[index], *options])
+            blocks[index] = exported.read_text()
+        times.append(blocks)
     exported.unlink()
-    return {"rounds": rounds, "models": [{"runtime": "trtexec"} for _ in engines], "overhead": None, "memory": None}
+    return {"times": times, "models": [{"runtime": "trtexec"} for _ in engines], "overhead": None, "memory": None}
 
 
-# made of (request, file, files): objects with `run()` on fixed buffers, `logits(images)`, `layers()` and `facts`
+def trtexec_layers(request: Json, files: Store) -> Json:
+    profile, info = files.scratch(".profile"), files.scratch(".layers")
+    options = ["--dumpProfile", "--separateProfileRun", f"--exportProfile={profile}", f"--exportLayerInfo={info}"]
+    run_trtexec([*trtexec_engine(request, request["model"], files), *options, "--profilingVerbosity=detailed"])
+    texts = {"profile": profile.read_text(), "layer_info": info.read_text()}
+    for path in (profile, info):
+        path.unlink()
+    return {"layers": [], **texts}
+
+
+BOUND_TO = ("tensorrt", "board", "gpu", "compute_capability")  # what an engine that was built here must find again
+CLOCKS = {"mhz": "cur_freq", "min_mhz": "min_freq", "max_mhz": "max_freq"}
+# made of (request, file, files): objects with `run()` on fixed buffers, `on_gpu`, `logits(images)`, `layers()` and `facts`
 MODELS: dict[str, Any] = {"onnxruntime": OnnxModel, "tensorrt": EngineModel}
 VERBS = {verb.__name__: verb for verb in (probe, missing, store, fetch, build, measure, infer, layers)}
 

@@ -37,7 +37,8 @@ def _requests() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
     file: Schema = {"anyOf": [_with(record(sha256=TEXT), name=TEXT), _with(record(path=TEXT), sha256=TEXT, name=TEXT)]}
     runtime: Schema = {"enum": ["onnxruntime", "tensorrt"]}
     alone = {"wait_s": SECONDS}
-    running = {"batch": POSITIVE, "threads": POSITIVE, "trust": TEXTS, **alone}
+    once = {"cold": COUNT, "pause_s": SECONDS, "energy_s": SECONDS}
+    running = {"graph": BOOLEAN, "batch": POSITIVE, "threads": POSITIVE, "trust": TEXTS, **alone}
     files: Schema = {"type": "array", "items": file, "minItems": 1}
     return {
         "probe": ({}, {}),
@@ -47,9 +48,12 @@ def _requests() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
         "build": ({"model": file, "settings": _settings(), "input": _input(), "dynamic": BOOLEAN}, alone),
         "measure": (
             {"runtime": runtime, "models": files, "warmup_s": SECONDS, "duration_s": SECONDS},
-            {"block_s": SECONDS, **running},
+            {"block_s": SECONDS, **once, **running},
         ),
-        "infer": ({"runtime": runtime, "model": file, "images": file, "mean": NUMBERS, "std": NUMBERS}, running),
+        "infer": (
+            {"runtime": runtime, "model": file, "images": file, "mean": NUMBERS, "std": NUMBERS},
+            {"labels": {"type": "array", "items": COUNT}, **running},
+        ),
         "layers": ({"runtime": runtime, "model": file}, running),
     }
 
@@ -57,7 +61,8 @@ def _requests() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
 def _answers() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
     """Verb → keys that its answer has, and keys that it may have."""
     kept = record(sha256=TEXT, bytes=COUNT)
-    built = {"tensorrt": TEXT, "gpu": nullable(TEXT), "compute_capability": nullable(TEXT), "note": TEXT}
+    unknown = ("gpu", "compute_capability", "board", "power_mode")
+    built = {"tensorrt": TEXT, "note": TEXT, "gpu_layers": TEXTS, **dict.fromkeys(unknown, nullable(TEXT))}
     layer = record(name=TEXT, op=TEXT, ms=SECONDS)
     return {
         "probe": (_probe(), {}),
@@ -65,15 +70,15 @@ def _answers() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
         "store": ({"stored": kept}, {}),
         "fetch": ({"bytes": COUNT}, {}),
         "build": ({"engine": kept, "seconds": SECONDS, **built}, {}),
-        "measure": (_measurement(), {}),
-        "infer": ({"logits": kept, "images": COUNT}, {}),
-        "layers": ({"layers": {"type": "array", "items": layer}}, {"engine": {"type": "object"}}),
+        "measure": _measurement(),
+        "infer": ({"outcomes": kept, "images": COUNT}, {}),
+        "layers": ({"layers": {"type": "array", "items": layer}}, {"layer_info": TEXT, "profile": TEXT}),
     }
 
 
 def _settings() -> Schema:
     """The recipe's `engine`."""
-    return record(
+    settings = record(
         precision={"enum": ["fp32", "fp16", "int8"]},
         workspace_mib=POSITIVE,
         optimization_level=COUNT,
@@ -81,6 +86,7 @@ def _settings() -> Schema:
         batch=record(min=POSITIVE, opt=POSITIVE, max=POSITIVE),
         keep_fp32={"anyOf": [{"const": "auto"}, TEXTS]},
     )
+    return _with(settings, dla_fallback=BOOLEAN)
 
 
 def _input() -> Schema:
@@ -89,8 +95,16 @@ def _input() -> Schema:
 
 def _machine() -> dict[str, Schema]:
     """State of the device: the conditions of a measurement."""
-    cpu = record(model=TEXT, cores=POSITIVE, governor=nullable(TEXT), mhz=nullable(COUNT), max_mhz=nullable(COUNT))
-    board = record(model=TEXT, l4t=nullable(TEXT), power_mode=nullable(TEXT), gpu_clocks_locked=nullable(BOOLEAN))
+    clocks = {
+        "mhz": nullable(COUNT),
+        "max_mhz": nullable(COUNT),
+        "locked": nullable(BOOLEAN),
+        "governor": nullable(TEXT),
+    }
+    cpu = record(model=TEXT, cores=POSITIVE, **clocks)
+    unknown = ("l4t", "chip", "power_mode")
+    board = record(model=TEXT, gpu_clocks_locked=nullable(BOOLEAN), **dict.fromkeys(unknown, nullable(TEXT)))
+    gpu = record(min_mhz=nullable(COUNT), load=nullable(SECONDS), **clocks)
     return {
         "python": TEXT,
         "machine": TEXT,
@@ -101,6 +115,9 @@ def _machine() -> dict[str, Schema]:
         "memory_free_mb": COUNT,
         "load": {"type": "array", "items": SECONDS, "minItems": 3, "maxItems": 3},
         "temperature_c": nullable(NUMBER),
+        "zones_c": {"type": "object", "additionalProperties": NUMBER},
+        "gpu": nullable(gpu),
+        "rails_mw": {"type": "object", "additionalProperties": NUMBER},
     }
 
 
@@ -114,6 +131,7 @@ def _probe() -> dict[str, Schema]:
         precision={"enum": ["flags", "typed", None]},
         compute_capability=nullable(TEXT),
         dla_cores=nullable(COUNT),
+        banner=nullable(TEXT),
     )
     return {
         **_machine(),
@@ -126,18 +144,32 @@ def _probe() -> dict[str, Schema]:
     }
 
 
-def _measurement() -> dict[str, Schema]:
-    """`rounds[r][m]`: durations in ns of model m in round r."""
+def _measurement() -> tuple[dict[str, Schema], dict[str, Schema]]:
+    """`rounds[r][m]`: durations in ns of model m in round r; by trtexec `times[r][m]`: the document that it exported."""
     durations: Schema = {"type": "array", "items": COUNT, "minItems": 1}
+    rounds: Schema = {"type": "array", "items": {"type": "array", "items": durations, "minItems": 1}, "minItems": 1}
     memory = record(peak_mb=NUMBERS, runtime_mb=NUMBER, agent_mb=NUMBER)
-    return {
-        "rounds": {"type": "array", "items": {"type": "array", "items": durations, "minItems": 1}, "minItems": 1},
-        "models": {"type": "array", "items": record(runtime=TEXT), "minItems": 1},
+    facts = {"load_s": SECONDS, "device_mb": SECONDS, "cuda_graph": BOOLEAN, "graph_note": TEXT, "host_waits": TEXT}
+    moment: Schema = {"type": "array", "items": {"anyOf": [COUNT, {"type": "object"}]}, "minItems": 2}
+    watch = record(moments={"type": "array", "items": moment}, tegrastats=nullable(TEXT))
+    demanded: dict[str, Schema] = {
+        "models": {"type": "array", "items": _with(record(runtime=TEXT), **facts), "minItems": 1},
         "overhead": nullable(NUMBER),
         "memory": nullable(memory),
+        "watch": watch,
         "before": record(**_machine()),
         "after": record(**_machine()),
     }
+    allowed: dict[str, Schema] = {
+        "rounds": rounds,
+        "gpu_rounds": nullable(rounds),
+        "times": {"type": "array", "items": TEXTS},
+        "cold": {"type": "array", "items": {"type": "array", "items": COUNT}},
+        "energy": {"type": "array", "items": record(start_ns=COUNT, end_ns=COUNT, runs=POSITIVE)},
+        "idle_until_ns": COUNT,
+        "sampling_ns": {"type": "array", "items": COUNT, "minItems": 2, "maxItems": 2},
+    }
+    return demanded, allowed
 
 
 def _with(schema: Schema, **properties: Schema) -> Schema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from re import fullmatch, match
 from typing import IO, Any
 
 from cswap_deploy.artifacts import File, sha256_of
+from cswap_deploy.device.trtexec import banner_version
 from cswap_deploy.errors import DeviceError, UsageError
 from cswap_deploy.recipe import TARGET
 
@@ -39,6 +41,9 @@ OPTIONS = {
     "ClearAllForwardings": "yes",
     "ForwardAgent": "no",
     "ForwardX11": "no",
+    "Tunnel": "no",
+    "RequestTTY": "no",
+    "EscapeChar": "none",
 }
 """Asks nothing, forwards nothing; host keys and everything else are as the user's own configuration has them."""
 APT_TENSORRT = "sudo apt install python3-libnvinfer libnvinfer-bin"
@@ -59,6 +64,8 @@ SLOWEST = 250_000
 """Bytes per second below which a transfer is given up."""
 IDLE_S = 60
 """How long an idle connection is kept for the next request; it is closed at the end of a run anyway."""
+LONGEST_LOG, LONGEST_LINE = 4 << 20, 512 << 20
+"""Bytes of a target's messages that are kept, the last ones; of its answer, beyond which it is none."""
 LONGEST = 50
 UNKEYED = {"key": False}
 
@@ -76,6 +83,10 @@ class Target:
 
     def ask(self, verb: str, seconds: float, **request: Any) -> dict[str, Any]:
         """The agent's answer. Errors: DeviceError, with what the agent or ssh says, or after `seconds`."""
+        return self.ask_with_log(verb, seconds, **request)[0]
+
+    def ask_with_log(self, verb: str, seconds: float, **request: Any) -> tuple[dict[str, Any], str]:
+        """The same, and what the runtime on the target has printed meanwhile."""
         return self._exchange({"verb": verb, **request}, seconds)
 
     def put(self, *files: File, names: tuple[str, ...] = ()) -> list[dict[str, str]]:
@@ -95,15 +106,21 @@ class Target:
     def get(self, file: dict[str, Any], path: Path) -> File:
         """Fetch a file that the agent named by `sha256` and `bytes`. Errors: DeviceError when it arrives changed."""
         seconds = PROBE_S + file["bytes"] / SLOWEST
-        self._exchange({"verb": "fetch", "file": {"sha256": file["sha256"]}}, seconds, into=path)
+        self._exchange({"verb": "fetch", "file": {"sha256": file["sha256"]}}, seconds, into=path, most=file["bytes"])
         if sha256_of(path) != file["sha256"]:
             path.unlink()
             raise DeviceError(f"{self.name}: a file arrived incomplete or changed", "run the same command again")
         return File.of(path)
 
     def _exchange(
-        self, request: dict[str, Any], seconds: float, source: Path | None = None, into: Path | None = None
-    ) -> dict[str, Any]:
+        self,
+        request: dict[str, Any],
+        seconds: float,
+        source: Path | None = None,
+        into: Path | None = None,
+        most: int = 0,
+    ) -> tuple[dict[str, Any], str]:
+        """`source` follows the request, `into` gets what follows the answer, `most` bytes of it."""
         with tempfile.TemporaryFile() as log, _running(self.command, log, seconds) as (process, expired):
             assert process.stdin and process.stdout
             with suppress(BrokenPipeError):  # the agent has ended early: it says why
@@ -111,11 +128,11 @@ class Target:
             document = _document(process.stdout)
             if document and into and "error" not in document:
                 with into.open("wb") as stream:
-                    _copy(process.stdout, stream, document["bytes"])
+                    _copy(process.stdout, stream, min(document["bytes"], most))
             with suppress(BrokenPipeError):
                 process.stdin.close()
             code = process.wait()
-            log.seek(0)
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LONGEST_LOG))
             text = log.read().decode(errors="replace")
         if expired.is_set():
             late = f"{request['verb']} did not end within {seconds:.0f} s"
@@ -123,9 +140,8 @@ class Target:
         if document is None:
             raise self._silent(request["verb"], code, text)
         if error := document.get("error"):
-            public = error["message"] if error["kind"] == "runtime" else PUBLIC.get(error["kind"], PUBLIC["internal"])
-            raise DeviceError(f"{self.name}: {error['message']}{_log_of(error, text)}", error["hint"], public=public)
-        return document
+            raise _refusal(self.name, error, text)
+        return document, text
 
     def _silent(self, verb: str, code: int, log: str) -> DeviceError:
         last = "".join(f": {line}" for line in log.strip().splitlines()[-1:])
@@ -186,7 +202,7 @@ class Away(Target):
 
     error: DeviceError = field(metadata=UNKEYED)
 
-    def ask(self, verb: str, seconds: float, **request: Any) -> dict[str, Any]:
+    def ask_with_log(self, verb: str, seconds: float, **request: Any) -> tuple[dict[str, Any], str]:
         raise self.error
 
     def put(self, *files: File, names: tuple[str, ...] = ()) -> list[dict[str, str]]:
@@ -201,7 +217,11 @@ class Probe:
 
     @staticmethod
     def of(target: Target) -> Probe:
-        return Probe(target.ask("probe", PROBE_S))
+        document = target.ask("probe", PROBE_S)
+        tensorrt = document["tensorrt"]
+        if tensorrt["version"] is None and tensorrt.get("banner"):  # known by trtexec only
+            tensorrt["version"] = banner_version(f"[{tensorrt['banner']}]") or "unknown"
+        return Probe(document)
 
     def facts(self, runtime: str) -> dict[str, str]:
         """What a measurement depends on, for its key: never clocks, temperature or host name.
@@ -226,10 +246,6 @@ class Probe:
     def typed(self) -> bool:
         """TensorRT takes precision from the graph's own types (from 11), not from flags."""
         return bool(self.document["tensorrt"]["precision"] == "typed")
-
-    @property
-    def has_tensorrt_module(self) -> bool:
-        return bool(self.document["tensorrt"]["module"])
 
     def require_tensorrt(self, target: str) -> None:
         """Errors: DeviceError, with what is missing and how to get it."""
@@ -319,7 +335,7 @@ def _send(stream: IO[bytes], request: dict[str, Any], source: Path | None) -> No
 
 def _document(stream: IO[bytes]) -> dict[str, Any] | None:
     """The agent's line; what a login script of the target prints before it is passed over. None: there is none."""
-    for line in stream:
+    for line in iter(lambda: stream.readline(LONGEST_LINE), b""):
         if (start := line.find(b'{"schema": "%s"' % SCHEMA.encode())) >= 0:
             with suppress(ValueError):
                 document: dict[str, Any] = json.loads(line[start:])
@@ -333,10 +349,17 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
         size -= len(some)
 
 
-def _log_of(error: dict[str, Any], log: str) -> str:
-    """What TensorRT wrote about a failed build: its error lines, else the last ones."""
-    if error["kind"] not in ("engine", "internal") or not log.strip():
-        return ""
-    lines = log.strip().splitlines()
-    chosen = [line for line in lines if "[E]" in line][-5:] or lines[-5:]
-    return "".join(f"\n  {line}" for line in chosen)
+def _refusal(name: str, error: dict[str, Any], log: str) -> DeviceError:
+    """The agent's error, with what TensorRT said about a failed build: its error lines, else the last ones."""
+    public = error["message"] if error["kind"] == "runtime" else PUBLIC.get(error["kind"], PUBLIC["internal"])
+    message, shown = f"{name}: {error['message']}", ""
+    hint = error["hint"] or (
+        "please report this, unless the target has no memory left" if error["kind"] == "internal" else ""
+    )
+    if error["kind"] in ("engine", "internal") and log.strip():
+        lines = log.strip().splitlines()
+        chosen = [line for line in lines if "[E]" in line][-5:] or lines[-5:]
+        shown = "".join(f"\n  {line}" for line in chosen)
+    found = DeviceError(f"{message}{shown}", hint, public=public, log=log)
+    found.parser = [fault for fault in error.get("parser", ()) if isinstance(fault, dict)]
+    return found

@@ -49,13 +49,13 @@ class Partner:
 
 
 def partners(groups: Sequence[Group], sites: Mapping[str, Site | None]) -> dict[str, Partner]:
-    """Per producer its partner, for each group of channels that one fitted layer makes and one other reads."""
+    """Per producer its partner, for each group that one fitted layer makes and one other reads: inner channels, MLP units, heads."""
     found = {}
     for group in groups:
         passed = {member.module for member in group.members if member.axis == 0}
         makers = {name for name in passed if sites.get(name)}
         readers = {member.module for member in group.consumers}
-        if group.kind != "channels" or len(makers) != 1 or len(readers) != 1:
+        if len(makers) != 1 or len(readers) != 1:
             continue
         (producer,), (consumer,) = makers, readers
         site = sites[producer]

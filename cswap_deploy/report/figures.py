@@ -12,11 +12,10 @@ from cswap_deploy.manifest import VERDICTS
 from cswap_deploy.report import svg
 from cswap_deploy.report.svg import Axis
 from cswap_deploy.report.words import count, effects, ms, percent, plural, points, share, size, sizes, times
+from cswap_deploy.wording import SLOWEST
 
 Facts = dict[str, Any]
 Row = dict[str, Any]
-SLOWEST = 15
-"""Layers that are listed."""
 NAMES = {"source": "dense", "pruned": "ships"}
 """What the two models of a measurement are called."""
 
@@ -134,11 +133,13 @@ def timed(latency: Facts | None) -> Facts | None:
     layers, operators = _side_by_side(found, "name"), _side_by_side(found, "op")
     told = [(row["name"], row["dense"], row["shipped"], row["said"]) for row in layers]
     most = max(layers, key=lambda row: row["dense"])
-    label = (
-        f"Milliseconds of {len(layers)} layers, dense and shipped; longest in {most['name']}, dense {ms(most['dense'])}"
-    )
+    label = f"Milliseconds of {len(layers)} layers, dense and what ships; longest in {most['name']}, dense {ms(most['dense'])}"
     sums = {key: sum(row["ms"] for row in rows) for key, rows in found.items()}
-    longest = sorted(layers, key=lambda row: -max(row["dense"], row["shipped"]))[:SLOWEST]
+    groups = {row["name"]: row.get("groups") or [] for rows in found.values() for row in rows}
+    longest = [
+        {**row, "groups": ", ".join(groups.get(row["name"], []))}
+        for row in sorted(layers, key=lambda row: -max(row["dense"], row["shipped"]))[:SLOWEST]
+    ]
     operators = sorted(operators, key=lambda row: -row["dense"])
     return {
         "chart": svg.columns(label, told, "ms"),
@@ -234,16 +235,6 @@ def _spread(group: Facts, axis: Axis, margin: float) -> Markup:
     told = f"{group['name']}: effects {effects(dense['effect'])} thousandths of a nat"
     told += f", of those that left {effects(left['effect'])}" if left["effect"] else ""
     return svg.spread(told, axis, dense, left, margin, told)
-
-
-def tally(m: Facts) -> str:
-    """How many units left, and what the dense network's scores say of them."""
-    pruned = m["pruned"]
-    text = f"{pruned['units_removed']} of {plural(pruned['units'], 'unit')} removed"
-    judged = [group["left"] for group in pruned["groups"] if group.get("left")]
-    totals = {verdict: sum(left[verdict] for left in judged) for verdict in VERDICTS}
-    said = ", ".join(f"{total} {verdict}" for verdict, total in totals.items() if total)
-    return f"{text}; of those, on the dense network, {said}." if said else f"{text}."
 
 
 def steps(m: Facts) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from cswap_deploy.report.words import count
+from cswap_deploy.report.words import count, percent
 
 Part = tuple[str, float, str]
 """Class, share of the width in 0..1, what a pointer is told."""
@@ -150,7 +150,7 @@ def histogram(label: str, spreads: dict[str, Any], timings: dict[str, dict[str, 
                 marks.append(markup("line", class_=f"quantile {kind}", x1=x, x2=x, y1=0 if p == 50 else 60, y2=100))
     edges = [low * (high / low) ** (place / bins) for place in range(bins + 1)]
     for place, (start, end) in enumerate(pairwise(edges)):
-        said = ", ".join(f"{names[key]} {shares[key][place]:.1%}" for key in names)
+        said = ", ".join(f"{names[key]} {percent(shares[key][place], 1)}" for key in names)
         tip = f"{start:.4g} to {end:.4g} ms: {said}"
         marks.append(markup("rect", class_="touch", x=place, y=0, width=1, height=100, data_tip=tip))
     peaks = [

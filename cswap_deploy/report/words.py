@@ -6,18 +6,18 @@ import re
 from typing import Any
 
 from cswap_deploy import wording
+from cswap_deploy.wording import busy, percent, plural, printable, removed, sizes, verdict
 from cswap_deploy.wording import count_text as count
-from cswap_deploy.wording import percent, plural, printable, sizes, verdict
 from cswap_deploy.wording import size_text as size
 
-__all__ = ["count", "percent", "plural", "size", "sizes", "verdict"]
+__all__ = ["busy", "count", "percent", "plural", "removed", "size", "sizes", "verdict"]
 
 Facts = dict[str, Any]
 
 
 def share(fraction: float) -> str:
     """Short, for a bar or a headline."""
-    return f"{100 * fraction:.1f} %"
+    return percent(fraction, 1)
 
 
 def ms(value: float) -> str:
@@ -82,15 +82,9 @@ def headline(manifest: Facts) -> str:
 
 
 def gate(accuracy: Facts) -> str:
-    """What the gate demands and whether that is proven."""
-    asked = accuracy["gate"]
-    if asked["verdict"] == "off":
-        return "No gate was set."
-    proof = f"{'proven' if asked['proven'] else 'not proven'} at {percent(asked['confidence'])}, one-sided"
-    more = f"; about {asked['images_to_prove']} images would prove it" if asked["images_to_prove"] else ""
-    more = "" if asked["proven"] else more
-    limit = f"{asked['max_drop_pp']:g} point{'' if asked['max_drop_pp'] == 1 else 's'}"
-    return f"The gate allows {limit} (rule {asked['rule']}): {asked['verdict']}, {proof}{more}."
+    """The gate's outcome as a sentence of its own."""
+    text = wording.gate(accuracy)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def pace(latency: Facts) -> str:

@@ -1,7 +1,8 @@
 """What the double's classes do where the agent needs it. `self._` holds an object's state; `double.py` checks arguments.
 
 FAKE_TENSORRT_FAIL holds words: `start` no builder can be made, `build` no engine comes out, `cache` a stored timing cache
-is refused, `context` an engine yields no context, `enqueue` an inference is refused, `fault` one ends in a CUDA error.
+is refused, `context` an engine yields no context, `enqueue` an inference is refused, `fault` one ends in a CUDA error,
+`capture` a CUDA graph breaks, `loop` an engine refuses to be captured, `no-dla` the board has none.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ TYPES = {
     "bfloat16": "BF16", "int4": "INT4", "int64": "INT64", "e8m0": "E8M0", "fp4": "FP4",
 }  # fmt: skip
 LAYERS = {
-    "Conv": "CONVOLUTION", "Relu": "ACTIVATION", "GlobalAveragePool": "REDUCE", "ReduceMean": "REDUCE", "Gemm": "MATRIX_MULTIPLY",
+    "Conv": "CONVOLUTION", "Relu": "ACTIVATION", "MaxPool": "POOLING",
+    "GlobalAveragePool": "REDUCE", "ReduceMean": "REDUCE", "Gemm": "MATRIX_MULTIPLY",
     "MatMul": "MATRIX_MULTIPLY", "Softmax": "SOFTMAX", "LayerNormalization": "NORMALIZATION", "Flatten": "SHUFFLE",
     "Add": "ELEMENTWISE", "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE", "Cast": "CAST",
 }  # fmt: skip
@@ -40,6 +42,8 @@ MAGIC = b"NO ENGINE, A TEST DOUBLE\n"
 CACHE = f"NO TIMING CACHE, A TEST DOUBLE OF {VERSION}\n".encode()
 FAILS = os.environ.get("FAKE_TENSORRT_FAIL", "").split()
 DYNAMIC = -1
+DLA_CORES = 0 if "no-dla" in FAILS else 2
+ON_DLA = ("CONVOLUTION", "ACTIVATION", "POOLING", "ELEMENTWISE", "MATRIX_MULTIPLY", "QUANTIZE", "DEQUANTIZE")
 
 
 def nptype(trt_type: Any) -> Any:
@@ -76,13 +80,15 @@ class Builder:
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
     def num_DLA_cores(self) -> int:  # noqa: N802
-        return 2
+        return DLA_CORES
 
     def create_network(self, flags: int = 0) -> Any:
         known = {1 << int(flag): flag.name for flag in NAMES["NetworkDefinitionCreationFlag"]}
         if flags & ~sum(known):
             raise TypeError(f"create_network: unknown flags {flags}")
-        return new("INetworkDefinition", layers=[], flags=[name for bit, name in known.items() if flags & bit])
+        return new(
+            "INetworkDefinition", layers=[], outputs=0, flags=[name for bit, name in known.items() if flags & bit]
+        )
 
     def create_builder_config(self) -> Any:
         return new("IBuilderConfig", profiles=[], cache=None, names=[], flags=set())
@@ -99,12 +105,35 @@ class Builder:
         if network._.dynamic and not profiles:
             log("E", "Network has dynamic or shape inputs, but no optimization profile has been defined.")
             return None
+        if text := misfit(network, config):
+            log("E", text)
+            return None
         if config._.cache is None:
             config._.cache = new("ITimingCache", bytes=b"")
         config._.cache._.bytes = (config._.cache._.bytes or CACHE) + b"a timing\n"
         verbosity = getattr(getattr(config._, "profiling_verbosity", None), "name", "LAYER_NAMES_ONLY")
         document = {"version": VERSION, "profiles": profiles, "layers": network._.names, "verbosity": verbosity}
         return memory(MAGIC + json.dumps(document).encode() + b"\n" + network._.onnx)
+
+
+def misfit(network: Any, config: Any) -> str:
+    """Why TensorRT would not build this with such a configuration; empty: it would."""
+    by_flags = hasattr(NAMES["BuilderFlag"], "FP16")
+    kinds = [layer._.kind for layer in network._.layers]
+    if by_flags and "QUANTIZE" in kinds and "INT8" not in config._.flags:
+        return "Network has QuantizeLinear nodes, but the INT8 flag is not set"
+    if getattr(getattr(config._, "default_device_type", None), "name", "GPU") != "DLA":
+        return ""
+    if getattr(config._, "DLA_core", -1) not in range(DLA_CORES):
+        return "Error Code 4: the DLA core does not exist"
+    if by_flags and not config._.flags & {"FP16", "INT8"}:
+        return "Default DLA is enabled but neither FP16 nor INT8 mode is"
+    if config._.profiles:
+        return "Dynamic shapes are not supported on the DLA"
+    left = [layer._.name for layer in network._.layers if layer._.kind not in ON_DLA]
+    if left and "GPU_FALLBACK" not in config._.flags:
+        return f"{left[0]}: DLA layer cannot run, and GPU fallback is disabled"
+    return ""
 
 
 def memory(content: bytes) -> Any:
@@ -124,6 +153,9 @@ def memory(content: bytes) -> Any:
 class INetworkDefinition:
     def num_layers(self) -> int:
         return len(self._.layers)
+
+    def num_outputs(self) -> int:
+        return self._.outputs
 
     def get_layer(self, index: int) -> Any:
         return self._.layers[index]
@@ -156,13 +188,14 @@ class OnnxParser:
         try:
             parsed = onnx.load(model)
         except Exception:
-            self._.errors = [(-1, "ModelImporter.cpp: Failed to parse ONNX model from file: " + model)]
+            self._.errors = [(-1, "ModelImporter.cpp: Failed to parse ONNX model from file: " + model, "", "")]
             return False
         for number, node in enumerate(parsed.graph.node):
             if not onnx.defs.has(node.op_type, node.domain):
                 text = f"In node {number} with name: {node.name}: UNSUPPORTED_NODE: No importer for {node.op_type}"
-                self._.errors.append((number, text))
+                self._.errors.append((number, text, node.name, node.op_type))
         state, nodes = self._.network._, parsed.graph.node
+        state.outputs = len(parsed.graph.output)
         state.onnx, state.names = parsed.SerializeToString(), [node.name for node in nodes]
         state.layers = [new("ILayer", name=node.name, kind=LAYERS.get(node.op_type, "UNARY")) for node in nodes]
         state.dynamic = any(size.dim_param for i in parsed.graph.input for size in i.type.tensor_type.shape.dim)
@@ -182,6 +215,12 @@ class ParserError:
     def desc(self) -> str:
         return self._.error[1]
 
+    def node_name(self) -> str:
+        return self._.error[2]
+
+    def node_operator(self) -> str:
+        return self._.error[3]
+
 
 class IBuilderConfig:
     def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None: ...
@@ -189,7 +228,15 @@ class IBuilderConfig:
     def set_flag(self, flag: Any) -> None:
         self._.flags.add(flag.name)
 
+    def clear_flag(self, flag: Any) -> None:
+        self._.flags.discard(flag.name)
+
+    def can_run_on_DLA(self, layer: Any) -> bool:  # noqa: N802
+        return layer._.kind in ON_DLA
+
     def add_optimization_profile(self, profile: Any) -> int:
+        if not all(low <= opt <= high for s in profile._.shapes.values() for low, opt, high in zip(*s, strict=True)):
+            return -1
         self._.profiles.append(profile)
         return len(self._.profiles) - 1
 
@@ -219,7 +266,12 @@ class IOptimizationProfile:
 
 
 class Runtime:
-    def __init__(self, logger: Any) -> None: ...
+    def __init__(self, logger: Any) -> None:
+        if "start" in FAILS:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    def num_DLA_cores(self) -> int:  # noqa: N802
+        return DLA_CORES
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
         """None: no engine, or one of another version."""
@@ -267,6 +319,11 @@ class ICudaEngine:
             log("E", "IExecutionContext::IExecutionContext: Error Code 2: OutOfMemory")
             return None
         return new("IExecutionContext", engine=self, shapes={}, addresses={}, enqueued=False, profiler=None)
+
+    def device_memory_size(self) -> int:
+        return 3 << 20
+
+    device_memory_size_v2 = device_memory_size
 
     def create_engine_inspector(self) -> Any:
         return new("EngineInspector", engine=self)
@@ -318,8 +375,18 @@ class IExecutionContext:
         if "enqueue" in FAILS or set(self._.addresses) != set(tensors) or not stream_handle:
             log("E", "IExecutionContext::enqueueV3: Error Code 3: API Usage Error")
             return False
-        WAITING.append(self)
-        cuda()
+        library = cuda()
+        if number := library.double_capturing():
+            if "loop" in FAILS:
+                log(
+                    "E",
+                    "IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)",
+                )
+                return False
+            CAPTURED.setdefault(number, []).append(self)
+        else:
+            WAITING.append(self)
+        library.double_enqueued()
         return True
 
     def profiler(self) -> Any:
@@ -327,6 +394,8 @@ class IExecutionContext:
 
 
 WAITING: list[Any] = []
+CAPTURED: dict[int, list[Any]] = {}
+"""Of each graph."""
 
 
 @cache
@@ -336,6 +405,8 @@ def cuda() -> Any:
     library.double_bytes_at.restype, library.double_bytes_at.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
     KEPT.append(ctypes.CFUNCTYPE(ctypes.c_int)(run_waiting))
     library.double_on_wait(KEPT[0])
+    KEPT.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: WAITING.extend(CAPTURED[number])))
+    library.double_on_launch(KEPT[1])
     return library
 
 

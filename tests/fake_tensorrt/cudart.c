@@ -5,14 +5,39 @@
    was created not to wait for the default one does not wait for. */
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
-enum { OK = 0, INVALID_VALUE = 1, INVALID_HANDLE = 400, ILLEGAL_ADDRESS = 700, BLOCKS = 256 };
+enum { OK = 0, INVALID_VALUE = 1, INVALID_HANDLE = 400, NOT_READY = 600, ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900,
+       CAPTURE_INVALIDATED = 901, BLOCKS = 256, EVENTS = 64 };
 
 static struct { char *start; size_t size; } blocks[BLOCKS];
 static char stream;
 static int (*work)(void);
 
 void double_on_wait(int (*callback)(void)) { work = callback; }
+
+/* What is captured is graph number 1, 2, ...; launching it enqueues the same work again: the module keeps the lists. */
+static int capturing, graphs, enqueued_since_wait, captured;
+static struct { int captured, instantiated; } graph_of[EVENTS];
+static void (*launched)(int number);
+
+void double_on_launch(void (*callback)(int number)) { launched = callback; }
+int double_capturing(void) { return capturing; }
+void double_enqueued(void) { capturing ? captured++ : enqueued_since_wait++; }
+
+/* An event that was recorded before work gets the time at which this begins, one after it the time at which it ends. */
+static struct { int made, recorded, after_work, done; double ms; } events[EVENTS];
+
+static double now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return 1e3 * now.tv_sec + 1e-6 * now.tv_nsec;
+}
+
+static int fails(const char *word) {
+    const char *words = getenv("FAKE_TENSORRT_FAIL");
+    return words && strstr(words, word) != NULL;
+}
 
 static struct { void *to, *bytes; size_t size; } late;
 
@@ -77,8 +102,96 @@ int cudaStreamCreateWithFlags(void **created, unsigned flags) {
 
 int cudaStreamSynchronize(void *waited) {
     if (waited && waited != &stream) return INVALID_HANDLE;
+    if (capturing) return CAPTURE_UNSUPPORTED;
     if (!waited) arrive();
-    return waited && work ? work() : OK;
+    double begun = now_ms();
+    int code = waited && work ? work() : OK;
+    double ended = now_ms();
+    for (int i = 0; i < EVENTS; i++)
+        if (events[i].recorded && !events[i].done) {
+            events[i].ms = events[i].after_work ? ended : begun;
+            events[i].done = 1;
+        }
+    enqueued_since_wait = 0;
+    return code;
+}
+
+int cudaEventCreateWithFlags(void **event, unsigned flags) {
+    for (int i = 0; i < EVENTS; i++)
+        if (!events[i].made) {
+            events[i].made = 1;
+            *event = &events[i];
+            return flags == 0 ? OK : INVALID_VALUE; /* an event without timing has no elapsed time */
+        }
+    return INVALID_VALUE;
+}
+
+static int index_of(void *event) {
+    for (int i = 0; i < EVENTS; i++)
+        if (events[i].made && event == &events[i]) return i;
+    return -1;
+}
+
+int cudaEventRecord(void *event, void *on) {
+    int i = index_of(event);
+    if (i < 0 || on != &stream) return INVALID_HANDLE;
+    events[i].recorded = 1;
+    events[i].done = 0;
+    events[i].after_work = enqueued_since_wait > 0;
+    return OK;
+}
+
+int cudaEventElapsedTime(float *ms, void *start, void *end) {
+    int from = index_of(start), to = index_of(end);
+    if (from < 0 || to < 0 || !events[from].recorded || !events[to].recorded) return INVALID_HANDLE;
+    if (!events[from].done || !events[to].done) return NOT_READY;
+    *ms = events[to].ms - events[from].ms;
+    return OK;
+}
+
+int cudaStreamBeginCapture(void *on, int mode) {
+    if (on != &stream || mode < 0 || mode > 2 || capturing || graphs + 1 == EVENTS) return INVALID_VALUE;
+    capturing = ++graphs;
+    captured = 0;
+    return OK;
+}
+
+int cudaStreamEndCapture(void *on, void **graph) {
+    if (on != &stream || !capturing) return INVALID_VALUE;
+    capturing = 0;
+    graph_of[graphs].captured = captured;
+    *graph = captured ? &graph_of[graphs].captured : NULL;
+    return fails("capture") ? CAPTURE_INVALIDATED : OK;
+}
+
+int cudaGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long flags) {
+    for (int i = 1; i <= graphs; i++)
+        if (graph == &graph_of[i].captured && graph_of[i].captured && !flags) {
+            graph_of[i].instantiated = 1;
+            *exec = &graph_of[i].instantiated;
+            return OK;
+        }
+    return INVALID_VALUE;
+}
+
+int cudaGraphLaunch(void *exec, void *on) {
+    for (int i = 1; i <= graphs; i++)
+        if (exec == &graph_of[i].instantiated && graph_of[i].instantiated && on == &stream) {
+            launched(i);
+            enqueued_since_wait++;
+            return OK;
+        }
+    return INVALID_HANDLE;
+}
+
+int cudaGetLastError(void) { return OK; }
+
+int cudaSetDeviceFlags(unsigned flags) { return flags == 1 ? OK : INVALID_VALUE; }
+
+int cudaGetDeviceProperties(char *properties, int device) {
+    if (device) return INVALID_VALUE;
+    strcpy(properties, "Double of Orin");
+    return OK;
 }
 
 int cudaDeviceSynchronize(void) {

@@ -1,8 +1,8 @@
 """A test double of trtexec: it knows the flags of one version, copies files, and makes its numbers up.
 
-FAKE_TRTEXEC_VERSION is one of trtexec.json's; FAKE_TRTEXEC_TIMES a document of --exportTimes to hand out, else there are
-three made-up queries; FAKE_TRTEXEC_FAIL holds words: `build`, `crash` (no last line), `hang`. Each call becomes a line of
-FAKE_TENSORRT_RECORD. The lines that it prints have the form of NVIDIA's, shortened.
+FAKE_TRTEXEC_VERSION is one of trtexec.json's; there are three made-up queries and two layers. FAKE_TRTEXEC_FAIL holds
+words: `build`, `crash` (no last line), `hang`, `error` (but PASSED). Each call becomes a line of FAKE_TENSORRT_RECORD. The
+lines that it prints have the form of NVIDIA's, shortened.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ FAILS = os.environ.get("FAKE_TRTEXEC_FAIL", "").split()
 BANNERS = {"8.6.1": "v8601", "10.3": "v100300", "10.13": "v101303] [b35", "11.1": "v110100] [b12"}
 MAGIC = b"NO ENGINE, A TEST DOUBLE OF TRTEXEC\n"
 LATENCIES = (0.873472, 0.8448, 2.31027)
+LAYERS = (("/conv1/Conv + /relu", 0.3, 75), ("/fc/Gemm", 0.1, 25))
+ROW = "min = 0.8448 ms, max = 2.31027 ms, mean = 1.34285 ms, median = 0.873472 ms"
+NOTHING = "min = 0 ms, max = 0 ms, mean = 0 ms, median = 0 ms"
+SUMMARY = (
+    "Timing trace has 3 queries over 0.00402854 s", "=== Performance summary ===", "Throughput: 744.687 qps", f"Latency: {ROW}",
+    f"Enqueue Time: {NOTHING}", f"H2D Latency: {NOTHING}", f"GPU Compute Time: {ROW}", f"D2H Latency: {NOTHING}",
+    "Total Host Walltime: 0.00402854 s", "Total GPU Compute Time: 0.00402854 s",
+    "Explanations of the performance metrics are printed in the verbose logs.",
+)  # fmt: skip
 KEYS = "startEnqMs endEnqMs startH2dMs endH2dMs startComputeMs endComputeMs startD2hMs endD2hMs h2dMs computeMs d2hMs"
 
 
@@ -67,10 +76,24 @@ def work(options: dict[str, str]) -> bool:
         print("[10/05/2025-10:46:31] [E] Engine deserialization failed")
         return False
     print("[10/05/2025-10:46:31] [I] Engine deserialized in 0.0117302 sec.")
-    given = os.environ.get("FAKE_TRTEXEC_TIMES")
-    made_up = [dict.fromkeys(KEYS.split(), 0.0) | {"latencyMs": latency} for latency in LATENCIES]
-    Path(options["--exportTimes"]).write_text(Path(given).read_text() if given else json.dumps(made_up))
-    print("[10/05/2025-10:46:31] [I] === Performance summary ===")
+    if "--exportProfile" in options:
+        rows = [f', {{ "name" : "{name}", "timeMs" : {ms}, "averageMs" : {ms}, "medianMs" : {ms}, "percentage" : {percent} }}'
+                for name, ms, percent in LAYERS]  # fmt: skip
+        Path(options["--exportProfile"]).write_text("\n".join(["[", '  { "count" : 1 }', *rows, "]"]))
+        Path(options["--exportLayerInfo"]).write_text(
+            json.dumps({"Layers": [name for name, *_ in LAYERS], "Bindings": []})
+        )
+        return True
+    moments = [sum(LATENCIES[:number]) for number in range(len(LATENCIES) + 1)]
+    times = [
+        dict.fromkeys(KEYS.split(), start) | {"h2dMs": 0, "d2hMs": 0, "computeMs": ms, "latencyMs": ms}
+        | {"startComputeMs": start, "endComputeMs": end, "startD2hMs": end, "endD2hMs": end}
+        for ms, start, end in zip(LATENCIES, moments, moments[1:], strict=False)
+    ]  # fmt: skip
+    Path(options["--exportTimes"]).write_text(json.dumps(times))
+    if "error" in FAILS:
+        print("[10/05/2025-10:46:31] [E] Error[1]: [executor] Cask Pooling Runner Execute Failure")
+    print(*(f"[10/05/2025-10:46:31] [I] {line}" for line in SUMMARY), sep="\n")
     return True
 
 
