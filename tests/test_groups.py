@@ -306,7 +306,7 @@ def test_one_head_is_refused() -> None:
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1, "num_classes": 5}
     found = find(timm.create_model("vit_tiny_patch16_224", **sizes).eval(), zoo.spec(16))
-    assert refusals(found)["blocks.0.attn.qkv"] == "a product of two activations sums over it"
+    assert "a product of two activations sums over it" in refusals(found)["blocks.0.attn.qkv"]
     assert set(widths(found)) == {"blocks.0.mlp.fc1"}
 
 

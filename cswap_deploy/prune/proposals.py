@@ -164,8 +164,8 @@ def _block(members: Sequence[Slice]) -> str:
 
 
 def _preferred(candidates: dict[Dim, Group]) -> dict[Dim, Group]:
-    """Whole heads before anything that is nested with them, else the more units; in the order of the layers."""
-    ranked = sorted(candidates, key=lambda atom: (candidates[atom].kind != "heads", -atom.size))
+    """Of what is nested: whole heads, then whole groups of convolutions, then the more units; in the order of the layers."""
+    ranked = sorted(candidates, key=lambda atom: ("heads" not in atom.roles, "groups" not in atom.roles, -atom.size))
     owned: dict[tuple[str, int], list[tuple[Slice, int]]] = {}
     chosen: set[Dim] = set()
     for atom in ranked:

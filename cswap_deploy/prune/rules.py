@@ -236,6 +236,7 @@ def _grouped(trace: Trace, weight: Tensor, channels: Dim, own: Sequence[Dim], gr
         return own[0]
     unify(inputs[1], own[1])
     shared = unify(inputs[0], outputs[0])
+    give_role(shared, "groups")
     if weight in trace.names:
         trace.fixed_groups[trace.names[weight]] = shared
     else:
