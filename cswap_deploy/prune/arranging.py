@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,19 @@ if TYPE_CHECKING:
 
 Rule = Callable[["Trace", str, Any, Any, Any], None]
 """(trace, operator's name, args, kwargs, result), called after the operator has run."""
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors in an operator's arguments or results."""
+    import torch
+
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from tensors(list(values.values()))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors(value)
 
 
 def _reshape(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.prune.arranging import ARRANGING, Rule, split_equally
+from cswap_deploy.prune.arranging import ARRANGING, Rule, split_equally, tensors
 from cswap_deploy.prune.dims import FIXED, POSITION, Dim, factored, freeze, give_role, unify
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 def unknown(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
     """All that it reads stays, and so does all that it gives."""
-    from cswap_deploy.prune.tracing import tensors
-
     why = f"{name} in {trace.place} is no operator whose units can be followed"
     for tensor in tensors([args, kwargs]):
         _freeze_all(trace, tensor, why)
@@ -41,8 +39,6 @@ def _freeze_all(trace: Trace, tensor: Tensor, why: str) -> None:
 
 def _pointwise(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
     """Axes are matched from the last, as in broadcasting; what stays below is written or read in place."""
-    from cswap_deploy.prune.tracing import tensors
-
     made = list(tensors(result))
     given = [tensor for tensor in tensors([args, kwargs]) if not any(tensor is own for own in made)]
     given += [own for own in made if own in trace.known]
@@ -78,8 +74,6 @@ def _strided(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> No
 
 def _reduce(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
     """The units on the axes that it runs over are mixed, the others pass through."""
-    from cswap_deploy.prune.tracing import tensors
-
     dims = trace.dims(args[0])
     at = AXES.get(name, 1)
     axes = kwargs.get("dim", args[at] if len(args) > at else None)
@@ -107,8 +101,6 @@ def _mixes(trace: Trace, name: str) -> str:
 
 def _spatial(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:
     """Poolings and resizings: batch and channels pass through."""
-    from cswap_deploy.prune.tracing import tensors
-
     dims = trace.dims(args[0])
     kept = min(2, len(dims) - 1)
     for own in tensors(result):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.artifacts import InputSpec
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.arranging import tensors
 from cswap_deploy.prune.cut import fresh_copy
 from cswap_deploy.prune.dims import Dim, freeze, unify
 from cswap_deploy.prune.rules import FUNCTIONS, RULES, unknown
@@ -140,19 +141,6 @@ def traced(module: nn.Module, spec: InputSpec) -> Trace:
 
 def _drop_last(modules: list[str]) -> None:
     modules.pop()
-
-
-def tensors(values: Any) -> Iterator[Tensor]:
-    """All tensors in an operator's arguments or results."""
-    import torch
-
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, dict):
-        yield from tensors(list(values.values()))
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from tensors(value)
 
 
 def _modes(trace: Trace) -> tuple[Any, Any]:
