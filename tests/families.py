@@ -26,6 +26,8 @@ class Family:
     groups: int
     heads: int = 0
     kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    fitted: bool = False
+    """Whether least squares is tried on it."""
     make: Callable[[], nn.Module] | None = None
     """Where timm's name takes no sizes."""
 
@@ -83,14 +85,14 @@ SMALL_SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 12
 FAMILIES = [
     Family("test_resnet", 32, "residual streams of basic and bottleneck blocks", 5),
     Family("resnext50_32x4d", 32, "grouped convolutions", 5,
-           kwargs={"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "cardinality": 4, "base_width": 16}),
+           fitted=True, kwargs={"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "cardinality": 4, "base_width": 16}),
     Family("test_byobnet", 32, "re-parameterised blocks, gates", 5),
     Family("mobileone_s0", 32, "re-parameterised blocks of MobileOne", 20),
     Family("test_efficientnet", 32, "depthwise convolutions, squeeze-excite", 5),
-    Family("densenet121", 32, "dense concatenation", 8, kwargs={"growth_rate": 4, "block_config": (2, 2)}),
+    Family("densenet121", 32, "dense concatenation", 8, fitted=True, kwargs={"growth_rate": 4, "block_config": (2, 2)}),
     Family("ghostnet_050", 32, "concatenation with slices", 10),
     Family("res2net50_26w_4s", 32, "a split by a stored width", 8,
-           kwargs={"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 16), "base_width": 26}),
+           fitted=True, kwargs={"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 16), "base_width": 26}),
     Family("resnest14d", 32, "split attention", 5, kwargs={"channels": (16, 16, 32, 32), "stem_width": 8}),
     Family("rexnet_100", 32, "shortcuts of the first channels", 10, kwargs={"width_mult": 0.3}),
     Family("test_nfnet", 32, "scaled convolutions without norms", 5),
@@ -100,8 +102,8 @@ FAMILIES = [
     Family("poolformer", 32, "layer scale by a stored shape", 4, make=_poolformer),
     Family("test_vit2", 32, "fused attention, layer scale, register tokens", 16, 8),
     Family("levit_128s", 64, "attention with cached biases, keys and values of other sizes", 8, 3,
-           kwargs={"img_size": 64, "embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (2, 3, 4), "key_dim": 8}),
-    Family("swin_tiny_patch4_window7_224", 32, "windows with tables of biases", 6, 3, kwargs=SMALL_SWIN),
+           fitted=True, kwargs={"img_size": 64, "embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (2, 3, 4), "key_dim": 8}),
+    Family("swin_tiny_patch4_window7_224", 32, "windows with tables of biases", 6, 3, fitted=True, kwargs=SMALL_SWIN),
     Family("pvt_v2_b0", 32, "separate queries, spatial reduction", 4,
            kwargs={"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4)}),
     Family("cait_xxs24_224", 32, "talking heads, class attention", 3,

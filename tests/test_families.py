@@ -15,7 +15,9 @@ from torch import nn
 
 from cswap_deploy.artifacts import File, Network, PruningPlan
 from cswap_deploy.model import count
+from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.cut import cut_copy, masked_copy, rebuild, write_plan
+from cswap_deploy.recipe import LeastSquaresCompensation
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -59,6 +61,17 @@ def test_half_of_it_trains_and_is_exported(family: Family) -> None:
     gradients = [parameter.grad for parameter in smaller.parameters() if parameter.grad is not None]
     assert gradients
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.fitted], ids=lambda family: family.name)
+def test_what_least_squares_writes_survives_the_cut(family: Family) -> None:
+    """Layers that the fit does not know stay as they are; none of them reads what left."""
+    found, entry = family.groups_found, zoo.Entry(family.build, family.spec, 0)
+    keep = zoo.half(found, seed=2)
+    masked = compensated(family.build(), found.groups, keep, zoo.batches(entry, 8), LeastSquaresCompensation())
+    wanted = masked(images(family))
+    cut = cut_copy(masked, found.groups, keep)(images(family))
+    assert float((cut - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
 @every_family
