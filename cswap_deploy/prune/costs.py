@@ -31,6 +31,7 @@ def cost_terms(
         tensors = dict(layer.named_parameters(recurse=False))
         products = [product for product in trace.products if product.module == name]
         apart = list(_apart(name, products, names, axes)) if own else []
+        apart = apart if sum(term.macs for term in apart) <= own else []  # what `count` does not count costs nothing
         macs = own - sum(term.macs for term in apart)
         for leaf, values in tensors.items():
             mine = macs if leaf == "weight" else 0

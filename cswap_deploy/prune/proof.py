@@ -54,7 +54,8 @@ class _Prover:
         own = _lively(module)
         try:
             with torch.no_grad():
-                own.double()(images.clone())
+                if not bool(own.double()(images.clone()).isfinite().all()):
+                    own = fresh_copy(module).eval().requires_grad_(False).double()
         except Exception as error:  # whatever a forward that insists on float32 raises
             progress.warn(f"groups are proven in float32, the network does not run in float64 ({reason(error)})")
             return _Prover(_lively(module), images.float(), SINGLE_TOLERANCE, total)
