@@ -28,6 +28,7 @@ from cswap_deploy.artifacts import (
     OnnxModel,
     sha256_of,
 )
+from cswap_deploy.budget import account
 from cswap_deploy.digests import SEAL, is_sealed, sealed
 from cswap_deploy.errors import DataError, ModelError, UsageError, VerifyError, require_module
 from cswap_deploy.prepared import Prepared, Reason
@@ -239,6 +240,8 @@ def _manifest(
     name, shipped = _shipped(terms, ready, deployed)
     verdict = facts.gate_of(ready.accuracy, shipped, terms.accuracy)
     reasons = [*ready.reasons, *deployed.reasons, *facts.gate_reasons(ready.accuracy, shipped, verdict)]
+    budget = account.account(ready.budget, ready.groups, deployed.latency) if ready.budget else None
+    reasons += account.reasons(budget) if budget else []
     reasons.sort(key=lambda reason: reason.exit_code)
     prune = terms.prune
     how = ("none", "none", "none")
@@ -266,7 +269,7 @@ def _manifest(
         "latency": facts.latency_block(latency, terms.latency, terms.ship, terms.remote)
         if latency and terms.latency
         else None,
-        "budget": None,
+        "budget": budget,
         "engine": facts.engine_block(engine, terms.engine, "" if engine else no_engine, terms.dynamic_batch)
         if terms.engine
         else None,

@@ -35,7 +35,6 @@ class CheckReport:
 
 def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
     """`prove`: also find the groups, which takes as long as in a build. Errors: those that a build would begin with."""
-    pipeline.require_available(recipe)
     require_paths(recipe)
     work, faults = Workdir(folder, dry=True), list[CswapError]()
     facts = {"model": model.describe(recipe.model)}

@@ -141,6 +141,34 @@ def deploy(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeArgument,
+    latency: Annotated[str, typer.Option("--latency", metavar="MS,MS,...", help="latencies to reach, in milliseconds")],
+    work: WorkOption = None,
+    overrides: SetOption = None,
+    on: OnOption = None,
+    force: ForceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """A bundle for each of several latencies, from one staircase and one scoring: a table and an interactive chart."""
+    with session("sweep", as_json) as answer:
+        from cswap_deploy import sweeping
+        from cswap_deploy.console.front import sweep_lines
+
+        wanted = sweeping.latencies_of(latency)
+        settings, folder = running.load(recipe, work, overrides, on)
+        recipes = [
+            running.load(recipe, work, [*(overrides or ()), *sweeping.overrides_of(settings, value)], on)[0]
+            for value in wanted
+        ]
+        with running.opened(recipes[0], folder, force, quiet or as_json) as work_folder:
+            front = sweeping.sweep(recipes, work_folder)
+        answer.document, answer.lines = {"work": str(folder), **front}, [*sweep_lines(front, folder)]
+        answer.code = min((point["exit_code"] for point in front["points"] if point["exit_code"]), default=0)
+
+
+@app.command()
 def measure(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="a .onnx file, or an engine that was built on the target")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import File, Groups, LatencyReport
+from cswap_deploy.budget.narrow import Template
+from cswap_deploy.budget.values import WidthTimings
 from cswap_deploy.device import conditions, exports, trtexec
 from cswap_deploy.device.layers import joined, nodes_of
 from cswap_deploy.device.target import Target
@@ -99,6 +102,33 @@ def measure(
     )
 
 
+@stage("staircase", returns=WidthTimings, libraries=("numpy", "onnx"))
+def of_widths(
+    out: Path,
+    dense: File,
+    groups: Groups,
+    settings: tuple[dict[str, int], ...],
+    timing: LatencySettings,
+    facts: Mapping[str, str],
+    target: Target,
+) -> WidthTimings:
+    """The dense network, and made from it (`budget.narrow`) the same without weights and narrower ones, all in turn.
+
+    A setting gives the units of the groups that are not whole. What is made is not kept. Errors: DeviceError, ExportError.
+    """
+    template = Template.read(dense.path, groups)
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for number, widths in enumerate(({}, *settings)):
+            path = Path(folder) / f"{number}.onnx"
+            path.write_bytes(template.narrowed(widths))
+            files.append(File.of(path))
+        names = ("the dense model", *(f"the model with other weights or widths ({n})" for n in range(len(files))))
+        taken = take(target, (dense, *files), timing, names=names, thorough=False)
+    taken.samples.save(out / "samples.npz")
+    return WidthTimings(File.of(out / "samples.npz"), settings, taken.runtime, taken.conditions)
+
+
 def _layers(
     target: Target,
     models: Sequence[File],
@@ -137,8 +167,12 @@ def take(
     settings: LatencySettings,
     names: tuple[str, ...] = (),
     trust: Sequence[str] = (),
+    thorough: bool = True,
 ) -> Measurement:
-    """Run models in turn. `trust`: digests of engines that were not built on the target. Errors: DeviceError."""
+    """Run models in turn. `trust`: digests of engines that were not built on the target. Errors: DeviceError.
+
+    `thorough`: also what each takes in memory, when it is called now and then, and in energy.
+    """
     sampling = len(models) * (settings.warmup_s + 3 * settings.duration_s + 2 + conditions.LEAST_ENERGY_S)
     document, log = target.ask_with_log(
         "measure",
@@ -149,11 +183,14 @@ def take(
         threads=settings.threads,
         warmup_s=settings.warmup_s,
         duration_s=settings.duration_s,
-        cold=COLD,
+        cold=COLD if thorough else 0,
         pause_s=min(LONGEST_PAUSE_S, settings.duration_s / 50),
-        energy_s=conditions.LEAST_ENERGY_S + 0.5 if settings.duration_s >= conditions.LEAST_ENERGY_S / 2 else 0,
+        energy_s=conditions.LEAST_ENERGY_S + 0.5
+        if thorough and settings.duration_s >= conditions.LEAST_ENERGY_S / 2
+        else 0,
         wait_s=WAIT_S,
         trust=list(trust),
+        memory=thorough,
     )
     if "times" in document:
         document |= _by_trtexec(document["times"], log)

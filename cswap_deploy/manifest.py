@@ -85,7 +85,7 @@ def schema() -> Schema:
         accuracy=_accuracy(),
         onnx=_onnx(),
         latency=nullable(_latency()),
-        budget=nullable({"type": "object"}),
+        budget=nullable(_budget()),
         engine=nullable(_engine()),
         files={"type": "array", "items": record(path=TEXT, sha256=TEXT, bytes=INTEGER)},
         environment={"type": "object", "additionalProperties": TEXT},
@@ -189,6 +189,37 @@ def _latency() -> Schema:
         gpu=record(source=on_gpu, pruned=on_gpu),
         models=record(source={"type": "object"}, pruned={"type": "object"}),
         reformats=record(source=reformats, pruned=reformats),
+    )
+
+
+def _budget() -> Schema:
+    required = record(
+        latency_ms=NUMBER,
+        percentile={"enum": [50, 90, 99]},
+        achieved_ms=nullable(NUMBER),
+        verdict={"enum": ["met", "missed", "infeasible", "not needed"]},
+        trials={"type": "integer", "minimum": 0},
+    )
+    candidate = record(predicted=NUMBER, ratio=NUMBER, low=NUMBER, high=NUMBER)
+    kind = record(name=TEXT, groups=POSITIVE, widths=listing(POSITIVE), ms=listing(NUMBER))
+    learned = record(
+        multiple=POSITIVE,
+        settings=INTEGER,
+        error_median=nullable(NUMBER),
+        error_p95=nullable(NUMBER),
+        kinds=listing(kind),
+    )
+    return with_optional(
+        required,
+        dense_ms=NUMBER,
+        dense_ci95_ms=pair(NUMBER),
+        floor_ms=NUMBER,
+        ratio_asked=NUMBER,
+        ratio=nullable(NUMBER),
+        ratio_ci95=nullable(pair(NUMBER)),
+        proven={"type": "boolean"},
+        candidates=listing(candidate),
+        staircase=nullable(learned),
     )
 
 

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from cswap_deploy import accuracy, bundle, data, engine, export, latency, model, prepared, progress, prune, variants
-from cswap_deploy.artifacts import (
-    Engine,
-    File,
-    Groups,
-    ImageSet,
-    Network,
-    OnnxModel,
-    PruningPlan,
-    Split,
+from cswap_deploy import (
+    accuracy,
+    bundle,
+    data,
+    engine,
+    export,
+    latency,
+    model,
+    planning,
+    prepared,
+    progress,
+    prune,
+    variants,
 )
+from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
+from cswap_deploy.budget.values import Budget
 from cswap_deploy.bundle import Bundle, Deployed, Terms
 from cswap_deploy.device import needs
-from cswap_deploy.device.target import Away, Probe, Target, reach
-from cswap_deploy.digests import load_json, write_atomically
-from cswap_deploy.errors import DeviceError, ExportError, RecipeError, UsageError
+from cswap_deploy.device.target import Probe, Target, reach
+from cswap_deploy.digests import write_atomically
+from cswap_deploy.errors import DeviceError, ExportError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.paths import require_paths
 from cswap_deploy.prepared import Prepared, Reason
-from cswap_deploy.recipe import (
-    CurvesAllocation,
-    FpsTarget,
-    LatencyTarget,
-    Recipe,
-    Variant,
-    to_yaml,
-)
+from cswap_deploy.recipe import CurvesAllocation, Recipe, Variant, to_yaml
 from cswap_deploy.stage import Workdir, WouldRun
 
 STAGES = (
@@ -41,37 +37,38 @@ STAGES = (
     "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
-PROBE = "probe.json"
-"""In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
 FAILED = "engine.failed.log"
 """In the work folder: what TensorRT said before the last build of an engine failed."""
+BUNDLE = "bundle"
+"""Folder of the work folder that holds what was built."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")
 
 
-def build(recipe: Recipe, work: Workdir) -> Bundle:
-    """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises."""
+def build(recipe: Recipe, work: Workdir, folder: str = BUNDLE) -> Bundle:
+    """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises.
+
+    `folder`: of the work folder, for the bundle.
+    """
     if recipe.remote and not work.dry:
         _warn_if_away(recipe)
-    return deploy(recipe, prepare(recipe, work), work)
+    return deploy(recipe, prepare(recipe, work), work, folder)
 
 
 def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     """The host's half: load, split, prune, export, simplify, make variants, judge them on the hold-out images."""
-    require_available(recipe)
     require_paths(recipe)
     source = load(recipe, work)
     images, calibration = recipe.calibration.images, recipe.calibration
     catalogue = data.catalogue(images, calibration.labels, source.outputs, work.digest)
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
-    groups, plan = _plan(recipe, source, split, work)
-    pruned = work.run(prune.apply, source, groups, plan, fit, recipe.prune.compensate, recipe.device)
-    pruned = _located(pruned, recipe)
-    exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx)
-    models, reasons = _models(recipe, exported, pruned, fit, work, recipe.wanted_variants)
-    dense, more = _dense(recipe, source, split, fit, work)
+    dense, more = _dense(recipe, source, split, fit, work) if planning.goal_ms(recipe) else ({}, [])
+    groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work)
+    pruned, exported, models, reasons = _made(recipe, source, split, groups, plan, work, recipe.wanted_variants)
+    if not dense:
+        dense, more = _dense(recipe, source, split, fit, work)
     learned = recipe.accuracy.max_drop is not None
     judged = work.run(accuracy.compare, source, pruned, models, holdout, learned, recipe.device)
     ready = Prepared(
@@ -86,16 +83,17 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         accuracy=judged,
         labels=split.labels,
         pixels=_pixels(holdout, source, work) if recipe.engine else None,
-        reasons=(*reasons, *more),
+        reasons=(*lost, *reasons, *more),
         environment=bundle.environment(),
+        budget=asked,
     )
     if not work.dry:
         prepared.keep(work, recipe, ready)
     return ready
 
 
-def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
-    """The device's half: build and measure on the target, then assemble the bundle in `<work>/bundle`. Needs no torch."""
+def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE) -> Bundle:
+    """The device's half: build and measure on the target, then assemble the bundle in the work folder's `folder`. Needs no torch."""
     asked = recipe.engine or recipe.latency
     if asked and not ready.dense:
         raise UsageError(
@@ -104,7 +102,7 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir) -> Bundle:
         )
     deployed = _on_target(recipe, ready, work) if asked else Deployed()
     files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads)
-    return Bundle.read(work.publish(files.files, files.manifest.path.parent, "bundle"))
+    return Bundle.read(work.publish(files.files, files.manifest.path.parent, folder))
 
 
 # --- the host's half
@@ -118,6 +116,53 @@ def load(recipe: Recipe, work: Workdir) -> Network:
 def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
     """What can leave it."""
     return work.run(prune.find_groups, source, recipe.prune.skip)
+
+
+def choose_plan(
+    recipe: Recipe, source: Network, split: Split, dense: Mapping[str, OnnxModel], work: Workdir
+) -> tuple[Groups, PruningPlan, Budget | None, list[Reason]]:
+    """What leaves, what came of a latency that is asked for, and why nothing leaves where the target was lost.
+
+    `dense`: the dense network's files, where a latency is asked for. Errors: PruningError, ExportError.
+    """
+    if planning.goal_ms(recipe) is None:
+        return *_plan(recipe, source, split, work), None, []
+    name = recipe.shipped_file
+
+    def ship(groups: Groups, plan: PruningPlan) -> File:
+        wanted = [variant for variant in recipe.wanted_variants if variant == name]
+        _, _, models, reasons = _made(recipe, source, split, groups, plan, work, wanted)
+        if name not in models:
+            raise ExportError(reasons[0].text, "choose another ship")
+        return models[name].graph
+
+    if name not in dense:
+        raise ExportError(
+            f"the dense network cannot be made in {name}, so no latency can be met in it", "choose another ship"
+        )
+    try:
+        return *planning.choose(recipe, source, split, dense[name].graph, work, ship), []
+    except DeviceError as error:
+        progress.warn(f"{error}; the dense network takes the place of the pruned one")
+        text = f"target: {error.public}. Nothing was pruned for the latency. To go on: the same command again"
+        return Groups((), (), ()), PruningPlan({}, (), None), None, [Reason(error.exit_code, text)]
+
+
+def _made(
+    recipe: Recipe,
+    source: Network,
+    split: Split,
+    groups: Groups,
+    plan: PruningPlan,
+    work: Workdir,
+    wanted: Sequence[Variant],
+) -> tuple[Network, OnnxModel, dict[str, OnnxModel], list[Reason]]:
+    """The pruned network, its exported file, and the simplified one with its variants."""
+    fit = ImageSet(split.fit, recipe.calibration.images)
+    pruned = work.run(prune.apply, source, groups, plan, fit, recipe.prune.compensate, recipe.device)
+    pruned = _located(pruned, recipe)
+    exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx)
+    return pruned, exported, *_models(recipe, exported, pruned, fit, work, wanted)
 
 
 def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Groups, PruningPlan]:
@@ -191,18 +236,11 @@ Step = Callable[[Recipe, Prepared, Workdir, Target, Probe, Deployed], Deployed]
 def _on_target(recipe: Recipe, ready: Prepared, work: Workdir) -> Deployed:
     """What could be built and measured; what could not is a reason to fail, not the end of the build."""
     try:
-        with reach(recipe.target) as target:
-            probe = Probe.of(target)
-            if not work.dry:
-                write_atomically(work.root / PROBE, json.dumps({recipe.target: probe.document}))
+        with planning.reached(recipe, work) as (target, probe):
             return _through_steps(recipe, ready, work, target, probe)
     except DeviceError as error:
-        document = (load_json(work.root / PROBE, dict[str, Any]) or {}).get(recipe.target)
-        if document is None:
-            progress.warn(str(error))
-            return _failing(Deployed(), error, "target")
-        progress.warn(f"{error}; what it was when it answered last is assumed, and nothing is measured anew")
-        return _through_steps(recipe, ready, work, Away(recipe.target, (), error), Probe(document))
+        progress.warn(str(error))
+        return _failing(Deployed(), error, "target")
 
 
 def _through_steps(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe) -> Deployed:
@@ -304,6 +342,7 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     """Names of the stages that this recipe runs, in order."""
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
+    wanted |= {"staircase"} if planning.goal_ms(recipe) else set()
     wanted |= {"variants"} if recipe.wanted_variants else set()
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
@@ -312,12 +351,16 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
 
 def lines(recipe: Recipe) -> tuple[str, ...]:
     """What a run reports, in order, as `progress.spelt`: a stage that runs several times has a line for each."""
-    measured = recipe.engine or recipe.latency
-    names = stages(recipe)
+    names, made = stages(recipe), [*_model_lines(recipe.wanted_variants)]
+    dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
+    before = [*names[: names.index("exported")]]
+    if planning.goal_ms(recipe):
+        order = ("groups", "staircase", "scores", "curves", "plan", "pruned")
+        before, made, dense = [*before[:2], *dense, *(name for name in order if name in names)], [*made, "latency"], []
     return (
-        *names[: names.index("exported")],
-        *_model_lines(recipe.wanted_variants),
-        *(_model_lines(_dense_variants(recipe), "dense") if measured else ()),
+        *before,
+        *made,
+        *dense,
         "accuracy",
         *([progress.spelt("accuracy", "images")] if recipe.engine else ()),
         *device_lines(recipe),
@@ -365,18 +408,3 @@ def round_to(recipe: Recipe) -> int:
     if recipe.prune.round_to != "auto":
         return recipe.prune.round_to
     return {"fp32": 1, "fp16": 8, "int8": 32}[recipe.engine.precision] if recipe.engine else 1
-
-
-def require_available(recipe: Recipe) -> None:
-    """Refuse what the recipe language knows and this version does not do yet, rather than leave it out in silence."""
-    missing = {
-        "prune.target": isinstance(recipe.prune.target, LatencyTarget | FpsTarget),
-    }
-    refused = [key for key, asked in missing.items() if asked]
-    if refused:
-        raise RecipeError(
-            f"{', '.join(refused)}: what it asks for is not available in this version",
-            "remove it",
-            where=recipe.where(refused[0]),
-            key=refused[0],
-        )

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cswap_deploy.artifacts import AccuracyReport, File, Groups, Network, OnnxModel, PruningPlan
+from cswap_deploy.budget.values import Budget
 from cswap_deploy.codec import decode, encode
 from cswap_deploy.digests import is_sealed, sealed, write_atomically
 from cswap_deploy.errors import UsageError, WorkdirError
@@ -49,6 +50,8 @@ class Prepared:
     reasons: tuple[Reason, ...]
     environment: dict[str, str]
     """Versions of Python and of the libraries that made this half."""
+    budget: Budget | None = None
+    """Where the recipe asks for a latency."""
 
 
 def keep(work: Workdir, recipe: Recipe, ready: Prepared) -> None:

@@ -198,6 +198,9 @@ class LatencyTarget(Settings):
     latency_ms: float = Field(gt=0, description="latency to reach on the device, in milliseconds per batch")
     percentile: Percentile = Field(default=50, description="percentile of the samples that must meet it")
     trials: int = Field(default=8, ge=1, description="candidates to measure on the device, at most")
+    tolerance: float = Field(
+        default=0.05, gt=0, lt=1, description="part of the budget that a candidate may leave unused, as a fraction"
+    )
 
 
 class FpsTarget(Settings):
@@ -206,6 +209,9 @@ class FpsTarget(Settings):
     fps: float = Field(gt=0, description="images per second to reach on the device")
     percentile: Percentile = Field(default=50, description="percentile of the samples that must meet it")
     trials: int = Field(default=8, ge=1, description="candidates to measure on the device, at most")
+    tolerance: float = Field(
+        default=0.05, gt=0, lt=1, description="part of the budget that a candidate may leave unused, as a fraction"
+    )
 
 
 class CausalCriterion(Settings):
@@ -326,7 +332,7 @@ def _one_target(value: Any) -> Any:
     goals = [key for key in _TARGETS if key in value]
     if len(goals) > 1:
         raise _refusal([("", f"expected one of {', '.join(_TARGETS)}, got {' and '.join(goals)}")])
-    strange = [recipe_file.spelt(str(key)) for key in value if key not in ("percentile", "trials")]
+    strange = [recipe_file.spelt(str(key)) for key in value if key not in ("percentile", "trials", "tolerance")]
     if not goals and strange:
         raise _refusal([(key, recipe_file.unknown(key, list(_TARGETS))) for key in strange])
     return value
@@ -620,6 +626,15 @@ class Recipe(Settings):
             yield (
                 f"prune.target.{goal}",
                 "a speed is measured: add a latency block; for example `latency: {target: local}`",
+            )
+        timed = isinstance(self.prune.target, LatencyTarget | FpsTarget)
+        if timed and not isinstance(self.prune.allocation, CurvesAllocation):
+            yield "prune.allocation", "a latency is weighed against measured damage: leave allocation out"
+        if timed and self.latency and self.latency.runtime == "tensorrt":
+            yield (
+                "prune.target",
+                "a latency of an engine is not available in this version; "
+                "for example `{macs: 0.5}`, or ship: fp32 with latency.runtime onnxruntime",
             )
         if self.latency and self.latency.runtime == "tensorrt":
             yield from self._engine_conflicts(self.latency)

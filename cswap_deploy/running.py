@@ -52,7 +52,6 @@ def opened(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) 
     from cswap_deploy.stage import Workdir
 
     require_known_stages(force or [], pipeline.stages(recipe))
-    pipeline.require_available(recipe)
     work = Workdir(folder, force or ())
     with closing(Console(pipeline.lines(recipe), silent=silent)) as console, reporting(console), work.open():
         yield work

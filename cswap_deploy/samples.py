@@ -131,6 +131,21 @@ class Samples:
         value = exp(float(np.median(logs)))
         return Ratio(value, value / factor, value * factor)
 
+    def ratio(self, model: int, against: int, p: float) -> Ratio:
+        """What part of `against`'s latency `model` has: the inverse of the speed-up; of other percentiles that of their pooled values.
+
+        Rounds are resampled for both models at once, so that what slows both cancels.
+        """
+        if p == 50:
+            faster = self.speedup(model, against)
+            return Ratio(1 / faster.value, 1 / faster.high, 1 / faster.low)
+        ours, theirs = (_runs(self._blocks(each)) for each in (model, against))
+        weights = _weights(len(ours))
+        logs = np.log(_resampled(ours, weights, p)) - np.log(_resampled(theirs, weights, p))
+        factor = exp(hypot(_half_width(logs, len(ours)), RELOAD))
+        value = self.percentile_ms(model, p) / self.percentile_ms(against, p)
+        return Ratio(value, value / factor, value * factor)
+
     def faults(self, model: int) -> tuple[str, ...]:
         """Why the measurement of this model is not stable, one sentence each; empty: stable."""
         return tuple(_faults(self, model))

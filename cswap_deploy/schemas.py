@@ -59,6 +59,7 @@ def _of_command(name: str) -> Schema:
             "conditions": {"type": "object"},
             "layers": nullable({"type": "array", "items": record(name=TEXT, op=TEXT, ms=NUMBER)}),
         },
+        "sweep": {"work": TEXT, "name": TEXT, "points": {"type": "array", "items": _front_point()}},
         "verify": {"bundle": TEXT, "checks": {"type": "array", "items": check}},
         "doctor": {"host": findings, "target": record(name=TEXT, findings=findings)},
     }
@@ -73,3 +74,17 @@ def _of_command(name: str) -> Schema:
         "title": f"cswap-deploy {name} --json",
         "oneOf": [record(schema=marker, **form) for form in forms],
     }
+
+
+def _front_point() -> Schema:
+    """One bundle of a sweep."""
+    return record(
+        latency_ms=NUMBER,
+        verdict={"enum": ["met", "missed", "infeasible", "not needed"]},
+        achieved_ms=nullable(NUMBER),
+        top1=NUMBER,
+        drop_pp=NUMBER,
+        macs=INTEGER,
+        exit_code=INTEGER,
+        bundle=TEXT,
+    )

@@ -29,9 +29,7 @@ calibration: {images: path/to/images}
 That prunes timm's pretrained ResNet-18 to 70 % of its multiply-accumulates and refuses to ship more than one
 percentage point of accuracy lost.
 
-**Not available in this version**, and refused with file and line: the targets `latency_ms` and `fps`.
-
-A recipe that asks for more, and in part for what is not available yet:
+A recipe that asks for more:
 
 ```yaml
 name: resnet18-orin
@@ -52,7 +50,7 @@ calibration:
   holdout: 5000
 
 prune:
-  target: {latency_ms: 4.5, percentile: 90, trials: 12}
+  target: {params: 0.5}           # or {latency_ms: 4.5, percentile: 90}: docs/latency-budget.md
   criterion: {kind: causal, estimator: screened, intervention: surgery, images: 512}
   compensate: least_squares       # short for {kind: least_squares}
   steps: 12
@@ -87,7 +85,7 @@ A recipe is trusted like code: a factory is imported and called.
 - `pretrained`, `num_classes` or `checkpoint_path` in `model.kwargs` of a timm model: they have keys of their own
 - `engine.dla_core` with `precision: fp32`
 - `ship: fp16` or `ship: int8` where `engine.precision` says otherwise
-- a `latency_ms` or `fps` target without a `latency` block
+- a `latency_ms` or `fps` target without a `latency` block, with `prune.allocation: global`, or where an engine ships (not available yet)
 - `latency.runtime: tensorrt` without an `engine` block, where an ONNX file ships, or with a `latency.batch` outside `engine.batch`
 - `latency.runtime: onnxruntime` where the engine ships
 - `latency.batch` or `engine.batch.max` above 1 without `onnx.dynamic_batch: true`

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sshd
 from PIL import Image
 
 from cswap_deploy import export, pipeline, progress
@@ -287,3 +288,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[sshd.Device]:
+    """One for all tests of ssh: it has a user of its own."""
+    with sshd.device() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def server(device: sshd.Device) -> Iterator[sshd.Server]:
+    with device.serving() as found:
+        yield found

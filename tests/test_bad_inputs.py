@@ -46,9 +46,8 @@ class Case:
 
 
 SCHEMA = "`cswap-deploy schema` tells every key"
-ABSENT = "remove it"
-MILLISECONDS = "target: {latency_ms: 3}\nlatency: {}"
-FPS = ("--set", "latency={}", "--set", "prune.target={fps: 60}")
+MILLISECONDS = "target: {latency_ms: 3}\n  allocation: global\nlatency: {}"
+FPS = ("--set", "engine={precision: fp16}", "--set", "latency={}", "--set", "prune.target={fps: 60}")
 ARRANGE = "put the images of each class into a folder of its own"
 
 
@@ -110,13 +109,13 @@ RECIPES = [
     override("--set into a block without kind", "prune.allocation.images=32", "expected one of curves, global, got a block"),
     override("--set without value", "prune.steps", "expected KEY.PATH=VALUE, such as prune.steps=4"),
     override("--set into a value", "name.first=x", "name is 'colours' there, not a block of keys"),
-    recipe("a target in ms", text("target: {macs: 0.5}", MILLISECONDS), "recipe.yaml:11: prune.target: what it", ABSENT),
+    recipe("latency by scores", text("target: {macs: 0.5}", MILLISECONDS), "weighed against measured damage"),
     override("unknown variant", "variants=[int7]", "--set variants=[int7]: variants.0: "),
     override("unknown ship", "ship=int7", "--set ship=int7: ship: "),
     override("target of latency", "latency={target: 'ssh://-oProxyCommand=x'}", "expected local or ssh://"),
     override("batch of a fixed file", "latency={batch: 4}", "latency.batch: more than one image needs a file with an open"),
     override("runtime without engine", "latency={runtime: tensorrt}", "latency.runtime: tensorrt runs an engine"),
-    Case("a target in fps", nothing, "prune.target: what it asks for", ABSENT, "RecipeError", FPS, "check"),
+    Case("a rate of an engine", nothing, "prune.target: a latency of an engine", SCHEMA, "RecipeError", FPS, "check"),
 ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from cswap_deploy.errors import (
     VerifyError,
 )
 
-COMMANDS = ("build", "prepare", "deploy", "measure", "check", "init", "doctor", "show", "verify", "schema")
+COMMANDS = ("build", "prepare", "deploy", "sweep", "measure", "check", "init", "doctor", "show", "verify", "schema")
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 HEAVY = ("torch", "timm", "numpy", "pydantic", "onnx", "onnxruntime", "scipy", "PIL", "jinja2", "ruamel", "safetensors")
 
@@ -309,11 +309,12 @@ def test_a_bug_of_ours_ends_with_1_and_its_traceback(monkeypatch, tmp_path):
         (["check", QUICKSTART, "--set", "calibration.images=absent"], 3, "absent"),
         (["check", QUICKSTART, "--set", "model.name=resnet19"], 4, "no model named 'resnet19'"),
         (
-            ["check", QUICKSTART, "--set", "prune.target={latency_ms: 3}"],
+            ["check", QUICKSTART, "--set", "prune.target={latency_ms: 3}", "--set", "engine={precision: fp16}"],
             2,
             "not available in this version",
         ),
         (["check", QUICKSTART, "--on", "ssh://-x"], 2, "is no target"),
+        (["sweep", QUICKSTART, "--latency", "3,x"], 2, "is no list of milliseconds"),
         (["measure", QUICKSTART], 2, "ends in .yaml"),
         (["deploy", "absent"], 2, "is not a folder"),
         (["verify", "absent"], 2, "is not a bundle"),

@@ -28,6 +28,7 @@ NEEDS = {
     r"ssh://|--on TARGET": "a board at that address",
     r"cswap-deploy (build|deploy) .*--on local": "seconds of measuring; test_deploy measures",
     r"cswap-deploy build .*prune\.": "a minute of pruning anew; test_pipeline and test_a_criterion_can_be_added prune",
+    r"^cswap-deploy sweep": "minutes of measuring; test_planning sweeps on a simulated device",
     r"--trust-engine": "an engine of TensorRT; test_agent_tensorrt has a double",
     r"recipes/cifar10-resnet56\.yaml": "images and weights that are not in the repository",
     r"^cswap-deploy [a-z]+( --[a-z-]+)*( [A-Z]+)*( --[a-z-]+( [A-Z.,a-z]+)?)*$": "names in capitals replaced",

@@ -27,7 +27,7 @@ from conftest import (
 
 from cswap_deploy import accuracy, data, export, model, pipeline, schemas
 from cswap_deploy.artifacts import ImageSet
-from cswap_deploy.errors import DataError, PruningError, RecipeError
+from cswap_deploy.errors import DataError, PruningError
 from cswap_deploy.factory import code_files
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.recipe import load
@@ -392,20 +392,6 @@ def test_onnx_settings_reach_the_file(project, cheap_export):
 
 
 # --- refusals
-
-
-@pytest.mark.parametrize(
-    ("setting", "key"),
-    [
-        ("prune.target={latency_ms: 3}", "prune.target"),
-        ("prune.target={fps: 60, percentile: 99}", "prune.target"),
-    ],
-)
-def test_what_this_version_does_not_do_is_refused_before_anything_runs(project, setting, key):
-    with pytest.raises(RecipeError, match="not available in this version") as caught:
-        project.build("latency={runtime: onnxruntime}", setting)
-    assert caught.value.key == key
-    assert not list((project.folder / "work" / "stages").glob("*"))
 
 
 def test_a_target_beyond_reach_is_refused_and_says_what_is_left(project, cheap_export):

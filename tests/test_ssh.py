@@ -7,7 +7,6 @@ import hashlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -24,18 +23,6 @@ from cswap_deploy.device.target import BOOTSTRAP, REMOTE, Probe, Target, reach
 from cswap_deploy.errors import DeviceError, UsageError
 
 MB = 1 << 20
-
-
-@pytest.fixture(scope="session")
-def device() -> Iterator[Device]:
-    with sshd.device() as found:
-        yield found
-
-
-@pytest.fixture(scope="session")
-def server(device: Device) -> Iterator[Server]:
-    with device.serving() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -25,18 +25,6 @@ from cswap_deploy.errors import DeviceError
 
 
 @pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
-    with sshd.device() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def server(device: Device) -> Iterator[Server]:
-    with device.serving() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> File:
     return File.of(sshd.classifier(tmp_path_factory.mktemp("models") / "model.onnx"))
 

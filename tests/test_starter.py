@@ -267,7 +267,7 @@ def test_nothing_is_overwritten_without_force(tmp_path):
         (["--target", "macs=[0.5]"], 2, "is no target"),
         (["--target", "mcas=0.5"], 2, "did you mean 'macs'"),
         (["--target", "macs=5"], 2, "expected"),
-        (["--target", "latency_ms=5", "--on", "local"], 2, "not available in this version"),
+        (["--target", "latency_ms=5"], 2, "add a latency block"),
         (["--name", "Not A Name"], 2, "lower-case"),
         (["--on", "ssh://-x"], 2, "is no target"),
     ],

@@ -46,6 +46,7 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
         yield from _slower(latency)
         yield from unstable_lines(latency["unstable_because"], "measure again: the same command with --force latency")
         yield from busy_lines(latency["conditions"])
+        yield from _budget(manifest["budget"])
         yield from wrapped(f"latency of {manifest['shipped']} and its dense twin, on {conditions(latency)}")
 
 
@@ -117,6 +118,14 @@ def _latency_rows(latency: dict[str, Any]) -> Iterator[tuple[str, str, str, str]
         yield "  95 % interval", ms_interval(dense, 99), ms_interval(shipped, 99), ""
     if shipped["peak_memory_mb"]:
         yield "peak memory", f"{mb(dense)} MB", f"{mb(shipped)} MB", ""
+
+
+def _budget(budget: dict[str, Any] | None) -> Iterator[str]:
+    """What came of the latency that was asked for."""
+    if budget:
+        from cswap_deploy.report import words
+
+        yield from wrapped(f"budget: {words.budget(budget)}")
 
 
 def _slower(latency: dict[str, Any]) -> Iterator[str]:

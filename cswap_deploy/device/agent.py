@@ -397,10 +397,10 @@ def measure(request: Json, files: Store) -> Json:
 
 
 def models_in_turn(request: Json, files: Store) -> Json:
-    """By a runtime's own module; single calls after pauses and, where rails can be read, a run for the energy follow."""
+    """By a runtime's own module; peak memory too unless `memory` is false; then single calls after pauses, and energy."""
     kind, opened, used = MODELS[request["runtime"]], request["models"], None
     start = time.perf_counter_ns()
-    if request["runtime"] == "onnxruntime":
+    if request["runtime"] == "onnxruntime" and request.get("memory", True):
         bare, *memory = [peak_memory(request, file, files) for file in (None, *opened)]
         used = {"peak_mb": memory, "runtime_mb": bare}
     models = [kind(request, file, files) for file in opened]

@@ -48,7 +48,7 @@ def _requests() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
         "build": ({"model": file, "settings": _settings(), "input": _input(), "dynamic": BOOLEAN}, alone),
         "measure": (
             {"runtime": runtime, "models": files, "warmup_s": SECONDS, "duration_s": SECONDS},
-            {"block_s": SECONDS, **once, **running},
+            {"block_s": SECONDS, "memory": BOOLEAN, **once, **running},
         ),
         "infer": (
             {"runtime": runtime, "model": file, "images": file, "mean": NUMBERS, "std": NUMBERS},

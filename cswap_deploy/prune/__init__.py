@@ -10,6 +10,8 @@ from pathlib import Path
 from typing_extensions import assert_never
 
 from cswap_deploy.artifacts import Curves, File, Groups, GroupScores, ImageSet, Network, PruningPlan, Scores
+from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Approach, Staircase
 from cswap_deploy.data import require_learned
 from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches, resolve_device
@@ -17,7 +19,7 @@ from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.criteria import between_steps, images_used, scorer
 from cswap_deploy.prune.cut import cut_copy, restore, write_plan
 from cswap_deploy.prune.groups import find
-from cswap_deploy.prune.search import Bench, Search, correct
+from cswap_deploy.prune.search import Bench, Search, State, correct
 from cswap_deploy.recipe import (
     CausalCriterion,
     CompensationSettings,
@@ -121,12 +123,78 @@ def choose(
         case MaxDropTarget(max_drop=points):
             state = search.within(points)
         case LatencyTarget() | FpsTarget():
-            raise AssertionError("refused by the pipeline before anything runs")
+            raise AssertionError("the budget's loop chooses: approach, then settle")
         case _:
             assert_never(settings.target)
-    later = settings.criterion if len(state.steps) < 2 else between_steps(settings.criterion)
+    return _plan_of(state, bench, scores, curves)
+
+
+@stage("plan", returns=Approach, libraries=(*LIBRARIES, "scipy"))
+def approach(
+    out: Path,
+    source: Network,
+    groups: Groups,
+    scores: Scores,
+    curves: Curves,
+    fit: ImageSet,
+    selection: ImageSet,
+    settings: PruneSettings,
+    staircase: Staircase,
+    ratio: float,
+    device: str,
+    seed: int,
+) -> Approach:
+    """Towards a latency, a ratio to the dense network's as the staircase predicts it: all steps but the last."""
+    search = _search(source, groups, scores, curves, fit, selection, settings, device, seed)
+    steps = Steps(groups, staircase)
+    allowed = {group.name: steps.allowed(group.name) for group in groups.groups}
+    state = search.approach(steps, allowed, ratio, settings.steps)
+    return Approach(state.keep, state.curves, state.scores, state.steps)
+
+
+@stage("plan", returns=PruningPlan, libraries=(*LIBRARIES, "scipy"))
+def settle(
+    out: Path,
+    source: Network,
+    groups: Groups,
+    scores: Scores,
+    curves: Curves,
+    fit: ImageSet,
+    selection: ImageSet,
+    settings: PruneSettings,
+    approached: Approach,
+    widths: dict[str, int],
+    device: str,
+    seed: int,
+) -> PruningPlan:
+    """The last step: to widths that were measured on the device."""
+    search = _search(source, groups, scores, curves, fit, selection, settings, device, seed)
+    begun = State(approached.keep, search.bench.dense, {}, approached.scores, approached.curves, approached.steps)
+    return _plan_of(search.settle(begun, widths), search.bench, scores, curves)
+
+
+def _search(
+    source: Network,
+    groups: Groups,
+    scores: Scores,
+    curves: Curves,
+    fit: ImageSet,
+    selection: ImageSet,
+    settings: PruneSettings,
+    device: str,
+    seed: int,
+) -> Search:
+    where = resolve_device(device)
+    fit_batches, judged = (Batches.read(images, source.input, where) for images in (fit, selection))
+    dense = restore(source).to(where)
+    bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, settings.allocation, 1)
+    return Search(bench, judged, scores.groups, curves.groups, seed)
+
+
+def _plan_of(state: State, bench: Bench, scores: Scores, curves: Curves | None) -> PruningPlan:
+    later = bench.criterion if len(state.steps) < 2 else between_steps(bench.criterion)
     scored = state.steps and (len(state.steps) == 1 or not bench.eliminates)
-    last = _described(later, len(fit_batches), state.scores) if scored else None
+    last = _described(later, len(bench.fit), state.scores) if scored else None
     order = {curve.group: curve.order for curve in curves.groups} if curves else {}
     return PruningPlan(state.keep, state.steps, last, scores, order)
 

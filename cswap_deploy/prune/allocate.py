@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cswap_deploy.artifacts import CostTerm, Curve, Groups
 from cswap_deploy.errors import PruningError
@@ -26,6 +26,16 @@ LEAST_DAMAGE = 1e-6
 Widths = dict[str, int]
 
 
+class Cost(Protocol):
+    """What a network costs over the widths of its groups; groups that are not named are whole."""
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        """Of the network with these widths."""
+
+    def changes(self, at: Mapping[str, int], name: str, widths: Sequence[int]) -> list[float]:
+        """By how much the network with the widths `at` gets dearer when group `name` alone gets each of `widths`."""
+
+
 def choose_widths(
     groups: Groups, curves: Sequence[Curve], now: Widths, kind: CostKind, fraction: float, round_to: int
 ) -> Widths:
@@ -33,19 +43,40 @@ def choose_widths(
 
     `now`: widths that the curves were measured at; none grows. Errors: PruningError when the narrowest widths cost more.
     """
-    options = {curve.group: _options(groups, curve, now[curve.group], round_to) for curve in curves}
+    allowed = {curve.group: _allowed(groups, curve, now[curve.group], round_to) for curve in curves}
     bill = _Bill.of(groups, kind)
     dense = bill.total({group.name: group.units for group in groups.groups})
-    target = fraction * dense * (1 + 1e-9)
-    narrowest = {**now, **{name: found.widths[0] for name, found in options.items()}}
-    if bill.total(narrowest) > target:
+    found = least_damage(bill, curves, now, allowed, fraction * dense)
+    if bill.total(found) > fraction * dense * (1 + 1e-9):
         raise PruningError(
             f"{fraction:.3f} of the {kind} cannot be reached in this step: with every group at its narrowest "
-            f"{bill.total(narrowest) / dense:.3f} is left",
+            f"{bill.total(found) / dense:.3f} is left",
             f"raise prune.target, lower prune.round_to ({round_to}), or shorten prune.skip",
         )
-    found = [_settled(bill, options, around, target) for around in (now, narrowest)]
-    return min(found, key=lambda widths: _damage(options, widths))
+    return found
+
+
+def least_damage(
+    cost: Cost, curves: Sequence[Curve], now: Widths, allowed: Mapping[str, Sequence[int]], target: float
+) -> Widths:
+    """The widths, of those `allowed` and the present ones, with the least damage in sum whose cost is at most `target`.
+
+    Where none costs so little: each group's cheapest.
+    """
+    target *= 1 + 1e-9
+    options = {curve.group: _options(curve, now[curve.group], allowed[curve.group]) for curve in curves}
+    cheapest = _cheapest(cost, options, now)
+    if cost.total(cheapest) > target:
+        return cheapest
+    found = [cheapest, *(_settled(cost, options, around, target) for around in (now, cheapest))]
+    return min(
+        (widths for widths in found if cost.total(widths) <= target), key=lambda widths: _damage(options, widths)
+    )
+
+
+def damage_at(curves: Sequence[Curve], widths: Mapping[str, int]) -> float:
+    """In sum, beyond what the network has lost that the curves were measured on (nats)."""
+    return sum(between(curve, len(curve.order), [widths[curve.group]])[0] for curve in curves)
 
 
 # --- what a group may be
@@ -59,13 +90,16 @@ class _Options:
     damage: tuple[float, ...]
 
 
-def _options(groups: Groups, curve: Curve, now: int, round_to: int) -> _Options:
+def _allowed(groups: Groups, curve: Curve, now: int, round_to: int) -> tuple[int, ...]:
     group = groups.by_name[curve.group]
     stride = step_of(group, round_to) * max(1, group.units // CHOICES // step_of(group, round_to))
-    allowed = [
-        width for width in range(floor_of(group, round_to), now, stride) if width >= min(curve.widths, default=now)
-    ]
-    widths = sorted({*allowed, *curve.widths, now})
+    return (*range(floor_of(group, round_to), now, stride), *curve.widths)
+
+
+def _options(curve: Curve, now: int, allowed: Sequence[int]) -> _Options:
+    """None below those at which the damage was measured."""
+    least = min(curve.widths, default=now)
+    widths = sorted({*(width for width in allowed if least <= width < now), now})
     damage = [max(value, LEAST_DAMAGE * (now - width)) for value, width in zip(between(curve, now, widths), widths)]
     return _Options(tuple(widths), tuple(damage))
 
@@ -110,15 +144,14 @@ class _Bill:
             units, whole, terms, {name: tuple(i for i, own in enumerate(owners) if name in own) for name in units}
         )
 
-    def total(self, widths: Widths) -> float:
+    def total(self, widths: Mapping[str, int]) -> float:
         return self._sum(range(len(self.terms)), widths)
 
-    def changes(self, at: Widths, name: str, widths: Sequence[int]) -> list[float]:
-        """By how much the network with the widths `at` gets dearer when group `name` alone gets each of `widths`."""
+    def changes(self, at: Mapping[str, int], name: str, widths: Sequence[int]) -> list[float]:
         begun = self._sum(self.of_group[name], at)
         return [self._sum(self.of_group[name], {**at, name: width}) - begun for width in widths]
 
-    def _sum(self, numbers: Sequence[int], widths: Widths) -> float:
+    def _sum(self, numbers: Sequence[int], widths: Mapping[str, int]) -> float:
         removed = {name: self.units[name] - width for name, width in widths.items()}
         return sum(self.whole[number] * self.terms[number].fraction(removed) for number in numbers)
 
@@ -126,7 +159,16 @@ class _Bill:
 # --- choosing
 
 
-def _settled(bill: _Bill, options: Mapping[str, _Options], around: Widths, target: float) -> Widths:
+def _cheapest(cost: Cost, options: Mapping[str, _Options], now: Widths) -> Widths:
+    """Each group at the width that costs least: the narrowest, but where a narrower layer is slower."""
+    found = dict(now)
+    for name, choice in options.items():
+        changes = cost.changes(found, name, choice.widths)
+        found[name] = choice.widths[changes.index(min(changes))]
+    return found
+
+
+def _settled(bill: Cost, options: Mapping[str, _Options], around: Widths, target: float) -> Widths:
     """Chosen with the costs as they are at `around`, then with those at the widths found, as long as that is better."""
     best = _filled(bill, options, _chosen(bill, options, around, target), target)
     for _ in range(ROUNDS - 1):
@@ -137,7 +179,7 @@ def _settled(bill: _Bill, options: Mapping[str, _Options], around: Widths, targe
     return best
 
 
-def _chosen(bill: _Bill, options: Mapping[str, _Options], around: Widths, target: float) -> Widths:
+def _chosen(bill: Cost, options: Mapping[str, _Options], around: Widths, target: float) -> Widths:
     """Least damage with the cost taken as a sum; of the budgets for that sum the largest whose true cost meets the target.
 
     Two groups that narrow one layer save less together than in sum.
@@ -154,7 +196,7 @@ def _chosen(bill: _Bill, options: Mapping[str, _Options], around: Widths, target
     return {**around, **table.widths(options, low)}
 
 
-def _filled(bill: _Bill, options: Mapping[str, _Options], widths: Widths, target: float) -> Widths:
+def _filled(bill: Cost, options: Mapping[str, _Options], widths: Widths, target: float) -> Widths:
     """Groups get wider again where the target leaves room for it, the one first that loses least damage by it."""
     widths = dict(widths)
     while True:

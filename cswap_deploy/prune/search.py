@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Axis, CostTerm, Curve, Groups, GroupScores, PruningStep
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.allocate import choose_widths
+from cswap_deploy.prune.allocate import Cost, Widths, choose_widths, least_damage
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import with_systems
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
@@ -165,6 +165,27 @@ class Search:
             progress.advance("steps", number, steps)
         return state
 
+    def approach(self, cost: Cost, allowed: Mapping[str, Sequence[int]], fraction: float, steps: int) -> State:
+        """All but the last of `steps` equal cuts of a cost that is 1 for the dense network; the curves are those for the last.
+
+        `allowed`: widths that each group may have.
+        """
+        state, judge = self.start(), self._judge()
+        for number in range(1, steps):
+            target = 1 - (1 - fraction) * number / steps
+
+            def choose(curves: Sequence[Curve], now: Widths, target: float = target) -> Widths:
+                return least_damage(cost, curves, now, allowed, target)
+
+            state = self._cut(state, choose, judge)
+            progress.advance("steps", number, steps)
+        assert judge.damage
+        return replace(state, curves=self._curves(state, state.scores, judge.damage))
+
+    def settle(self, approach: State, widths: Widths) -> State:
+        """The last step: from where an approach ended to these widths."""
+        return self._taken(approach, _kept(approach.curves, widths), approach.curves, approach.scores, self._judge())
+
     def within(self, points: float) -> State:
         """Cut until the next step's drop exceeds `points`, then approach the limit by halving the step."""
         groups, round_to = self.bench.groups, self.bench.round_to
@@ -184,39 +205,53 @@ class Search:
         return _Judge(self.selection, correct(self.bench.dense, self.selection), damage)
 
     def _step(self, state: State, kind: CostKind, fraction: float, judge: _Judge) -> State:
-        """Score what is there (the first time the stored scores), remove down to `fraction`, compensate, judge.
-
-        Where elimination orders the units, later steps have no scores of their own.
-        """
-        bench, scores, curves = self.bench, state.scores, state.curves
-        scored = not (state.steps and bench.eliminates)
-        if state.steps and scored:
-            found = self.criterion.score(state.module, bench.groups.groups, bench.fit)
-            scores = tuple(item.of(state.keep[item.group]) for item in found)
+        """Remove units until `fraction` of the cost is left."""
+        bench = self.bench
         if judge.damage is None:
+            scores = self._scores(state)
             keep = choose_units(bench.priced, scores, state.keep, kind, fraction, bench.round_to)
-        else:
-            keep, curves = self._by_curves(state, scores, kind, fraction, judge.damage)
-        module, systems = bench.compensated(keep)
+            return self._taken(state, keep, state.curves, scores, judge)
+
+        def choose(curves: Sequence[Curve], now: Widths) -> Widths:
+            return choose_widths(bench.priced, curves, now, kind, fraction, bench.round_to)
+
+        return self._cut(state, choose, judge)
+
+    def _cut(self, state: State, choose: Callable[[Sequence[Curve], Widths], Widths], judge: _Judge) -> State:
+        """The first time the stored curves decide, later what they have become."""
+        assert judge.damage
+        scores = self._scores(state)
+        curves = self._curves(state, scores, judge.damage)
+        widths = choose(curves, {name: len(units) for name, units in state.keep.items()})
+        return self._taken(state, _kept(curves, widths), curves, scores, judge)
+
+    def _scores(self, state: State) -> tuple[GroupScores, ...]:
+        """Of what is there, the first time the stored ones; where elimination orders the units, later steps have none of their own."""
+        bench = self.bench
+        if not state.steps or bench.eliminates:
+            return state.scores
+        found = self.criterion.score(state.module, bench.groups.groups, bench.fit)
+        return tuple(item.of(state.keep[item.group]) for item in found)
+
+    def _curves(self, state: State, scores: tuple[GroupScores, ...], damage: Damage) -> tuple[Curve, ...]:
+        bench = self.bench
+        if not state.steps:
+            return state.curves
+        gauge = bench.gauge(state.module, state.systems, state.keep, scores, damage)
+        return renewed(gauge, state.curves, bench.round_to)
+
+    def _taken(
+        self, state: State, keep: Kept, curves: tuple[Curve, ...], scores: tuple[GroupScores, ...], judge: _Judge
+    ) -> State:
+        """Remove units, compensate, judge."""
+        module, systems = self.bench.compensated(keep)
+        scored = not (state.steps and self.bench.eliminates)
         step = self._describe(state.keep, keep, scores if scored else (), judge.drop(module))
         progress.note(
             f"{step.macs:.1%} of the MACs, {step.params:.1%} of the parameters kept, "
             f"drop on selection {step.drop_pp:+.1f} points"
         )
         return State(keep, module, systems, scores, curves, (*state.steps, step))
-
-    def _by_curves(
-        self, state: State, scores: tuple[GroupScores, ...], kind: CostKind, fraction: float, damage: Damage
-    ) -> tuple[Kept, tuple[Curve, ...]]:
-        """The first time the stored curves decide, later what they have become."""
-        bench, curves = self.bench, state.curves
-        if state.steps:
-            gauge = bench.gauge(state.module, state.systems, state.keep, scores, damage)
-            curves = renewed(gauge, state.curves, bench.round_to)
-        now = {name: len(units) for name, units in state.keep.items()}
-        widths = choose_widths(bench.priced, curves, now, kind, fraction, bench.round_to)
-        kept = {item.group: tuple(sorted(item.order[len(item.order) - widths[item.group] :])) for item in curves}
-        return kept, curves
 
     def _describe(self, before: Kept, keep: Kept, scores: Sequence[GroupScores], drop: float) -> PruningStep:
         groups = self.bench.groups
@@ -240,6 +275,11 @@ class Search:
                 f"(round_to {round_to}) {reachable:.3f} is left",
                 f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
             )
+
+
+def _kept(curves: Sequence[Curve], widths: Mapping[str, int]) -> Kept:
+    """The units that leave last."""
+    return {item.group: tuple(sorted(item.order[len(item.order) - widths[item.group] :])) for item in curves}
 
 
 @dataclass(frozen=True)

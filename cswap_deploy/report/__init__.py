@@ -16,7 +16,7 @@ from cswap_deploy.manifest import VERDICTS
 from cswap_deploy.report import figures, words
 from cswap_deploy.report.junit import render_junit
 
-__all__ = ["FORMATS", "render", "render_html", "render_junit", "render_markdown", "render_readme"]
+__all__ = ["FORMATS", "render", "render_html", "render_junit", "render_markdown", "render_readme", "render_sweep"]
 
 FILTERS = (
     "percent",
@@ -56,16 +56,13 @@ def render_html(manifest: dict[str, Any]) -> str:
     """
     from cswap_deploy.prune.verdicts import NEUTRAL_MARGIN
 
-    style, script = _asset("style.css"), _asset("script.js")
-    policy = (
-        f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
     page = _environment().get_template("report.html")
-    return page.render(
-        m=manifest, verdicts=VERDICTS, margin=NEUTRAL_MARGIN, figures=figures, words=words,
-        style=style, script=script, policy=policy,
-    )  # fmt: skip
+    return page.render(m=manifest, verdicts=VERDICTS, margin=NEUTRAL_MARGIN, figures=figures, words=words, **_assets())
+
+
+def render_sweep(front: dict[str, Any]) -> str:
+    """A page of the same kind about several bundles: accuracy over latency."""
+    return _environment().get_template("sweep.html").render(s=front, figures=figures, **_assets())
 
 
 def render_markdown(manifest: dict[str, Any]) -> str:
@@ -97,6 +94,15 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {name: getattr(words, name) for name in FILTERS}
     return environment
+
+
+def _assets() -> dict[str, Any]:
+    style, script = _asset("style.css"), _asset("script.js")
+    policy = (
+        f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return {"style": style, "script": script, "policy": policy}
 
 
 @cache

@@ -110,6 +110,62 @@ def course(latency: Facts) -> Markup | None:
     return svg.course(f"Median latency in the order of the rounds: {parts}", values, NAMES)
 
 
+def candidates(budget: Facts) -> tuple[Markup | str, list[Row]]:
+    """Each candidate and what ships, as a part of the dense latency with its interval, before the budget."""
+    found = [{**each, "name": f"candidate {number}"} for number, each in enumerate(budget.get("candidates", ()), 1)]
+    if found and budget.get("ratio_ci95"):
+        low, high = budget["ratio_ci95"]
+        found.append({"name": "what ships", "predicted": None, "ratio": budget["ratio"], "low": low, "high": high})
+    if not found:
+        return "", []
+    limit = budget["ratio_asked"]
+    axis = Axis.around(
+        100 * min(limit, *(each["low"] for each in found)), 100 * max(limit, *(each["high"] for each in found)), 0.1
+    )
+    rows = []
+    for each in found:
+        tip = f"{each['name']}: {percent(each['ratio'])}, 95 % {percent(each['low'])} to {percent(each['high'])}; asked {percent(limit)}"
+        kind = "ship" if each["ratio"] <= limit else "dense"
+        chart = svg.whisker(tip, axis, 100 * each["low"], 100 * each["ratio"], 100 * each["high"], tip, kind)
+        predicted = percent(each["predicted"]) if each["predicted"] is not None else ""
+        rows.append({**each, "chart": chart, "predicted": predicted})
+    return svg.scale(axis, "{:g} %"), rows
+
+
+def stairs(budget: Facts) -> Iterator[Row]:
+    """Per kind of group the latency of the whole network over its width, between 0 and the slowest."""
+    for kind in budget["staircase"]["kinds"]:
+        if 0 < len(kind["widths"]) == len(kind["ms"]) <= 1000 and kind["widths"][-1] > 0:
+            most = max(*kind["ms"], budget["dense_ms"])
+            points = [
+                (width / kind["widths"][-1], cost / most)
+                for width, cost in zip(kind["widths"], kind["ms"], strict=True)
+            ]
+            told = ", ".join(f"{width}: {ms(cost)}" for width, cost in zip(kind["widths"], kind["ms"], strict=True))
+            yield {**kind, "chart": svg.stairs(f"{kind['name']}: {told}", points)}
+
+
+def front(sweep: Facts) -> Markup:
+    """Top-1 over latency of several bundles and of the dense network."""
+    dense = sweep["dense"]
+    points = [
+        (
+            dense["latency_ms"],
+            100 * dense["top1"],
+            "dense",
+            "",
+            f"dense: {ms(dense['latency_ms'])}, {percent(dense['top1'])}",
+        )
+    ]
+    for each in sweep["points"]:
+        if each["achieved_ms"] is not None:
+            tip = (
+                f"asked {ms(each['latency_ms'])}, {each['verdict']}: {ms(each['achieved_ms'])}, {percent(each['top1'])}"
+            )
+            points.append((each["achieved_ms"], 100 * each["top1"], "ship", f"{each['bundle']}/report.html", tip))
+    return svg.scatter("; ".join(tip for *_, tip in points), points)
+
+
 def macs(m: Facts) -> Markup | None:
     """Multiply-accumulates along the network."""
     rows = m["pruned"].get("layers")

@@ -72,7 +72,7 @@ def _cases(m: dict[str, Any]) -> Iterator[Case]:
     if engine:
         yield case("engine", f"TensorRT {engine['tensorrt']}, {engine['gpu']}" if engine["built"] else engine["reason"])
     if m["budget"]:
-        yield case("budget", f"{m['budget'].get('verdict')}")
+        yield case("budget", words.budget(m["budget"]))
     yield from (Case(name, "", tuple(found)) for name, found in failures.items())
 
 

@@ -61,6 +61,40 @@ def whisker(label: str, axis: Axis, low: float, value: float, high: float, tip: 
     )
 
 
+def stairs(label: str, points: Sequence[tuple[float, float]], height: int = 26) -> Markup:
+    """Constant between neighbouring points; both coordinates in 0..1, the values from the bottom."""
+    marks = [markup("line", class_="grid", x1="0", x2="100%", y1=height - 1, y2=height - 1)]
+    start, before = 0.0, None
+    for end, value in points:
+        y = round(1 + (height - 3) * (1 - value), 1)
+        if before is not None:
+            marks.append(
+                markup("line", class_="mark stroke ship", x1=_percent(start), x2=_percent(start), y1=before, y2=y)
+            )
+        marks.append(markup("line", class_="mark stroke ship", x1=_percent(start), x2=_percent(end), y1=y, y2=y))
+        start, before = end, y
+    return _chart(label, height, *marks)
+
+
+def scatter(label: str, points: Sequence[tuple[float, float, str, str, str]], height: int = 260) -> Markup:
+    """Points of (milliseconds, percent, class, link or "", tip); those that ship are joined, fastest first."""
+    across = Axis.around(min(x for x, *_ in points), max(x for x, *_ in points), 0.08)
+    up = Axis.around(min(y for _, y, *_ in points), max(y for _, y, *_ in points), 0.15)
+    placed = sorted((across.place(x), height * (1 - up.place(y)), kind, link, tip) for x, y, kind, link, tip in points)
+    marks = []
+    for tick in up.ticks:
+        y = height * (1 - up.place(tick))
+        marks.append(markup("line", class_="grid", x1="0%", x2="100%", y1=y, y2=y))
+        marks.append(markup("text", f"{tick:g} %", class_="tick", x="0", y=y - 3))
+    for (x1, y1, *_), (x2, y2, *_) in pairwise([point for point in placed if point[2] == "ship"]):
+        marks.append(markup("line", class_="mark stroke ship", x1=_percent(x1), x2=_percent(x2), y1=y1, y2=y2))
+    for x, y, kind, link, tip in placed:
+        point = markup("circle", class_=f"mark {kind}", cx=_percent(x), cy=y, r=7, data_tip=tip)
+        marks.append(markup("a", point, href=link) if link else point)
+    marks.append(markup("line", class_="zero", x1="0%", x2="100%", y1=height, y2=height))
+    return _chart(label, height + 24, *marks, *_ticks(across, height, "{:g}", suffix=" ms"))
+
+
 def drop(label: str, low: float, value: float, high: float, limit: float | None, tip: str) -> Markup:
     """The drop with its interval before what the gate allows."""
     axis = Axis.around(min(low, 0.0, *([-limit / 2] if limit else ())), max(high, limit or 0.0, 0.0), 0.16)

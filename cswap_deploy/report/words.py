@@ -43,6 +43,24 @@ def faster(latency: Facts) -> str:
     return f"{times(latency['speedup'])} (95 %: {times(low)} to {times(high)}) times as fast"
 
 
+def budget(found: Facts) -> str:
+    """What was asked for and what came of it, in one sentence."""
+    asked = f"a p{found['percentile']} of {ms(found['latency_ms'])}"
+    dense = f", dense {ms(found['dense_ms'])}" if "dense_ms" in found else ""
+    match found["verdict"]:
+        case "not needed":
+            return f"No budget was needed: {asked} is met by the dense network{dense}"
+        case "infeasible":
+            floor = (
+                f"; with every group at its narrowest {ms(found['floor_ms'])} are left" if "floor_ms" in found else ""
+            )
+            return f"Infeasible: {asked} cannot be reached{floor}{dense}"
+        case verdict:
+            got = ms(found["achieved_ms"]) if found["achieved_ms"] is not None else "not measured"
+            trials = plural(found["trials"], "trial")
+            return f"{verdict.capitalize()}: {asked} was asked for, what ships takes {got}{dense}; {trials}"
+
+
 def fact(value: Any) -> str:
     """A condition of a measurement; of two values, the one before and the one after."""
     if isinstance(value, list):

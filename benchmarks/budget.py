@@ -1,0 +1,388 @@
+"""A latency budget on ONNX Runtime's CPU: is it met, how closely, how good is the prediction, what does it cost in accuracy and time?
+
+    python benchmarks/budget.py --out budget.json                                          # two timm networks, latency only
+    python benchmarks/budget.py --out budget.json --images DIR --weights DIR               # and a ResNet-56, accuracy too
+
+Per network five budgets, from the narrowest to 0.9 of the dense latency; staircase and scores are shared by them. Each result is measured
+again at the end by an independent interleaved run of the exported pruned and dense files. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from PIL import Image as Picture
+
+from cswap_deploy import accuracy, budget, data, export, latency, model, pipeline, planning, prepared, progress, prune
+from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, PruningPlan
+from cswap_deploy.budget.loop import Loop
+from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Budget, Staircase
+from cswap_deploy.device import target as device
+from cswap_deploy.planning import Meter
+from cswap_deploy.prune.allocate import damage_at, least_damage
+from cswap_deploy.recipe import (
+    CalibrationSettings,
+    LatencySettings,
+    ModelSettings,
+    NoCompensation,
+    OnnxSettings,
+    Recipe,
+)
+from cswap_deploy.recipe import load as load_recipe
+from cswap_deploy.samples import Ratio, Samples
+from cswap_deploy.stage import Workdir
+
+HERE = Path(__file__).parent
+TIMM = ("mobilenetv2_100", "resnet18")
+PARTS = (0.05, 0.25, 0.5, 0.75, 1.0)
+"""Budgets: so far from the lowest to the highest, those of `--lowest` and `--highest`; the lowest not below `ROOM` times the floor."""
+ROOM = 1.08
+"""Times the floor that the lowest budget is at least."""
+OTHERS = (0.75, 0.55, 0.35)
+"""Of the MACs, and of every group's units: what a MACs target and uniform ratios are tried at."""
+UNSEEN = 16
+"""Random settings that the prediction is judged on."""
+LIMIT, LEAST = 1.02, 0.93
+"""Of what was asked for, that the last measurement may be."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network and budget; `ratio` is that of the independent run in the end, `asked` the budget as a part of the dense latency."""
+
+    network: str
+    asked: float
+    ratio: float
+    low: float
+    high: float
+    trials: int
+    seconds: float
+    drop_pp: float | None = None
+
+    @property
+    def within(self) -> bool:
+        return self.ratio <= LIMIT * self.asked
+
+    @property
+    def used(self) -> bool:
+        return self.ratio >= LEAST * self.asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
+    parser.add_argument("--work", type=Path, help="work folders, kept between runs; default: a temporary one")
+    parser.add_argument(
+        "--nets", default=",".join(TIMM), help="timm networks with random weights, or quickstart; latency only"
+    )
+    parser.add_argument("--images", type=Path, help="folder that holds cifar10-jpeg")
+    parser.add_argument("--weights", type=Path, help="folder that holds cifar10jpeg_resnet56.safetensors")
+    parser.add_argument("--lowest", type=float, default=0.4)
+    parser.add_argument("--highest", type=float, default=0.9)
+    parser.add_argument("--seconds", type=float, default=3.0, help="sampling of each model per candidate")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="for a busy machine: count CPU time, which is no latency"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="of the ResNet-56")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", help="further settings of the ResNet-56"
+    )
+    options = parser.parse_args()
+    with progress.reporting(Log()), workplace(options.work) as folder:
+        if options.cpu_time:
+            count_cpu_time(folder)
+        report: dict[str, Any] = {"load": [os.getloadavg()[0]], "rows": [], "predictions": {}, "weightless": {}}
+        report["clock"] = "CPU time" if options.cpu_time else "wall"
+        for name in filter(None, options.nets.split(",")):
+            of_timm(name, folder / name, options, report)
+        if options.images and options.weights:
+            of_resnet56(folder / "resnet56", options, report)
+        report["load"].append(os.getloadavg()[0])
+    options.out.write_text(json.dumps(report, indent=1))
+    print(*table(report), sep="\n")
+
+
+class Log(progress.Silent):
+    """What a run notes, on standard error."""
+
+    def note(self, message: str) -> None:
+        print(f"  {message}", file=sys.stderr, flush=True)
+
+    warn = note
+
+
+@contextmanager
+def workplace(folder: Path | None) -> Iterator[Path]:
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+
+
+def count_cpu_time(folder: Path) -> None:
+    """An agent that times each inference by what its thread has spent on a processor: one that waits for a processor does not count.
+
+    Right for one thread only. Ratios then say what a machine would show that has nothing else to do.
+    """
+    text, clock = device.AGENT.read_text(), "time.perf_counter_ns, []"
+    assert text.count(clock) == 1, "the agent's clock is not where it was"
+    (folder / "agent.py").write_text(text.replace(clock, "time.thread_time_ns, []"))
+    device.AGENT = folder / "agent.py"
+
+
+# --- latency alone
+
+
+def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """A network with random weights. Its damage is made up: what leaves costs in proportion to its MACs, and ever more."""
+    begun = time.monotonic()
+    images = noise(folder / "images")
+    settings = ModelSettings(name=name, pretrained=False)
+    if name == "quickstart":
+        settings = load_recipe(HERE.parent / "recipes" / "quickstart.yaml").model
+    recipe = Recipe(
+        name=name.replace("_", "-"),
+        model=settings,
+        calibration=CalibrationSettings(images=images),
+        prune={"target": {"latency_ms": 1e-3}},
+        latency=LatencySettings(duration_s=options.seconds),
+    )
+    with Workdir(folder / "work").open() as work:
+        source = work.run(model.load, settings, (), 0)
+        groups = work.run(prune.find_groups, source, ())
+        few = ImageSet(data.catalogue(images, None, 2).scoring, images)
+        labels = tuple(f"class {number}" for number in range(source.outputs))
+
+        def written(network: Any) -> File:
+            exported = work.run(export.to_onnx, network, labels, few, OnnxSettings())
+            return work.run(export.simplify, exported, network, few, OnnxSettings()).graph
+
+        def cut(widths: Mapping[str, int]) -> File:
+            plan = PruningPlan({key: tuple(range(width)) for key, width in widths.items()}, (), None)
+            return written(work.run(prune.apply, source, groups, plan, few, NoCompensation(), "cpu"))
+
+        dense = written(source)
+        with planning.reached(recipe, work) as (target, probe):
+            meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
+            first, staircase = planning.begun(meter), planning.learned(meter)
+            report["weightless"][name] = weightless(meter)
+            report["predictions"][name] = predictions(meter, staircase, folder)
+            prepared = time.monotonic() - begun
+            for asked in budgets(first, options):
+                begun = time.monotonic()
+                widths, trials = searched(groups, staircase, asked, meter.ratio)
+                seconds = time.monotonic() - begun
+                timing = LatencySettings(duration_s=2 * options.seconds)
+                taken = latency.take(target, (dense, cut(widths)), timing, thorough=False)
+                found = taken.samples.ratio(1, 0, 50)
+                row = Row(name, asked, found.value, found.low, found.high, trials, seconds + prepared)
+                prepared = 0.0  # shared by all budgets, counted once
+                add(row, report)
+
+
+def searched(
+    groups: Groups, staircase: Staircase, asked: float, measure: Callable[[dict[str, int], bool], Ratio]
+) -> tuple[dict[str, int], int]:
+    """The closed loop over a made-up damage."""
+    steps, whole = Steps(groups, staircase), {group.name: group.units for group in groups.groups}
+    allowed = {name: steps.allowed(name) for name in whole}
+    curves = [proportional(groups, name, allowed[name]) for name in whole]
+
+    def choose(target: float) -> dict[str, int]:
+        return least_damage(steps, curves, whole, allowed, target)
+
+    loop = Loop(asked, 0.05, 8, choose, steps.total, measure)
+    trials = loop.run()
+    return loop.best(trials, lambda widths: damage_at(curves, widths)).widths, len(trials)
+
+
+def proportional(groups: Groups, name: str, allowed: tuple[int, ...]) -> Curve:
+    units = groups.by_name[name].units
+    macs = groups.cost({})[1] - groups.cost({name: (0,)})[1]
+    widths = tuple(width for width in reversed(allowed) if width < units)
+    return Curve(name, tuple(range(units)), widths, tuple(macs / units * (units - w) * units / w for w in widths))
+
+
+def noise(folder: Path) -> Path:
+    """Two classes of eight pictures: what an export is compared with PyTorch on."""
+    random = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for number in range(8):
+            pixels = random.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+            Picture.fromarray(pixels).save(folder / label / f"{number}.png")
+    return folder
+
+
+# --- what both have in common
+
+
+def budgets(first: Budget, options: argparse.Namespace) -> list[float]:
+    """As parts of the dense latency, the tightest first."""
+    lowest = max(options.lowest, ROOM * first.floor)
+    return [lowest + part * (options.highest - lowest) for part in PARTS]
+
+
+def predictions(meter: Meter, staircase: Staircase, folder: Path) -> list[tuple[float, float]]:
+    """(predicted, measured) of random widths that the staircase has not seen; each group has any width that it may have."""
+    steps, random = Steps(meter.groups, staircase), Random(17)
+    settings = []
+    for number in range(UNSEEN):
+        part = (number + random.random()) / UNSEEN
+        settings.append({})
+        for group in meter.groups.groups:
+            wanted = group.units * min(1.0, max(0.0, part + random.uniform(-0.4, 0.4)))
+            allowed = steps.allowed(group.name)
+            settings[-1][group.name] = min(random.sample(allowed, min(3, len(allowed))), key=lambda w: abs(w - wanted))
+    found = []
+    for start in range(0, UNSEEN, planning.BATCH):
+        part_of = settings[start : start + planning.BATCH]
+        ratios = budget.ratios(meter.timings("unseen", part_of, 1.0), meter.percentile)
+        found += [(steps.total(widths), ratio.value) for widths, ratio in zip(part_of, ratios, strict=True)]
+    return found
+
+
+def weightless(meter: Meter) -> tuple[float, float, float]:
+    """The dense file whose weights are made at loading, as a part of the one that holds them."""
+    found = Samples.load(meter.timings("weights", [{}], meter.timing.duration_s).samples.path).ratio(1, 0, 50)
+    return found.value, found.low, found.high
+
+
+def add(row: Row, report: dict[str, Any]) -> None:
+    report["rows"].append(asdict(row) | {"within": row.within, "used": row.used})
+    print(f"{row.network} asked {row.asked:.3f} got {row.ratio:.3f}", file=sys.stderr, flush=True)
+
+
+# --- accuracy as well
+
+
+def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Whole builds, and beside each the widths of a MACs target and uniform ones, at the latency that the build has reached."""
+    overrides = [
+        f"calibration.images={options.images.resolve() / 'cifar10-jpeg'}",
+        f"model.checkpoint={options.weights.resolve() / 'cifar10jpeg_resnet56.safetensors'}",
+        f"latency={{duration_s: {options.seconds}}}",
+        f"prune.steps={options.steps}",
+        "accuracy.max_drop=null",
+        *options.overrides,
+    ]
+
+    def recipe(target: str) -> Recipe:
+        multiple = ["prune.round_to=8"] if "macs" in target else []
+        file = HERE.parent / "recipes" / "cifar10-resnet56.yaml"
+        return load_recipe(file, [*overrides, f"prune.target={target}", *multiple])
+
+    with Workdir(folder).open() as work:
+        begun = time.monotonic()
+        floor = pipeline.build(recipe("{latency_ms: 1.0e-6}"), work, "floor").manifest["budget"]
+        report["infeasible_s"] = time.monotonic() - begun
+        first = Budget(1, 50, floor["dense_ms"], (0, 0), floor["floor_ms"] / floor["dense_ms"], "met", (), None, {})
+        for asked in budgets(first, options):
+            begun = time.monotonic()
+            bundle = pipeline.build(recipe(f"{{latency_ms: {asked * first.dense_ms}}}"), work, f"asked-{asked:.3f}")
+            seconds = time.monotonic() - begun
+            found = ratio_of(work, recipe("null"), bundle.file("model.onnx"), options.seconds)
+            block, drop = bundle.manifest["budget"], bundle.manifest["accuracy"]["drop_pp"]
+            add(Row("resnet56", asked, found.value, found.low, found.high, block["trials"], seconds, drop), report)
+            errors = block["staircase"]
+            report["crossvalidated"] = {key: errors[key] for key in ("error_median", "error_p95")}
+        report["others"] = others(recipe, work, options)
+
+
+def others(
+    recipe: Callable[[str], Recipe], work: Workdir, options: argparse.Namespace
+) -> dict[str, list[tuple[float, float]]]:
+    """(ratio, drop) of a MACs target and of uniform ratios: same scores, same order of units, same compensation, multiples of 8."""
+    _, ready = prepared.find(work)
+    asked = recipe("null")
+    images = asked.calibration.images
+    catalogue = data.catalogue(images, None, ready.source.outputs, work.digest)
+    split = work.run(data.split, catalogue, asked.calibration.scoring, asked.calibration.holdout, asked.seed)
+    fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
+    found: dict[str, list[tuple[float, float]]] = {"macs": [(1.0, 0.0)], "uniform": [(1.0, 0.0)]}
+    for part in OTHERS:
+        bundle = pipeline.build(recipe(f"{{macs: {part}}}"), work, f"macs-{part}")
+        ratio = ratio_of(work, asked, bundle.file("model.onnx"), options.seconds)
+        found["macs"].append((ratio.value, bundle.manifest["accuracy"]["drop_pp"]))
+        keep = {}
+        for group in ready.groups.groups:
+            width = min(group.units, max(8, round(part * group.units / 8) * 8))
+            keep[group.name] = tuple(sorted(ready.plan.dense_order[group.name][group.units - width :]))
+        plan = PruningPlan(keep, (), None)
+        pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
+        exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
+        shipped = work.run(export.simplify, exported, pruned, fit, asked.onnx)
+        judged = work.run(accuracy.compare, ready.source, pruned, {"fp32": shipped}, holdout, False, asked.device)
+        right = [
+            sum(a == y for a, y in zip(each.predicted, judged.labels, strict=True))
+            for each in (judged.source, judged.models["fp32"])
+        ]
+        drop = 100 * (right[0] - right[1]) / len(judged.labels)
+        found["uniform"].append((ratio_of(work, asked, shipped.graph, options.seconds).value, drop))
+    return found
+
+
+def ratio_of(work: Workdir, recipe: Recipe, shipped: File, seconds: float) -> Ratio:
+    """Both files as they ship, loaded anew and run in turn; nothing of it is stored or replayed."""
+    _, ready = prepared.find(work)
+    with planning.reached(recipe, work) as (target, _):
+        timing = LatencySettings(duration_s=2 * seconds)
+        files = ready.dense["fp32"].graph, shipped
+        return latency.take(target, files, timing, thorough=False).samples.ratio(1, 0, 50)
+
+
+def at(points: list[tuple[float, float]], ratio: float) -> float:
+    """The drop at this latency, in proportion between the nearest two; beyond the fastest, that of the fastest."""
+    known = sorted(points)
+    return float(np.interp(ratio, [x for x, _ in known], [y for _, y in known]))
+
+
+# --- telling
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    yield f"{report['clock']}; load average {report['load'][0]:.1f} at the beginning, {report['load'][1]:.1f} at the end\n"
+    yield "| network | asked | got, 95 % | within 1.02 | above 0.93 | trials | seconds | drop | at a MACs target's | at uniform ratios' |"
+    yield "|---|--:|--:|---|---|--:|--:|--:|--:|--:|"
+    for row in report["rows"]:
+        drops = ["", "", ""]
+        if row["drop_pp"] is not None and "others" in report:
+            drops = [
+                f"{row['drop_pp']:+.2f}",
+                *(f"{at(points, row['ratio']):+.2f}" for points in report["others"].values()),
+            ]
+        yield (
+            f"| {row['network']} | {row['asked']:.3f} | {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) "
+            f"| {'yes' if row['within'] else '**no**'} | {'yes' if row['used'] else '**no**'} "
+            f"| {row['trials']} | {row['seconds']:.0f} | {' | '.join(drops)} |"
+        )
+    rows = report["rows"]
+    yield f"\nwithin: {sum(r['within'] for r in rows)} of {len(rows)}; above: {sum(r['used'] for r in rows)} of {len(rows)}"
+    for name, pairs in report["predictions"].items():
+        errors = sorted(abs(predicted / measured - 1) for predicted, measured in pairs)
+        worst = errors[min(len(errors) - 1, int(0.95 * len(errors)))]
+        typical = errors[len(errors) // 2]
+        yield f"{name}: predictions of {len(errors)} settings are off by {typical:.1%} (median), {worst:.1%} (95th percentile)"
+    for name, (value, low, high) in report["weightless"].items():
+        yield f"{name}: without weights in the file {value:.3f} ({low:.3f} to {high:.3f}) of the dense latency"
+    if "infeasible_s" in report:
+        yield f"resnet56: cross-validated {report['crossvalidated']}; infeasible after {report['infeasible_s']:.0f} s, bundle included"
+
+
+if __name__ == "__main__":
+    main()

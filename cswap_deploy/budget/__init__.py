@@ -1,0 +1,40 @@
+"""A latency budget: what widths cost on the device, which of them to choose, and the closed loop that proves it.
+
+`narrow` makes files of any width, `design` says which to measure, `staircase` learns from them, `loop` corrects and chooses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cswap_deploy.artifacts import Groups
+from cswap_deploy.budget import design, staircase
+from cswap_deploy.budget.staircase import Observation
+from cswap_deploy.budget.values import Staircase, WidthTimings
+from cswap_deploy.samples import Ratio, Samples
+from cswap_deploy.stage import stage
+
+
+@stage("staircase", returns=Staircase, libraries=("numpy", "scipy"))
+def learn(out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple: int, exact: bool) -> Staircase:
+    """What each group's width costs, from networks that were measured with it; `exact`: the multiple is the recipe's own.
+
+    Of medians, whatever percentile the budget is about: short measurements know no other, and the loop corrects what that leaves.
+    """
+    kinds = design.kinds_of(groups)
+    seen = [
+        Observation(widths, ratio)
+        for item in timings
+        for widths, ratio in zip(item.settings, ratios(item, 50), strict=True)
+    ]
+    of_one_kind = [set(names) for names in kinds.values()]
+    alone = [item for item in seen if set(item.widths) in of_one_kind and len(set(item.widths.values())) == 1]
+    together = [item for item in seen if item not in alone]
+    options = design.options(groups, kinds, multiple, exact=exact)
+    return staircase.learn(groups, kinds, options, multiple, alone, together)
+
+
+def ratios(timings: WidthTimings, percentile: int) -> list[Ratio]:
+    """Of each setting, to the dense network without weights."""
+    samples = Samples.load(timings.samples.path)
+    return [samples.ratio(number, 1, percentile) for number in range(2, samples.models)]

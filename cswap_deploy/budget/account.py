@@ -1,0 +1,94 @@
+"""What came of a budget, for the manifest: judged on the last measurement of what ships."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from cswap_deploy.artifacts import Groups, LatencyReport
+from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Budget
+from cswap_deploy.prepared import Reason
+from cswap_deploy.samples import Ratio, Samples
+
+MISSED = 8
+"""Exit code."""
+
+
+def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dict[str, Any]:
+    """`ratio`: what ships to its dense twin, in one run; `achieved_ms`: that part of the dense latency when the budget was set.
+
+    `proven`: the upper end of the ratio's 95 % interval is within the budget.
+    """
+    budget = _there(budget, report)
+    found = _ratio(budget, report)
+    verdict = budget.verdict
+    if found and verdict in ("met", "missed"):
+        verdict = "met" if found.value <= budget.ratio else "missed"
+    return {
+        "latency_ms": budget.latency_ms,
+        "percentile": budget.percentile,
+        "achieved_ms": found.value * budget.dense_ms if found else None,
+        "verdict": verdict,
+        "trials": len(budget.trials),
+        "dense_ms": budget.dense_ms,
+        "dense_ci95_ms": list(budget.dense_ci95_ms),
+        "floor_ms": budget.floor * budget.dense_ms,
+        "ratio_asked": budget.ratio,
+        "ratio": found.value if found else None,
+        "ratio_ci95": [found.low, found.high] if found else None,
+        "proven": bool(found and found.high <= budget.ratio),
+        "candidates": [
+            {key: value for key, value in asdict(trial).items() if key != "widths"} for trial in budget.trials
+        ],
+        "staircase": _staircase(Steps(groups, budget.staircase), budget.dense_ms) if budget.staircase else None,
+    }
+
+
+def reasons(block: dict[str, Any]) -> list[Reason]:
+    """Why the budget is not met; empty when it is, or when it is not needed."""
+    asked = f"p{block['percentile']} of {block['latency_ms']:.4g} ms"
+    if block["verdict"] == "infeasible":
+        text = (
+            f"{asked} cannot be reached: with every group at its narrowest {block['floor_ms']:.4g} ms are left "
+            f"of {block['dense_ms']:.4g} ms; the dense network is in this bundle"
+        )
+        return [Reason(MISSED, f"budget: {text}")]
+    if block["verdict"] == "missed":
+        got = f"{block['achieved_ms']:.4g} ms" if block["achieved_ms"] is not None else "nothing that could be measured"
+        return [Reason(MISSED, f"budget: {asked} was missed after {block['trials']} trials: what ships takes {got}")]
+    return []
+
+
+def _there(budget: Budget, report: LatencyReport | None) -> Budget:
+    """On another device than the one that was planned for, the dense network has a latency of its own."""
+    if report is None or report.conditions["device"] == budget.facts["device"]:
+        return budget
+    samples = Samples.load(report.samples.path)
+    interval = samples.percentile_ci95_ms(0, budget.percentile)
+    return replace(budget, dense_ms=samples.percentile_ms(0, budget.percentile), dense_ci95_ms=interval)
+
+
+def _ratio(budget: Budget, report: LatencyReport | None) -> Ratio | None:
+    return Samples.load(report.samples.path).ratio(1, 0, budget.percentile) if report else None
+
+
+def _staircase(steps: Steps, dense_ms: float) -> dict[str, Any]:
+    """How it was learned, how well it predicts, and what it says of each kind of group when all of them have one width."""
+    found = steps.staircase
+    errors = sorted(abs(error) for error in found.errors)
+    return {
+        "multiple": found.multiple,
+        "settings": found.settings,
+        "error_median": errors[len(errors) // 2] if errors else None,
+        "error_p95": errors[min(len(errors) - 1, int(0.95 * len(errors)))] if errors else None,
+        "kinds": [
+            {
+                "name": kind.groups[0],
+                "groups": len(kind.groups),
+                "widths": list(kind.widths),
+                "ms": [dense_ms * steps.total(dict.fromkeys(kind.groups, width)) for width in kind.widths],
+            }
+            for kind in found.steps
+        ],
+    }

@@ -1,0 +1,116 @@
+"""Which widths are worth measuring: extremes, multiples that pay, each kind of group alone, and random ones together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from cswap_deploy.artifacts import Groups
+
+Widths = dict[str, int]
+
+MULTIPLES = (32, 16, 8, 4, 2, 1)
+"""That runtimes work in: 8 for fp16 on tensor cores, 16 or 32 for int8, 16 in AVX-512. Which of them pay is measured."""
+PAYS = 0.2
+"""A multiple pays when the step in the middle of its double brings at least this part of the double's time; 0.5 is in proportion."""
+CHOICES = 32
+"""Widths that a group may have, about."""
+LEVELS = 4
+"""Widths of each kind of group that are measured alone, about."""
+MOST_ALONE, TOGETHER = 72, 24
+"""Settings in which one kind of group alone is narrow, at most, and settings in which all are."""
+
+
+def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
+    """Groups that cost the same at the same width, by the name of the first: repeated blocks of one stage.
+
+    They have as many units and own the same axes of layers of the same shape and cost.
+    """
+    found: dict[object, list[str]] = {}
+    for group in groups.groups:
+        owned = []
+        for term in groups.terms:
+            mine = [(axis.size, repeat) for axis in term.axes for name, repeat in axis.owners if name == group.name]
+            if mine and term.macs:
+                owned.append((term.macs, term.params, tuple(axis.size for axis in term.axes), tuple(mine)))
+        found.setdefault((group.kind, group.units, tuple(sorted(owned))), []).append(group.name)
+    return {names[0]: tuple(names) for names in found.values()}
+
+
+def extremes(groups: Groups, round_to: int | None) -> tuple[Widths, ...]:
+    """Every group as narrow as multiples of a few numbers let it be: the fastest of them is the floor."""
+    numbers = (round_to,) if round_to else (1, 4, 8, 16)
+    return tuple({group.name: min(group.units, number) for group in groups.groups} for number in numbers)
+
+
+def steps_of(groups: Groups, multiple: int) -> tuple[Widths, Widths, Widths] | None:
+    """All groups at three neighbouring multiples, wide to narrow, the middle one odd; None where no group has room for them."""
+    settings: tuple[Widths, Widths, Widths] = ({}, {}, {})
+    for group in groups.groups:
+        most = group.units // multiple if group.kind == "channels" else 0
+        middle = 2 * (most // 3) + 1  # about two thirds of the units
+        room = 3 <= middle < most
+        for setting, times in zip(settings, (middle + 1, middle, middle - 1), strict=True):
+            setting[group.name] = times * multiple if room else group.units
+    return settings if settings[0] != settings[2] else None
+
+
+def alignment(ratios: Mapping[int, tuple[float, float, float]]) -> int:
+    """The finest multiple that pays and whose coarser ones do. `ratios`: of the settings of `steps_of`, by multiple."""
+    found = MULTIPLES[0]
+    for multiple in MULTIPLES:
+        if multiple in ratios:
+            wide, middle, narrow = ratios[multiple]
+            if wide - middle < PAYS * (wide - narrow):
+                break
+        found = multiple
+    return found
+
+
+def options(
+    groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int, *, exact: bool
+) -> dict[str, tuple[int, ...]]:
+    """Widths that each kind of group may have, narrow to wide, below its units: multiples, at most `CHOICES`.
+
+    Of small groups also a half and a quarter of the multiple, unless it is `exact`: the recipe's own.
+    """
+    found = {}
+    for name in kinds:
+        group = groups.by_name[name]
+        step = 1 if group.kind == "heads" else multiple
+        stride = step * max(1, group.units // (CHOICES * step))
+        small = [] if exact or group.units > 4 * step else [step // 4, step // 2]
+        found[name] = tuple(sorted({*range(step, group.units, stride), *(w for w in small if 0 < w < group.units)}))
+    return found
+
+
+def levels(options: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Of the widths that each kind of group may have, those that are measured alone: the narrowest, and others evenly spread."""
+    count = max(2, min(LEVELS, MOST_ALONE // max(1, len(options))))
+    found = {}
+    for kind, widths in options.items():
+        places = {round(place * (len(widths) - 1) / (count - 1)) for place in range(count)} if widths else set()
+        found[kind] = tuple(widths[place] for place in sorted(places))
+    return found
+
+
+def alone(kinds: Mapping[str, Sequence[str]], widths: Mapping[str, Sequence[int]]) -> tuple[Widths, ...]:
+    """All groups of one kind at one width, the others whole: many groups that narrow together are seen above the noise."""
+    return tuple(dict.fromkeys(names, width) for kind, names in kinds.items() for width in widths[kind])
+
+
+def together(
+    groups: Groups, kinds: Mapping[str, Sequence[str]], widths: Mapping[str, Sequence[int]], count: int, seed: int
+) -> tuple[Widths, ...]:
+    """Every group at one of its widths, near a common part of its units: what narrow neighbours do to each other."""
+    random, settings = Random(seed), []
+    for number in range(count):
+        part = 0.1 + 0.9 * (number + random.random()) / count
+        setting = {}
+        for kind, names in kinds.items():
+            units = groups.by_name[kind].units
+            for name in names:
+                wanted = units * min(1.0, max(0.0, part + random.uniform(-0.3, 0.3)))
+                setting[name] = min((*widths[kind], units), key=lambda width: abs(width - wanted))
+        settings.append(setting)
+    return tuple(settings)

@@ -1,0 +1,86 @@
+"""The closed loop: choose, measure the whole network, correct the prediction by what was measured, choose again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cswap_deploy.budget.values import Trial
+from cswap_deploy.samples import Ratio
+
+Widths = dict[str, int]
+
+MARGIN = 0.4
+"""Of the tolerance: how far below the budget a candidate is aimed, since half of those aimed at it would miss it."""
+CLOSER = 0.005
+"""By how much the prediction is moved on where it leads to a candidate that was measured before."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Towards `budget`, a ratio to the dense network's latency; at most `trials` candidates are measured in all.
+
+    `choose`: the widths with the least damage whose predicted ratio is at most the given one, or the fastest that there are.
+    `measure`: the whole network with these widths on the device; the second argument asks for a longer measurement.
+    """
+
+    budget: float
+    tolerance: float
+    trials: int
+    choose: Callable[[float], Widths]
+    predict: Callable[[Mapping[str, int]], float]
+    measure: Callable[[Widths, bool], Ratio]
+
+    def run(self, earlier: tuple[Trial, ...] = (), shift: float = 1.0) -> tuple[Trial, ...]:
+        """`earlier` trials and the new ones, in order; ends with one that fits, with no new candidate, or after `trials`.
+
+        `shift`: what a network that ships takes, divided by what its candidate took.
+        """
+        done, scale = list(earlier), shift
+        if done:
+            scale = shift * done[-1].ratio / self.predict(done[-1].widths)
+        while len(done) < self.trials and (widths := self._fresh(done, scale, shift)):
+            found = self.measure(widths, False)
+            if found.low * shift <= self.budget <= found.high * shift:
+                found = self.measure(widths, True)
+            done.append(Trial(widths, scale / shift * self.predict(widths), found.value, found.low, found.high))
+            if self.fits(done[-1], shift):
+                break
+            scale = shift * found.value / self.predict(widths)
+        return tuple(done)
+
+    def _fresh(self, done: Sequence[Trial], scale: float, shift: float) -> Widths | None:
+        """Widths that were not measured yet: faster than those that missed, less damaged than those that met. None: no such."""
+        target = self.aim / scale
+        while True:
+            widths = self.choose(target)
+            known = next((trial for trial in done if trial.widths == widths), None)
+            if known is None:
+                return widths
+            if known.ratio * shift > self.budget:
+                faster = self.predict(widths) * (1 - CLOSER)
+                if faster >= target * (1 - CLOSER / 2):  # these are the fastest that there are
+                    return None
+                target = faster
+            else:
+                missed = [self.predict(trial.widths) for trial in done if trial.ratio * shift > self.budget]
+                target *= 1 + CLOSER
+                if target >= min([1.0, *missed]):
+                    return None
+
+    @property
+    def aim(self) -> float:
+        return self.budget * (1 - MARGIN * self.tolerance)
+
+    def fits(self, trial: Trial, shift: float = 1.0) -> bool:
+        """Within the budget, and no more room is left than the tolerance."""
+        return (1 - self.tolerance) * self.budget <= trial.ratio * shift <= self.budget
+
+    def best(
+        self, trials: tuple[Trial, ...], damage: Callable[[Mapping[str, int]], float], shift: float = 1.0
+    ) -> Trial:
+        """Of those within the budget the least damaged one; where none is, the fastest."""
+        met = [trial for trial in trials if trial.ratio * shift <= self.budget]
+        if not met:
+            return min(trials, key=lambda trial: trial.ratio)
+        return min(met, key=lambda trial: damage(trial.widths))

@@ -1,0 +1,247 @@
+"""What every group's width costs, learned from whole networks that were measured with it.
+
+The latency, as a part of the dense network's, is a constant, plus for every layer a part that shrinks with the product of its widths
+and a part that shrinks with each of them, plus for every group what those parts do not say about its width alone. Sizes count
+in whole blocks. Parts of layers of one shape are equal, and all are at least 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING
+
+from cswap_deploy.artifacts import Axis, CostTerm, Groups
+from cswap_deploy.budget.values import GroupSteps, LayerTime, Staircase
+from cswap_deploy.samples import Ratio
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float64]
+
+Widths = Mapping[str, int]
+
+PRIOR = 0.8
+"""Part of the latency that is expected to be spread over the layers like their MACs; how firmly: PRIOR_WEIGHT."""
+PRIOR_WEIGHT = 0.03
+DENSE_WEIGHT = 30.0
+"""How firmly the parts add up to 1 for the dense network, which every ratio refers to."""
+FOLDS = 4
+CLEARLY = 0.8
+"""What a finer block's squared errors must be at most, as a part of those of the best coarser one."""
+SURE = 1.0
+"""Half-widths of a measurement's interval that a group's own deviation must exceed; the rest of it counts."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A setting of widths and the ratio that was measured."""
+
+    widths: Widths
+    ratio: Ratio
+
+
+def learn(
+    groups: Groups,
+    kinds: Mapping[str, Sequence[str]],
+    options: Mapping[str, Sequence[int]],
+    multiple: int,
+    alone: Sequence[Observation],
+    together: Sequence[Observation],
+) -> Staircase:
+    """`kinds`: groups that cost the same, by the first; `options`: widths that each kind may have, multiples of `multiple`; `alone`:
+    observations of one kind that is narrow. The block is the part of the multiple that predicts settings best that it has not seen.
+    """
+
+    def of(block: int, seen: Sequence[Observation]) -> Staircase:
+        constant, layers, steps = _fitted(groups, kinds, options, block, alone, seen)
+        return Staircase(multiple, block, constant, layers, steps, len(alone) + len(together), ())
+
+    best, errors = multiple, list[float]()
+    for block in [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]:
+        found = list[float]()
+        for fold in range(FOLDS if len(together) >= 2 * FOLDS else 0):
+            known = Steps(groups, of(block, [item for place, item in enumerate(together) if place % FOLDS != fold]))
+            found += [known.total(item.widths) / item.ratio.value - 1 for item in together[fold::FOLDS]]
+        if found and (not errors or _size(found) < CLEARLY * _size(errors)):
+            best, errors = block, found
+    return replace(of(best, together), errors=tuple(errors))
+
+
+def _size(errors: Sequence[float]) -> float:
+    return sum(error**2 for error in errors)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A staircase of a network's groups: predicts the ratio of any widths, and counts as the cost of a search."""
+
+    groups: Groups
+    staircase: Staircase
+
+    def total(self, widths: Widths) -> float:
+        """Groups that are not named are whole."""
+        return (
+            self.staircase.constant
+            + sum(self._layer(number, widths) for number in range(len(self._layers)))
+            + sum(self._excess(name, width) for name, width in widths.items())
+        )
+
+    def changes(self, at: Widths, name: str, widths: Sequence[int]) -> list[float]:
+        """By how much the network with the widths `at` gets slower when group `name` alone gets each of `widths`."""
+
+        def own(width: int) -> float:
+            changed = {**at, name: width}
+            return sum(self._layer(number, changed) for number in self._of_group[name]) + self._excess(name, width)
+
+        begun = own(at[name])
+        return [own(width) - begun for width in widths]
+
+    def allowed(self, name: str) -> tuple[int, ...]:
+        """Widths that a group may have, narrow to wide."""
+        return self._steps[name].widths
+
+    @cached_property
+    def _layers(self) -> list[tuple[CostTerm, LayerTime]]:
+        by_name = {term.name: term for term in self.groups.terms}
+        return [(by_name[name], layer) for layer in self.staircase.layers for name in layer.terms]
+
+    @cached_property
+    def _units(self) -> dict[str, int]:
+        return {group.name: group.units for group in self.groups.groups}
+
+    @cached_property
+    def _of_group(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {group.name: [] for group in self.groups.groups}
+        for number, (term, _) in enumerate(self._layers):
+            for name in dict.fromkeys(owner for axis in term.axes for owner, _ in axis.owners):
+                found[name].append(number)
+        return found
+
+    @cached_property
+    def _steps(self) -> dict[str, GroupSteps]:
+        return {name: steps for steps in self.staircase.steps for name in steps.groups}
+
+    def _layer(self, number: int, widths: Widths) -> float:
+        term, layer = self._layers[number]
+        units, block = self._units, self.staircase.block
+        parts = [_part(axis, widths, units, block) for axis in term.axes]
+        return layer.product * prod(parts) + sum(side * part for side, part in zip(layer.sides, parts, strict=True))
+
+    def _excess(self, name: str, width: int) -> float:
+        """Between measured widths in proportion, and of a width within a step what its upper end has."""
+        steps = self._steps[name]
+        width = next(allowed for allowed in steps.widths if allowed >= width)
+        at = next(place for place, known in enumerate(steps.measured) if known >= width)
+        if at == 0:
+            return steps.excess[0]
+        below, above = steps.measured[at - 1 : at + 1]
+        share = (width - below) / (above - below)
+        return share * steps.excess[at] + (1 - share) * steps.excess[at - 1]
+
+
+def _part(axis: Axis, widths: Widths, units: Mapping[str, int], block: int) -> float:
+    """What is left of an axis, in whole blocks."""
+    kept = axis.size - sum((units[name] - widths.get(name, units[name])) * repeat for name, repeat in axis.owners)
+    return -(-kept // block) / -(-axis.size // block)
+
+
+# --- learning
+
+
+def _fitted(
+    groups: Groups,
+    kinds: Mapping[str, Sequence[str]],
+    options: Mapping[str, Sequence[int]],
+    block: int,
+    alone: Sequence[Observation],
+    together: Sequence[Observation],
+) -> tuple[float, tuple[LayerTime, ...], tuple[GroupSteps, ...]]:
+    shapes = _Shapes.of(groups, kinds, block)
+    constant, layers = shapes.fitted([*alone, *together])
+    whole = {
+        name: GroupSteps(tuple(kinds[name]), (*options[name], groups.by_name[name].units), (), ()) for name in kinds
+    }
+    none = tuple(GroupSteps(steps.groups, steps.widths, (steps.widths[-1],), (0.0,)) for steps in whole.values())
+    plain = Staircase(1, block, constant, layers, none, 0, ())
+    predicted = Steps(groups, plain)
+    found = []
+    for name, steps in whole.items():
+        excess = {steps.widths[-1]: 0.0}
+        for item in alone:
+            if name in item.widths:
+                known = (item.ratio.value - predicted.total(item.widths)) / len(steps.groups)
+                doubt = SURE * (item.ratio.high - item.ratio.low) / 2 / len(steps.groups)
+                excess[item.widths[name]] = max(0.0, abs(known) - doubt) * (1 if known > 0 else -1)
+        measured = tuple(sorted(excess))
+        found.append(GroupSteps(steps.groups, steps.widths, measured, tuple(excess[width] for width in measured)))
+    return constant, layers, tuple(found)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Layers of the same shape between groups of the same kinds: they take the same time."""
+
+    groups: Groups
+    block: int
+    terms: tuple[tuple[CostTerm, ...], ...]
+
+    @staticmethod
+    def of(groups: Groups, kinds: Mapping[str, Sequence[str]], block: int) -> _Shapes:
+        kind_of = {name: kind for kind, names in kinds.items() for name in names}
+        found: dict[object, list[CostTerm]] = {}
+        for term in groups.terms:
+            if term.macs and term.axes:
+                owners = tuple(
+                    (axis.size, tuple((kind_of[name], repeat) for name, repeat in axis.owners)) for axis in term.axes
+                )
+                found.setdefault((term.macs, term.params, owners), []).append(term)
+        return _Shapes(groups, block, tuple(map(tuple, found.values())))
+
+    def fitted(self, seen: Sequence[Observation]) -> tuple[float, tuple[LayerTime, ...]]:
+        """The constant and the layers' parts with the least relative error: a non-negative least-squares problem."""
+        import numpy as np
+        from scipy.optimize import nnls
+
+        dense, wanted = self._features({}), self._prior()
+        rows = [self._features(item.widths) / item.ratio.value for item in seen]
+        firm = np.diag(PRIOR_WEIGHT * dense / np.maximum(wanted, 0.02))
+        matrix = np.vstack([*rows, DENSE_WEIGHT * dense, firm])
+        sides = [1.0] * len(rows) + [DENSE_WEIGHT, *(PRIOR_WEIGHT * wanted / np.maximum(wanted, 0.02))]
+        found, _ = nnls(matrix, np.array(sides))
+        found /= float(found @ dense)
+        layers, place = [], 1
+        for terms in self.terms:
+            axes = len(terms[0].axes) if len(terms[0].axes) > 1 else 0
+            own = tuple(float(value) for value in found[place : place + 1 + axes])
+            layers.append(LayerTime(tuple(term.name for term in terms), own[0], own[1:] or (0.0,) * len(terms[0].axes)))
+            place += 1 + axes
+        return float(found[0]), tuple(layers)
+
+    def _features(self, widths: Widths) -> Floats:
+        """1, then for each shape the sum over its layers of the product, and of each side where there are several."""
+        import numpy as np
+
+        units = {group.name: group.units for group in self.groups.groups}
+        found = [1.0]
+        for terms in self.terms:
+            parts = np.array([[_part(axis, widths, units, self.block) for axis in term.axes] for term in terms])
+            found.append(float(parts.prod(1).sum()))
+            found += parts.sum(0).tolist() if parts.shape[1] > 1 else []
+        return np.array(found)
+
+    def _prior(self) -> Floats:
+        """What each feature is expected to make up of the dense latency: products like their MACs, sides nothing."""
+        import numpy as np
+
+        total = self.groups.cost({})[1]
+        found = [0.0]
+        for terms in self.terms:
+            found.append(PRIOR * sum(term.macs for term in terms) / total)
+            found += [0.0] * len(terms[0].axes) if len(terms[0].axes) > 1 else []
+        found[0] = 1 - sum(found)
+        return np.array(found)

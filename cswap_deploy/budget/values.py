@@ -1,0 +1,113 @@
+"""What travels between the stages of a latency budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cswap_deploy.artifacts import Curve, File, GroupScores, PruningStep
+
+
+@dataclass(frozen=True)
+class WidthTimings:
+    """Networks with narrower groups and their dense twin, run in turn. Groups that a setting does not name are whole.
+
+    Narrower ones are compared with model 1: files of weights made at loading lie elsewhere in memory than weights that were read,
+    which is worth 5 % to a network that just fits into a cache.
+    """
+
+    samples: File
+    """`samples.Samples`: model 0 is the dense one, 1 its twin without weights, n + 2 has the widths `settings[n]`."""
+    settings: tuple[dict[str, int], ...]
+    runtime: str
+    conditions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What layers of one shape take each, as a part of the dense network's latency.
+
+    `product` shrinks with all axes that groups shorten, `sides` with one of them each.
+    """
+
+    terms: tuple[str, ...]
+    """Names of the cost terms."""
+    product: float
+    sides: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class GroupSteps:
+    """Groups that cost the same: the widths that they may have, and what the layers' parts do not say about each."""
+
+    groups: tuple[str, ...]
+    widths: tuple[int, ...]
+    """Narrow to wide, the last all units."""
+    measured: tuple[int, ...]
+    """Those that were measured alone, narrow to wide, the last all units."""
+    excess: tuple[float, ...]
+    """Of one group at each of these, as a part of the dense network's latency; the last is 0."""
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """The latency of a network over the widths of its groups as a part of the dense one's, learned on one device."""
+
+    multiple: int
+    """Of which widths are chosen: finer ones do not pay."""
+    block: int
+    """Sizes count in whole blocks of so many units: constant between steps."""
+    constant: float
+    layers: tuple[LayerTime, ...]
+    steps: tuple[GroupSteps, ...]
+    settings: int
+    """Networks that were measured."""
+    errors: tuple[float, ...]
+    """Relative, of settings of all groups that the fit had not seen (cross-validation)."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate: the part of the dense latency that was predicted and measured, the latter with its 95 % interval."""
+
+    widths: dict[str, int]
+    predicted: float
+    ratio: float
+    low: float
+    high: float
+
+
+BudgetVerdict = Literal["met", "missed", "infeasible", "not needed"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A latency that was asked for, and what came of it. Ratios are parts of the dense network's latency in the same run."""
+
+    latency_ms: float
+    percentile: int
+    dense_ms: float
+    """Of the dense network when the budget was set."""
+    dense_ci95_ms: tuple[float, float]
+    floor: float
+    """Ratio of the fastest network that groups as narrow as they can be give."""
+    verdict: BudgetVerdict
+    """Before what ships was measured."""
+    trials: tuple[Trial, ...]
+    staircase: Staircase | None
+    facts: dict[str, str]
+    """Of the device."""
+
+    @property
+    def ratio(self) -> float:
+        return self.latency_ms / self.dense_ms
+
+
+@dataclass(frozen=True)
+class Approach:
+    """A search before its last step: what it keeps, what narrowing that costs, and how it came there."""
+
+    keep: dict[str, tuple[int, ...]]
+    curves: tuple[Curve, ...]
+    scores: tuple[GroupScores, ...]
+    steps: tuple[PruningStep, ...]

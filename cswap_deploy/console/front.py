@@ -1,0 +1,23 @@
+"""A sweep in a table: what was asked for, what came of it, and where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cswap_deploy.console.text import from_here, table
+from cswap_deploy.wording import count_text, ms, percent
+
+
+def sweep_lines(front: dict[str, Any], folder: Path) -> Iterator[str]:
+    """One row for each latency, the dense network first."""
+    dense = front["dense"]
+    rows = [("dense", "", f"{ms(dense['latency_ms'])} ms", percent(dense["top1"]), "", "", "")]
+    for point in front["points"]:
+        achieved = f"{ms(point['achieved_ms'])} ms" if point["achieved_ms"] is not None else "not measured"
+        row = (f"{point['latency_ms']:g} ms", point["verdict"], achieved, percent(point["top1"]))
+        rows.append((*row, f"{point['drop_pp']:+.2f}", count_text(point["macs"]), point["bundle"]))
+    yield from table(("asked", "", "achieved", "top-1", "drop", "MACs", "bundle"), rows, f"{front['name']}: sweep")
+    yield f"table    {from_here(folder / 'sweep.csv')}"
+    yield f"chart    {from_here(folder / 'sweep.html')}"

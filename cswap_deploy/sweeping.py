@@ -1,0 +1,95 @@
+"""`cswap-deploy sweep`: one bundle for each of several latencies, from one staircase and one scoring, and the front that they make."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cswap_deploy import pipeline, progress
+from cswap_deploy.bundle import Bundle
+from cswap_deploy.digests import write_atomically
+from cswap_deploy.errors import UsageError
+from cswap_deploy.recipe import Recipe
+from cswap_deploy.report import render_sweep
+from cswap_deploy.stage import Workdir
+
+COLUMNS = (
+    "latency_ms", "verdict", "achieved_ms", "ratio", "ratio_low", "ratio_high", "trials", "top1", "drop_pp", "drop_low_pp",
+    "drop_high_pp", "macs", "params", "bytes", "gate", "exit_code", "bundle",
+)  # fmt: skip
+NAME = "sweep"
+"""Of the files in the work folder: .csv, .json, .html."""
+
+
+def latencies_of(text: str) -> list[float]:
+    """`3,4,5` as numbers, each once, the longest first. Errors: UsageError."""
+    try:
+        found = sorted({float(part) for part in text.split(",") if part.strip()}, reverse=True)
+    except ValueError:
+        found = []
+    if not found or not all(0 < value < float("inf") for value in found):
+        raise UsageError(f"--latency: {text!r} is no list of milliseconds", "give some, such as --latency 3,4,5")
+    return found
+
+
+def overrides_of(recipe: Recipe, latency_ms: float) -> list[str]:
+    """What `--set` would be given for this latency: other settings of the recipe's own target stay."""
+    target = recipe.prune.target
+    kept = {key: getattr(target, key) for key in ("percentile", "trials", "tolerance") if hasattr(target, key)}
+    return [f"prune.target={json.dumps({'latency_ms': latency_ms, **kept})}"]
+
+
+def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
+    """Build every recipe, which differ in their latency alone, and write table and page into the work folder."""
+    points, dense = [], {}
+    for number, recipe in enumerate(recipes):
+        goal = recipe.prune.target
+        folder = f"bundle-{goal.latency_ms:g}ms"  # type: ignore[union-attr]
+        progress.note(f"latency {number + 1} of {len(recipes)}: {goal.latency_ms:g} ms")  # type: ignore[union-attr]
+        bundle = pipeline.build(recipe, work, folder)
+        points.append(_point(bundle, folder))
+        dense = {"latency_ms": bundle.manifest["budget"]["dense_ms"], **_accuracy(bundle, "source")}
+    document = {"name": recipes[0].name, "dense": dense, "points": points}
+    document |= {"conditions": bundle.manifest["latency"] and bundle.manifest["latency"]["conditions"]}
+    write(document, work.root)
+    return document
+
+
+def write(document: dict[str, Any], folder: Path) -> None:
+    """The front as CSV, as JSON and as a page."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(document["points"])
+    write_atomically(folder / f"{NAME}.csv", table.getvalue())
+    write_atomically(folder / f"{NAME}.json", json.dumps({"schema": "cswap-deploy/sweep/1", **document}, indent=1))
+    write_atomically(folder / f"{NAME}.html", render_sweep(document))
+
+
+def _point(bundle: Bundle, folder: str) -> dict[str, Any]:
+    manifest = bundle.manifest
+    budget, accuracy = manifest["budget"], manifest["accuracy"]
+    ratio = budget["ratio_ci95"] or (None, None)
+    low, high = accuracy["drop_ci95_pp"]
+    return {
+        **{key: budget[key] for key in ("latency_ms", "verdict", "achieved_ms", "ratio", "trials")},
+        "ratio_low": ratio[0],
+        "ratio_high": ratio[1],
+        **_accuracy(bundle, "shipped"),
+        "drop_pp": accuracy["drop_pp"],
+        "drop_low_pp": low,
+        "drop_high_pp": high,
+        **{key: manifest["pruned"][key] for key in ("macs", "params")},
+        "bytes": manifest["size"]["shipped_bytes"],
+        "gate": accuracy["gate"]["verdict"],
+        "exit_code": manifest["exit_code"],
+        "bundle": folder,
+    }
+
+
+def _accuracy(bundle: Bundle, which: str) -> dict[str, float]:
+    return {"top1": bundle.manifest["accuracy"][which]["top1"]}

@@ -1,0 +1,357 @@
+"""What widths cost and which to choose: files of any width, the staircase, the closed loop, against devices whose truth is known."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import ceil, prod
+from pathlib import Path
+from random import Random
+
+import onnx
+import pytest
+import torch
+import zoo
+from simulated import weights
+from test_allocate import measured, whole
+from test_benchmarks import benchmark
+
+from cswap_deploy import budget as budget_stage
+from cswap_deploy.artifacts import Axis, CostTerm, File, Group, Groups
+from cswap_deploy.budget import design
+from cswap_deploy.budget.loop import Loop
+from cswap_deploy.budget.narrow import Template, require_runnable
+from cswap_deploy.budget.staircase import Observation, Steps, learn
+from cswap_deploy.budget.values import Staircase, WidthTimings
+from cswap_deploy.errors import ExportError
+from cswap_deploy.prune.allocate import damage_at, least_damage
+from cswap_deploy.prune.cut import cut_copy
+from cswap_deploy.samples import Ratio, Samples
+
+# --- files of any width
+
+
+def exported(module: torch.nn.Module, entry: zoo.Entry, path: Path) -> Path:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, (torch.zeros(1, *entry.spec.shape),), path, dynamo=True, verbose=False, opset_version=18
+        )
+    return path
+
+
+@pytest.mark.parametrize("name", ["residual", "separable", "flattened", "vit"])
+def test_a_narrowed_file_has_the_shapes_of_the_network_that_was_cut_and_exported(name: str, tmp_path: Path) -> None:
+    entry, path = zoo.ZOO[name], tmp_path / "narrow.onnx"
+    module, groups = entry.build(), entry.groups
+    keep = zoo.half(groups)
+    template = Template.read(exported(module, entry, tmp_path / "dense.onnx"), groups)
+    path.write_bytes(template.narrowed({group: len(units) for group, units in keep.items()}))
+    cut = exported(cut_copy(module, groups.groups, keep), entry, tmp_path / "cut.onnx")
+    assert weights(path) == weights(cut) != weights(tmp_path / "dense.onnx")
+    require_runnable(path, entry.spec.shape)
+    path.write_bytes(template.narrowed({}))
+    assert weights(path) == weights(tmp_path / "dense.onnx")
+
+
+def test_a_narrowed_file_holds_no_large_weight(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(torch.randn(64, 3, 3, 3).numpy(), "c.weight")
+    bias = onnx.numpy_helper.from_array(torch.randn(64).numpy(), "c.weight_bias")
+    after = onnx.numpy_helper.from_array(torch.randn(5, 64, 1, 1).numpy(), "d.weight")
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "c.weight", "c.weight_bias"], ["y"]),
+        onnx.helper.make_node("Conv", ["y", "d.weight"], ["z"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, 1, s) for n, s in (("x", (1, 3, 8, 8)), ("z", (1, 5, 6, 6)))]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight, bias, after])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "dense.onnx")
+    members = (zoo_slice("c", 0), zoo_slice("d", 1))
+    template = Template.read(tmp_path / "dense.onnx", Groups((Group("c", "channels", 64, members),), (), ()))
+    (tmp_path / "narrow.onnx").write_bytes(template.narrowed({"c": 48}))
+    assert weights(tmp_path / "narrow.onnx") == [(48, 3, 3, 3), (5, 48, 1, 1)]
+    assert (tmp_path / "narrow.onnx").stat().st_size < 3000 < (tmp_path / "dense.onnx").stat().st_size
+    require_runnable(tmp_path / "narrow.onnx", (3, 8, 8))
+
+
+def zoo_slice(module: str, axis: int):  # type: ignore[no-untyped-def]
+    from cswap_deploy.artifacts import Slice
+
+    return Slice(module, "weight", axis, 0, 1)
+
+
+def test_a_group_whose_layer_is_not_in_the_graph_is_refused(tmp_path: Path) -> None:
+    entry = zoo.ZOO["chain"]
+    path = exported(entry.build(), entry, tmp_path / "dense.onnx")
+    stranger = replace(entry.groups.groups[0], members=(zoo_slice("elsewhere", 0), zoo_slice("nowhere", 1)))
+    with pytest.raises(ExportError, match=r"no tensor 'nowhere.weight' that group"):
+        Template.read(path, Groups((stranger,), (), ()))
+
+
+# --- a network and a device whose latency is known
+
+
+def blocks(count: int, units: int, macs: int = 1000) -> Groups:
+    """Residual blocks: each a layer that makes a group and one that reads it; the stream between them stays."""
+    groups = tuple(Group(f"b{number}", "channels", units, ()) for number in range(count))
+    terms = []
+    for group in groups:
+        axes = (Axis(units, ((group.name, 1),)),)
+        terms += [CostTerm(f"{group.name}.{part}.weight", units, macs * units, axes) for part in (1, 2)]
+    return Groups(groups, (), (*terms, CostTerm("stem.weight", 10, 2000 * count, ())))
+
+
+def chained(widths: Sequence[int], macs: int = 10) -> Groups:
+    """Layers one after the other, so that each is narrowed on both sides."""
+    groups = tuple(Group(f"c{number}", "channels", units, ()) for number, units in enumerate(widths))
+    terms = [
+        CostTerm(f"{b.name}.weight", a.units * b.units, macs * a.units * b.units,
+                 (Axis(b.units, ((b.name, 1),)), Axis(a.units, ((a.name, 1),))))
+        for a, b in itertools.pairwise(groups)
+    ]  # fmt: skip
+    first = CostTerm("c0.weight", widths[0], 30 * macs * widths[0], (Axis(widths[0], (("c0", 1),)),))
+    return Groups(groups, (), (first, *terms))
+
+
+def truth(groups: Groups, widths: Mapping[str, int], step: int, base: float = 0.2) -> float:
+    """The ratio on a device that computes channels in blocks of `step`."""
+
+    def cost(at: Mapping[str, int]) -> float:
+        removed = {name: groups.by_name[name].units - width for name, width in at.items()}
+        return sum(
+            term.macs * prod(ceil(axis.kept(removed) / step) / (axis.size / step) for axis in term.axes)
+            for term in groups.terms
+        )
+
+    return base + (1 - base) * cost(widths) / cost({})
+
+
+def exact(value: float) -> Ratio:
+    return Ratio(value, value * 0.99, value * 1.01)
+
+
+def learned(groups: Groups, step: int, *, noise: float = 0.0, multiple: int | None = None, seed: int = 0) -> Staircase:
+    """As the pipeline does it: find the multiple, then measure kinds alone and all together."""
+    random = Random(seed)
+
+    def measure(widths: Mapping[str, int]) -> Ratio:
+        return exact(truth(groups, widths, step) * (1 + random.gauss(0, noise)))
+
+    tried = {n: steps for n in design.MULTIPLES if (steps := design.steps_of(groups, n))}
+    found = {n: tuple(measure(widths).value for widths in steps) for n, steps in tried.items()}
+    multiple = multiple or design.alignment({n: (a, b, c) for n, (a, b, c) in found.items()})
+    kinds = design.kinds_of(groups)
+    options = design.options(groups, kinds, multiple, exact=False)
+    levels = design.levels(options)
+    alone, together = design.alone(kinds, levels), design.together(groups, kinds, levels, design.TOGETHER, 0)
+    seen = [[Observation(widths, measure(widths)) for widths in part] for part in (alone, together)]
+    return learn(groups, kinds, options, multiple, *seen)
+
+
+# --- what to measure
+
+
+def test_repeated_blocks_are_of_one_kind() -> None:
+    assert [*design.kinds_of(blocks(5, 32)).values()] == [("b0", "b1", "b2", "b3", "b4")]
+    assert len(design.kinds_of(chained((32, 32, 64)))) == 3
+
+
+@pytest.mark.parametrize("step", [1, 4, 8, 16])
+@pytest.mark.parametrize("noise", [0.0, 0.004])
+def test_the_multiple_that_pays_is_found(step: int, noise: float) -> None:
+    assert learned(chained((64, 96, 128, 64)), step, noise=noise).multiple in (
+        step,
+        max(step, 2),
+    )  # single units drown in noise
+
+
+def test_small_groups_may_also_be_a_part_of_the_multiple() -> None:
+    groups = chained((16, 256))
+    options = design.options(groups, design.kinds_of(groups), 16, exact=False)
+    assert options["c0"] == (4, 8) and options["c1"][:2] == (16, 32)
+    assert design.options(groups, design.kinds_of(groups), 16, exact=True)["c0"] == ()
+
+
+def test_kinds_alone_and_all_groups_together_are_measured() -> None:
+    groups = chained((64, 128))
+    kinds = design.kinds_of(groups)
+    levels = design.levels(design.options(groups, kinds, 16, exact=False))
+    assert design.alone(kinds, levels)[0] == {"c0": 4}
+    settings = design.together(groups, kinds, levels, 20, 0)
+    assert len(settings) == 20 and {setting["c1"] for setting in settings} >= {16, 128}
+    assert settings == design.together(groups, kinds, levels, 20, 0)
+
+
+# --- what was learned
+
+
+@pytest.mark.parametrize("groups", [blocks(6, 64), chained((64, 96, 128, 64)), chained((32, 32, 48))])
+@pytest.mark.parametrize("step", [1, 8, 16])
+def test_unseen_widths_are_predicted(groups: Groups, step: int) -> None:
+    steps = Steps(groups, learned(groups, step, noise=0.005))
+    random = Random(1)
+    errors = []
+    for _ in range(60):
+        widths = {name: random.choice((*steps.allowed(name),)) for name in whole(groups)}
+        errors.append(abs(steps.total(widths) / truth(groups, widths, step) - 1))
+    errors.sort()
+    print(f"median {errors[30]:.3f}, 95th percentile {errors[57]:.3f}")
+    assert errors[30] < 0.05 and errors[57] < 0.12
+
+
+def test_the_dense_network_is_1_and_changes_add_up_to_the_total() -> None:
+    groups = chained((64, 96, 128))
+    steps = Steps(groups, learned(groups, 16, noise=0.01))
+    assert steps.total(whole(groups)) == steps.total({}) == pytest.approx(1)
+    at = {"c0": 32, "c1": 96, "c2": 64}
+    [change] = steps.changes(at, "c1", [48])
+    assert steps.total({**at, "c1": 48}) - steps.total(at) == pytest.approx(change)
+
+
+def test_a_width_within_a_step_costs_what_its_upper_end_does() -> None:
+    groups = chained((64, 128))
+    steps = Steps(groups, learned(groups, 16))
+    assert steps.total({"c0": 33}) == steps.total({"c0": 48}) < steps.total({"c0": 49})
+    assert steps.total({"c0": 33}) == pytest.approx(truth(groups, {"c0": 48}, 16), rel=0.02)
+
+
+def test_errors_are_those_of_settings_that_the_fit_had_not_seen() -> None:
+    found = learned(chained((64, 96, 128)), 16, noise=0.03)
+    assert len(found.errors) == design.TOGETHER and max(map(abs, found.errors)) > 0.01
+
+
+# --- the trap: steps of 16
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.6, 0.7, 0.8])
+def test_the_choice_lands_on_the_steps_and_beats_rounding_to_8(budget: float) -> None:
+    """With multiples of 8 half of the cuts end within a step: they cost accuracy and bring no time."""
+    groups = chained((64, 96, 128, 64))
+    curves = measured(groups, Random(3), 4)
+    damage = {}
+    for rounding, believed in ((None, 16), (8, 8)):  # the latter trusts that every multiple of 8 pays
+        steps = Steps(groups, learned(groups, believed, multiple=rounding))
+        allowed = {name: steps.allowed(name) for name in whole(groups)}
+
+        def choose(
+            target: float, steps: Steps = steps, allowed: dict[str, tuple[int, ...]] = allowed
+        ) -> dict[str, int]:
+            return least_damage(steps, curves, whole(groups), allowed, target)
+
+        loop = Loop(budget, 0.05, 8, choose, steps.total, lambda widths, _: exact(truth(groups, widths, 16)))
+        best = loop.best(loop.run(), lambda widths: damage_at(curves, widths))
+        assert best.ratio <= budget
+        damage[rounding] = damage_at(curves, best.widths)
+        if rounding is None:
+            assert all(width % 16 == 0 for width in best.widths.values()), best.widths
+    print(damage)
+    assert damage[None] < damage[8]
+
+
+# --- the loop
+
+
+class Device:
+    """A ratio that is `off` times the prediction; counts what was asked."""
+
+    def __init__(self, groups: Groups, off: float, width: float = 0.01) -> None:
+        self.groups, self.off, self.width, self.longer = groups, off, width, 0
+
+    def measure(self, widths: Mapping[str, int], longer: bool) -> Ratio:
+        self.longer += longer
+        value = self.off * truth(self.groups, widths, 16)
+        width = self.width / (4 if longer else 1)
+        return Ratio(value, value * (1 - width), value * (1 + width))
+
+
+def looped(groups: Groups, device: Device, budget: float, trials: int = 8, **more: float) -> Loop:
+    steps, curves = Steps(groups, learned(groups, 16)), measured(groups, Random(0), 16)
+    allowed = {name: steps.allowed(name) for name in whole(groups)}
+    return Loop(
+        budget, more.get("tolerance", 0.05), trials,
+        lambda target: least_damage(steps, curves, whole(groups), allowed, target), steps.total, device.measure,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("off", [0.8, 0.93, 1.0, 1.1, 1.25])
+@pytest.mark.parametrize("budget", [0.55, 0.75])
+def test_the_loop_ends_within_the_budget_whatever_the_prediction_is_off_by(off: float, budget: float) -> None:
+    groups = blocks(12, 64)
+    loop = looped(groups, Device(groups, off), budget)
+    trials = loop.run()
+    best = loop.best(trials, lambda widths: -truth(groups, widths, 16))
+    assert (1 - loop.tolerance) * budget <= best.ratio <= budget
+    assert len(trials) <= 6, [trial.ratio for trial in trials]
+
+
+def test_what_is_too_close_to_call_is_measured_longer() -> None:
+    groups = blocks(12, 64)
+    device = Device(groups, 1.0, width=0.06)
+    assert looped(groups, device, 0.7).run() and device.longer >= 1
+    device = Device(groups, 1.0, width=0.001)
+    assert looped(groups, device, 0.7).run() and device.longer == 0
+
+
+def test_the_loop_ends_after_its_trials_and_names_the_fastest() -> None:
+    groups = blocks(12, 64)
+    device = Device(groups, 3.0)
+    loop = looped(groups, device, 0.7, trials=3)
+    trials = loop.run()
+    assert len(trials) <= 3 and min(trial.ratio for trial in trials) > 0.7
+    assert loop.best(trials, lambda _: 0.0).ratio == min(trial.ratio for trial in trials)
+
+
+def test_no_candidate_is_measured_twice() -> None:
+    groups = chained((32, 32))  # four widths in all
+    trials = looped(groups, Device(groups, 1.0), 0.61, tolerance=0.001).run()
+    assert len({tuple(trial.widths.items()) for trial in trials}) == len(trials)
+
+
+def test_where_what_ships_is_slower_than_its_candidate_the_loop_goes_on_below() -> None:
+    groups = blocks(12, 64)
+    loop = looped(groups, Device(groups, 1.0), 0.7)
+    first = loop.run()
+    more = loop.run(first, shift=1.06)
+    assert more[: len(first)] == first and 1.06 * more[-1].ratio <= 0.7
+
+
+# --- the benchmark
+
+
+def test_the_benchmark_counts_and_compares_at_equal_latency() -> None:
+    bench = benchmark("budget")
+    rows = [bench.Row("net", 0.5, ratio, ratio, ratio, 3, 1.0, 2.0) for ratio in (0.46, 0.49, 0.52)]
+    assert [row.within for row in rows] == [True, True, False] and [row.used for row in rows] == [False, True, True]
+    assert bench.at([(1.0, 0.0), (0.4, 6.0), (0.6, 2.0)], 0.5) == pytest.approx(4.0)
+    report = {
+        "clock": "wall",
+        "load": [0, 0],
+        "rows": [],
+        "predictions": {"net": [(1.0, 1.0), (1.1, 1.0)]},
+        "weightless": {},
+    }
+    for row in rows:
+        bench.add(row, report)
+    report["others"] = {"macs": [(1.0, 0.0), (0.4, 6.0)], "uniform": [(1.0, 0.0), (0.4, 9.0)]}
+    text = "\n".join(bench.table(report))
+    assert "within: 2 of 3; above: 2 of 3" in text and "| +2.00 | +5.40 | +8.10 |" in text and "10.0%" in text
+
+
+def test_the_benchmark_searches_with_a_made_up_damage() -> None:
+    groups = blocks(6, 64)
+    widths, trials = benchmark("budget").searched(groups, learned(groups, 16), 0.7, Device(groups, 1.05).measure)
+    assert truth(groups, widths, 16) * 1.05 <= 0.7 and 1 <= trials <= 8
+
+
+def test_where_all_groups_are_of_one_kind_settings_of_all_are_not_taken_for_that_kind_alone(tmp_path: Path) -> None:
+    """What the stage does with timings: widths that differ are a setting of all groups."""
+    groups = blocks(3, 64)
+    settings = ({"b0": 16, "b1": 16, "b2": 16}, {"b0": 16, "b1": 64, "b2": 48}, {"b0": 48, "b1": 16, "b2": 64})
+    ratios = [1.0, 1.0, *(truth(groups, widths, 16) for widths in settings)]
+    rounds = [[[round(1e6 * ratio)] * 5 for ratio in ratios] for _ in range(8)]
+    Samples.of(rounds).save(tmp_path / "samples.npz")
+    timings = WidthTimings(File.of(tmp_path / "samples.npz"), settings, "none", {})
+    found = budget_stage.learn(tmp_path, groups, (timings,), 16, True)
+    assert found.settings == 3 and found.steps[0].measured == (16, 64)

@@ -1,0 +1,131 @@
+"""A staircase over a real sshd: what is measured there is what is measured here, and a run whose connections are cut ends well."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import sshd
+from conftest import make_project
+from sshd import Device, Server
+
+from cswap_deploy import planning, prepared, prune
+from cswap_deploy.artifacts import File, Groups
+from cswap_deploy.budget import design
+from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Staircase
+from cswap_deploy.device.target import Target
+from cswap_deploy.errors import DeviceError
+from cswap_deploy.recipe import Recipe
+from cswap_deploy.stage import Workdir
+
+SHORT = ("latency.duration_s=0.1", "latency.warmup_s=0", "accuracy.max_drop=null", "model.kwargs={copies: 16}")
+CUTS = 10
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[Device]:
+    with sshd.device() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def server(device: Device) -> Iterator[Server]:
+    with device.serving() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def settings(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{device.client(tmp_path / 'client')}:{os.environ['PATH']}")
+    for name, value in (("PROBE_S", 0.05), ("WIDTHS_S", 0.05), ("PAUSE_S", 0.2)):
+        monkeypatch.setattr(planning, name, value)
+    for name, few in (("TOGETHER", 4), ("LEVELS", 2), ("MULTIPLES", (16,))):
+        monkeypatch.setattr(design, name, few)
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, File, Groups]:
+    """96 units in two layers; a recipe, its dense file and its groups."""
+    project = make_project(tmp_path_factory.mktemp("net") / "project")
+    recipe = project.load("prune.target={latency_ms: 1000}", *SHORT)
+    project.build("prune.target=null", *SHORT, "latency={duration_s: 0.05, warmup_s: 0}")
+    with Workdir(project.folder / "work").open() as work:
+        _, ready = prepared.find(work)
+        return recipe, ready.dense["fp32"].graph, work.run(prune.find_groups, ready.source, ())
+
+
+def learned(
+    net: tuple[Recipe, File, Groups], place: str, folder: Path, work: Callable[[Target], Any] = id
+) -> Staircase:
+    """A staircase in a work folder; `work` is told of the target."""
+    recipe, dense, groups = net
+    recipe = recipe.on(place)
+    with Workdir(folder).open() as opened, planning.reached(recipe, opened) as (target, probe):
+        work(target)
+        meter = planning.Meter(recipe, opened, dense, groups, probe.facts("onnxruntime"), target)
+        assert planning.begun(meter).verdict == "not needed"
+        return planning.learned(meter)
+
+
+def assert_bounded(device: Device, most: int) -> None:
+    """Files are whole and bear their digests; nothing unfinished is left."""
+    files = [*(device.store / "files").iterdir()]
+    assert 0 < len(files) <= most
+    for path in files:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+def test_widths_cost_there_what_they_cost_here(
+    net: tuple[Recipe, File, Groups], server: Server, device: Device, tmp_path: Path
+) -> None:
+    here, there = (learned(net, place, tmp_path / name) for name, place in (("a", "local"), ("b", server.name)))
+    groups = net[2]
+    for width in (16, 48, 80):
+        widths = {group.name: width for group in groups.groups}
+        local, remote = (Steps(groups, found).total(widths) for found in (here, there))
+        print(f"{width}: {local:.3f} here, {remote:.3f} there")
+        assert local == pytest.approx(remote, rel=0.25)
+    assert_bounded(device, 40)
+    assert sum(path.stat().st_size for path in (device.store / "files").iterdir()) < 2_000_000
+
+
+def test_a_run_whose_connections_are_cut_ends_well(
+    net: tuple[Recipe, File, Groups], server: Server, device: Device, tmp_path: Path
+) -> None:
+    """Ten times, at random moments: the run goes on, or the next one does from where it was."""
+    random, left, lost, runs = Random(0), [CUTS], 0, 0
+    over = threading.Event()
+
+    def cut() -> None:
+        while left[0] and not over.wait(random.uniform(0.2, 2.5)):
+            if sessions := server.sessions():
+                sshd.end(*sessions)
+                left[0] -= 1
+
+    cutter = threading.Thread(target=cut, daemon=True)
+    cutter.start()
+    deadline = time.monotonic() + 240
+    try:
+        while left[0] or not runs:
+            assert time.monotonic() < deadline, f"{left[0]} cuts left after {runs} runs and {lost} lost connections"
+            try:
+                learned(net, server.name, tmp_path / f"work-{runs}")
+                runs += 1
+            except DeviceError as error:
+                assert "ended" in str(error) or "reached" in str(error), error
+                lost += 1
+    finally:
+        over.set()
+        cutter.join()
+    print(f"{CUTS} cuts: {runs} runs ended, {lost} reported a lost target and were run again")
+    assert learned(net, server.name, tmp_path / "last").settings == 8
+    sshd.wait_until(lambda: not server.agents())
+    assert_bounded(device, 40)

@@ -1,0 +1,264 @@
+"""A latency that is asked for, from the recipe to the bundle, on a device whose latency is a formula: blocks of 8 channels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from conftest import Built, Project, events, faults, make_project
+from simulated import Simulated
+
+from cswap_deploy import data, planning, prepared, prune, report, schemas, sweeping, variants
+from cswap_deploy.artifacts import ImageSet
+from cswap_deploy.budget.narrow import Template, require_runnable
+from cswap_deploy.bundle import Bundle
+from cswap_deploy.console.front import sweep_lines
+from cswap_deploy.errors import UsageError, VerifyError
+from cswap_deploy.recipe import Variant
+from cswap_deploy.stage import Workdir
+
+SHORT = ("latency.duration_s=0.1", "latency.warmup_s=0", "prune.round_to=auto", "accuracy.max_drop=null")
+BASE_NS, BLOCK_NS = 1_000_000, 100_000
+DENSE = 1 + 0.1 * (3 * 1 + 3 * 3 + 1 * 3)
+"""Milliseconds: 24 units in both layers, three blocks of 8 each, before six classes."""
+
+pytestmark = pytest.mark.usefixtures("cheap_export")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose network has been loaded, scored and measured once; tests copy it."""
+    project = make_project(tmp_path_factory.mktemp("begun") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        use(Simulated("local", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS), patch)
+        project.build(asked(1.9), *SHORT)
+    return project
+
+
+@pytest.fixture
+def project(begun: Project, tmp_path: Path) -> Project:
+    return Project(shutil.copytree(begun.folder, tmp_path / "project"))
+
+
+@pytest.fixture
+def fresh(project: Project) -> Project:
+    """Nothing was measured on the target yet."""
+    for name in ("staircase", "latency"):
+        shutil.rmtree(project.folder / "work" / "stages" / name)
+    return project
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Simulated:
+    return use(Simulated("local", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS), monkeypatch)
+
+
+def use(device: Simulated, monkeypatch: pytest.MonkeyPatch) -> Simulated:
+    """It answers as the local target."""
+
+    @contextmanager
+    def reach(name: str) -> Iterator[Simulated]:
+        yield device
+
+    monkeypatch.setattr(planning, "reach", reach)
+    monkeypatch.setattr(planning, "PAUSE_S", 0.0)
+    return device
+
+
+def asked(latency_ms: float, **more: Any) -> str:
+    settings = "".join(f", {key}: {value}" for key, value in more.items())
+    return f"prune.target={{latency_ms: {latency_ms}{settings}}}"
+
+
+def budget_of(built: Built) -> dict[str, Any]:
+    assert list(faults(built.manifest, schemas.of(manifest=True))) == []
+    block: dict[str, Any] = built.manifest["budget"]
+    return block
+
+
+def test_a_budget_is_met_and_what_ships_was_measured(fresh: Project, device: Simulated) -> None:
+    built = fresh.build(asked(1.9), *SHORT)
+    block, latency = budget_of(built), built.manifest["latency"]
+    assert block["verdict"] == "met" and built.manifest["exit_code"] == 0 and block["proven"]
+    assert block["dense_ms"] == pytest.approx(DENSE, rel=0.01)
+    assert block["achieved_ms"] == pytest.approx(latency["pruned"]["p50_ms"], rel=0.01)
+    assert 0.7 * 1.9 < block["achieved_ms"] <= 1.9 and block["staircase"]["multiple"] == 8
+    assert 1 <= block["trials"] == len(block["candidates"]) <= 8
+    widths = {group["name"]: group["kept"] for group in built.manifest["pruned"]["groups"]}
+    assert all(width in (2, 4) or width % 8 == 0 for width in widths.values()), widths
+    assert built.manifest["pruned"]["trace"][-1]["macs"] < 1
+
+
+def test_a_second_run_measures_nothing_and_decides_the_same(project: Project, device: Simulated) -> None:
+    plan = project.folder / "work" / "bundle" / "plan.json"
+    before = plan.read_bytes()
+    found = events(project.recipe, (asked(1.9), *SHORT), project.folder / "work")
+    assert set(found.values()) == {"up to date"} and set(device.asked) <= {"probe"}
+    assert plan.read_bytes() == before
+
+
+def test_another_budget_replays_the_staircase(project: Project, device: Simulated) -> None:
+    block = budget_of(project.build(asked(1.6), *SHORT))
+    assert block["achieved_ms"] <= 1.6 and device.asked.count("measure") <= block["trials"] * 2 + 2
+
+
+def test_another_device_gets_a_staircase_of_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same recipe; the device has another processor, on which blocks are smaller."""
+    device = Simulated("local", (), step=4, base_ns=BASE_NS, block_ns=BLOCK_NS // 4, processor="another")
+    use(device, monkeypatch)
+    assert budget_of(project.build(asked(1.9), *SHORT))["staircase"]["multiple"] == 4
+
+
+def test_a_budget_that_the_dense_network_meets_is_not_needed(fresh: Project, device: Simulated) -> None:
+    built = fresh.build(asked(5), *SHORT)
+    block = budget_of(built)
+    assert (block["verdict"], block["trials"], built.manifest["exit_code"]) == ("not needed", 0, 0)
+    assert built.manifest["pruned"]["units_removed"] == 0
+    assert built.manifest["pruned"]["macs"] == built.manifest["model"]["macs"]
+    assert device.asked.count("measure") == 2  # the first probe, and what ships beside its twin
+
+
+def test_a_budget_below_the_floor_is_infeasible_and_says_so(fresh: Project, device: Simulated) -> None:
+    built = fresh.build(asked(1.1), *SHORT)
+    block = budget_of(built)
+    assert (block["verdict"], built.manifest["exit_code"], built.manifest["verdict"]) == ("infeasible", 8, "fail")
+    assert block["floor_ms"] == pytest.approx(1.3, rel=0.02)
+    assert any("cannot be reached" in reason for reason in built.manifest["reasons"])
+    assert built.manifest["pruned"]["units_removed"] == 0 and device.asked.count("measure") == 2
+
+
+def test_a_budget_that_no_candidate_meets_is_missed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ships is slower than any candidate said."""
+    use(Simulated("local", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, slower=2.0), monkeypatch)
+    built = project.build(asked(1.4, trials=2), *SHORT)
+    block = budget_of(built)
+    assert (block["verdict"], built.manifest["exit_code"], block["trials"]) == ("missed", 8, 2)
+    assert block["achieved_ms"] > 1.4 and any("was missed after 2 trials" in text for text in built.manifest["reasons"])
+
+
+def test_where_what_ships_is_slower_the_loop_goes_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(Simulated("local", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, slower=1.08), monkeypatch)
+    block = budget_of(project.build(asked(1.9), *SHORT))
+    assert block["verdict"] == "met" and block["achieved_ms"] <= 1.9
+
+
+@pytest.mark.parametrize("percentile", [90, 99])
+def test_a_rate_is_a_latency_and_other_percentiles_count(project: Project, device: Simulated, percentile: int) -> None:
+    built = project.build(f"prune.target={{fps: 500, percentile: {percentile}}}", *SHORT)
+    block = budget_of(built)
+    assert (block["latency_ms"], block["percentile"], block["verdict"]) == (2.0, percentile, "met")
+
+
+def test_a_multiple_of_the_recipe_is_kept(project: Project, device: Simulated) -> None:
+    built = project.build(asked(1.9), *SHORT[:2], "accuracy.max_drop=null", "prune.round_to=6")
+    widths = {group["kept"] for group in built.manifest["pruned"]["groups"]}
+    assert budget_of(built)["staircase"]["multiple"] == 6 and all(width % 6 == 0 for width in widths)
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_connection_that_ends_is_tried_again(fresh: Project, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    device = Simulated("ssh://board", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, failing=[at])
+    use(device, monkeypatch)
+    assert budget_of(fresh.build(asked(1.9), *SHORT))["verdict"] == "met"
+
+
+def test_what_was_measured_before_the_target_was_lost_is_kept(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Simulated("ssh://board", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, failing=[4, 5, 6])
+    use(device, monkeypatch)
+    lost_bundle = fresh.build(asked(1.9), *SHORT).manifest
+    assert (lost_bundle["exit_code"], lost_bundle["budget"], lost_bundle["pruned"]["units_removed"]) == (5, None, 0)
+    assert any("the connection ended" in reason for reason in lost_bundle["reasons"])
+    lost = device.asked.count("measure")
+    built = fresh.build(asked(1.9), *SHORT)
+    kept = len([*(built.work / "stages" / "staircase").iterdir()])
+    assert budget_of(built)["verdict"] == "met"
+    assert device.asked.count("measure") - lost < kept
+
+
+# --- several latencies
+
+
+def test_a_sweep_makes_a_bundle_for_each_latency_from_one_staircase(project: Project, device: Simulated) -> None:
+    recipe = project.load(asked(1, trials=6), *SHORT)
+    wanted = sweeping.latencies_of("1.6, 1.9,5")
+    recipes = [project.load(*SHORT, *sweeping.overrides_of(recipe, value)) for value in wanted]
+    with Workdir(project.folder / "work").open() as work:
+        front = sweeping.sweep(recipes, work)
+    points = front["points"]
+    assert [point["latency_ms"] for point in points] == [5, 1.9, 1.6]
+    assert [point["verdict"] for point in points] == ["not needed", "met", "met"]
+    assert device.asked.count("measure") <= 3 * sum(point["trials"] for point in points) + 4, device.asked
+    folder = project.folder / "work"
+    for point in points:
+        manifest = Bundle.read(folder / point["bundle"]).require_sealed().manifest
+        assert manifest["budget"]["achieved_ms"] == point["achieved_ms"] <= point["latency_ms"]
+    with (folder / "sweep.csv").open() as stream:
+        rows = [*csv.DictReader(stream)]
+    assert [float(row["achieved_ms"]) for row in rows] == [point["achieved_ms"] for point in points]
+    assert json.loads((folder / "sweep.json").read_text())["points"] == points
+    page = (folder / "sweep.html").read_text()
+    assert (
+        page.count("<circle") == 4
+        and 'href="bundle-1.9ms/report.html"' in page
+        and "default-src &#39;none&#39;" in page
+    )
+    assert [*sweep_lines(front, folder)][-1].endswith("sweep.html")
+
+
+@pytest.mark.parametrize("text", ["", "3,x", "0,1", "-1", "nan", "inf", ","])
+def test_a_list_of_latencies_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no list of milliseconds"):
+        sweeping.latencies_of(text)
+
+
+# --- what is told
+
+
+def test_the_report_tells_candidates_and_steps(project: Project, device: Simulated) -> None:
+    manifest = Bundle.read(project.folder / "work" / "bundle").manifest
+    page, text = report.render(manifest, "html"), report.render(manifest, "markdown")
+    assert '<section id="budget">' in page and page.count("candidate ") >= manifest["budget"]["trials"]
+    for kind in manifest["budget"]["staircase"]["kinds"]:
+        assert kind["name"] in page and len(kind["ms"]) == len(kind["widths"])
+    assert "Budget. Met: a p50 of 1.9 ms was asked for" in text
+    assert '<section id="budget">' not in report.render({**manifest, "budget": None}, "html")
+
+
+@pytest.mark.parametrize("damage", [{"candidates": [{}]}, {"staircase": {"kinds": 3}}, {"ratio_asked": "x"}])
+def test_a_budget_that_is_damaged_is_refused(project: Project, damage: dict[str, Any]) -> None:
+    manifest = Bundle.read(project.folder / "work" / "bundle").manifest
+    with pytest.raises(VerifyError, match="cannot be shown"):
+        report.render({**manifest, "budget": manifest["budget"] | damage}, "html")
+
+
+# --- other precisions
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8", "int8-tensorrt"])
+def test_files_of_every_precision_are_narrowed(
+    project: Project, device: Simulated, kind: Variant, tmp_path: Path
+) -> None:
+    with Workdir(project.folder / "work").open() as work:
+        recipe, ready = prepared.find(work)
+        groups = work.run(prune.find_groups, ready.source, ())
+    images = ImageSet(data.catalogue(recipe.calibration.images, None, 6).scoring, recipe.calibration.images)
+    made = variants.make(tmp_path, ready.dense["fp32"], ready.source, images, kind, recipe.onnx)
+    narrow = tmp_path / "narrow.onnx"
+    narrow.write_bytes(Template.read(made.graph.path, groups).narrowed({"conv1": 16, "conv2": 5}))
+    require_runnable(narrow, ready.source.input.shape)
+    shapes = [shape for shape in stored(narrow) if len(shape) > 1]
+    assert {(16, 3, 1, 1), (5, 16, 3, 3), (6, 5)} <= set(shapes), shapes
+
+
+def stored(path: Path) -> list[tuple[int, ...]]:
+    """Shapes of all initializers, also of those that are made when the file is loaded."""
+    graph = onnx.load(path).graph
+    made = [onnx.numpy_helper.to_array(item).tolist() for item in graph.initializer if item.name.endswith(" shape")]
+    return [*(tuple(item.dims) for item in graph.initializer), *map(tuple, made)]
