@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Axis, CostTerm, Group, InputSpec
@@ -30,7 +31,8 @@ def cost_terms(
         prefix = f"{name}." if name else ""
         tensors = dict(layer.named_parameters(recurse=False))
         products = [product for product in trace.products if product.module == name]
-        apart = list(_apart(name, products, names, axes)) if own else []
+        shown = f"{prefix}product" if "weight" in tensors else name
+        apart = [replace(term, name=shown) for term in _apart(name, products, names, axes)] if own else []
         apart = apart if sum(term.macs for term in apart) <= own else []  # what `count` does not count costs nothing
         macs = own - sum(term.macs for term in apart)
         for leaf, values in tensors.items():
