@@ -23,7 +23,10 @@ from cswap_deploy.recipe import PruneSettings
 
 Bools = npt.NDArray[np.bool_]
 HERE = Path(__file__).parent
-BARE = ("prune/batches.py", "prune/cut.py", "prune/groups.py")
+BARE = tuple(
+    f"prune/{name}.py"
+    for name in "batches cut groups dims rules arranging tracing attributes proposals proof costs".split()
+)
 """All of the package that torch-pruning's own pruner meets here."""
 
 

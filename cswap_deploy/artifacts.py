@@ -133,10 +133,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class UnitAttribute:
-    """An attribute that forward code reads and that counts units: after a cut it is `kept units * per_unit`."""
+    """An attribute that forward code reads and that counts units: each unit that leaves takes `per_unit` from it."""
 
     module: str
     name: str
+    """`name`, or `name.place` for an item of a tuple or list."""
     per_unit: int
 
 

@@ -54,7 +54,7 @@ MANIFEST = "manifest.json"
 RECORD = "# A record of what was built; local files are named without their folders, with their sha256.\n"
 LARGEST_MANIFEST = 64 << 20
 ENGINE, LAYERS = "engine/model.engine", "engine/layers.json"
-ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "torch-pruning", "numpy")
+ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "numpy")
 SAFE_KWARGS = frozenset(
     (
         "num_classes in_chans img_size patch_size embed_dim depth depths num_heads mlp_ratio qkv_bias global_pool "

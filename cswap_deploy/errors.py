@@ -94,7 +94,6 @@ HOST_MODULES = (
     "safetensors",
     "PIL",
     "scipy",
-    "torch_pruning",
     "onnx",
     "onnxscript",
     "onnxruntime",

@@ -20,6 +20,8 @@ from cswap_deploy.stage import stage
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+FUSED_TOLERANCE = 1e-3
+"""Largest change of a logit, relative to the largest, by which fusing layers may round."""
 FACTORY_INPUT = InputSpec(
     shape=(3, 224, 224),
     mean=(0.485, 0.456, 0.406),
@@ -77,10 +79,10 @@ def describe(settings: ModelSettings) -> str:
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """The dense module in eval mode with whatever weights its constructor gives it. Errors: ModelError."""
+    """The dense module in eval mode with whatever weights its constructor gives it, timm's fused. Errors: ModelError."""
     match architecture.source:
         case "timm":
-            return _timm(architecture.name, architecture.kwargs, pretrained=False)
+            return _fused(_timm(architecture.name, architecture.kwargs, pretrained=False))
         case "factory":
             return call_factory(architecture.location, architecture.kwargs)
 
@@ -136,7 +138,10 @@ def _proven(
         load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
     _require_sound(module)
     spec = _input_spec(module, settings)
-    return architecture, module, spec, _count_outputs(module, spec, settings.num_classes)
+    outputs = _count_outputs(module, spec, settings.num_classes)
+    if architecture.source == "timm":
+        module = _fused_alike(module, spec)
+    return architecture, module, spec, outputs
 
 
 def _create(settings: ModelSettings, code: tuple[Path, ...]) -> tuple[Architecture, nn.Module]:
@@ -177,6 +182,62 @@ def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Modul
             "correct model.kwargs",
         ) from error
     return module.eval()
+
+
+def _fused(module: nn.Module) -> nn.Module:
+    """The same function in eval mode: branches that are one convolution at inference become one (timm's re-parameterisation),
+    convolutions that standardise their weights become plain ones with the standardised weights."""
+    from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+    from timm.utils.model import reparameterize_model
+
+    module = reparameterize_model(module, inplace=True)
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, StdConv2d | StdConv2dSame | ScaledStdConv2d | ScaledStdConv2dSame):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, _standardised(layer))
+    return module.eval()
+
+
+def _fused_alike(module: nn.Module, spec: InputSpec) -> nn.Module:
+    """`_fused`, and proof on one random image that the logits are the same. Errors: ModelError."""
+    import torch
+
+    image = torch.randn(1, *spec.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = module(image)
+        module = _fused(module)
+        change = float((module(image) - before).abs().max() / before.abs().max().clamp_min(1e-6))
+    if not change <= FUSED_TOLERANCE:
+        raise ModelError(
+            f"timm's re-parameterisation changes the network's logits by {change:.1e} of the largest",
+            "report this network; use another version of timm",
+        )
+    return module
+
+
+def _standardised(layer: Any) -> nn.Module:
+    """A plain convolution with the weights that `layer` computes from its own at each forward."""
+    import torch
+    import torch.nn.functional as F
+    from timm.layers.conv2d_same import Conv2dSame
+    from torch import nn
+
+    kind = Conv2dSame if getattr(layer, "same_pad", False) else nn.Conv2d
+    sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+    plain: nn.Conv2d = kind(
+        *sizes, stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups,
+        bias=layer.bias is not None,
+    )  # fmt: skip
+    with torch.no_grad():
+        gain = (layer.gain.double() * layer.scale).view(-1) if hasattr(layer, "gain") else None
+        own = layer.weight.double().reshape(1, layer.out_channels, -1)
+        plain.weight.copy_(
+            F.batch_norm(own, None, None, gain, training=True, eps=layer.eps).reshape(layer.weight.shape)
+        )
+        if layer.bias is not None:
+            assert plain.bias is not None
+            plain.bias.copy_(layer.bias)
+    return plain
 
 
 def _timm_config(name: str) -> Any:

@@ -21,7 +21,8 @@ FLOORS = {
     1: "bom choice half handoff image_input int8 isolated onnx_facts ort_format signing usability vectors "
     "device device.* external_data model factory checkpoint data images intervals samples "
     "paths prepared units onnx_file preprocess runtime manifest facts details report report.* "
-    "prune.batches prune.groups prune.ablation prune.observe prune.rows "
+    "prune.batches prune.groups prune.dims prune.rules prune.arranging prune.tracing prune.attributes "
+    "prune.proposals prune.proof prune.costs prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "budget.values budget.narrow budget.design budget.staircase budget.loop budget.account "
@@ -38,7 +39,7 @@ LIGHT = {"numpy", "pydantic", "pydantic_core", "ruamel", "typing_extensions"}
 HEAVY = set(
     "torch timm onnx onnxruntime onnxscript onnxsim safetensors scipy PIL torch_pruning tensorrt model_signing cryptography".split()
 )
-ONLY_IN = {"torch_pruning": "prune.groups", "timm": "model"}
+ONLY_IN = {"timm": "model"}
 
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -352,7 +352,7 @@ def test_an_unreachable_target_keeps_its_reason_and_gets_a_way_out():
 
 def test_this_machine_names_every_package_with_its_version():
     found = {finding.topic: finding for finding in doctor.host()}
-    for name in ("torch", "timm", "onnx", "onnxruntime", "safetensors", "pillow", "scipy", "torch-pruning"):
+    for name in ("torch", "timm", "onnx", "onnxruntime", "safetensors", "pillow", "scipy", "onnxsim"):
         assert found[name] == Finding(name, "ok", f"{name} {metadata.version(name)}", "")
     assert f"Python {platform.python_version()}" in found["python"].text
     assert {"ssh", "disk", "cores", "torch build"} <= set(found)
@@ -379,9 +379,7 @@ def versions(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
 
 
 def test_packages_that_are_missing_or_of_another_version_come_with_the_command(monkeypatch):
-    versions(
-        monkeypatch, torch="2.15.0+cu126", timm="1.0.20", onnx="1.17.0", torch_pruning="1.6.2", onnxruntime_gpu="1.23"
-    )
+    versions(monkeypatch, torch="2.15.0+cu126", timm="1.0.20", onnx="1.17.0", onnxsim="0.8.0", onnxruntime_gpu="1.23")
     monkeypatch.setattr(doctor_host, "find_spec", lambda name: object() if name == "onnxruntime" else None)
     monkeypatch.setattr(metadata, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]})
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
@@ -389,7 +387,7 @@ def test_packages_that_are_missing_or_of_another_version_come_with_the_command(m
     found = {finding.topic: finding for finding in doctor.host()}
     assert found["scipy"] == Finding("scipy", "missing", "scipy is not installed", 'pip install "cswap-deploy[host]"')
     assert found["onnx"].state == "problem" and found["onnx"].fix.startswith('pip install "onnx')
-    assert found["torch-pruning"].fix == 'pip install "torch-pruning==1.6.1"'
+    assert found["onnxsim"].fix == 'pip install "onnxsim==0.8.1"'
     assert found["timm"].state == "ok"
     assert found["torch build"].text == "for CUDA 12.6"
     assert found["onnxruntime"] == Finding("onnxruntime", "ok", "module onnxruntime from onnxruntime-gpu 1.23", "")

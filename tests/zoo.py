@@ -221,7 +221,7 @@ class Shared(nn.Module):
 
 
 class Normalised(nn.Module):
-    """GroupNorm and LayerNorm over units, a grouped convolution, a shared statistic: nothing here may be cut but `free`."""
+    """GroupNorm and LayerNorm over units, and a grouped convolution that reads what must stay whole."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -100,6 +100,9 @@ def group_lines(groups: Groups) -> Iterator[str]:
     """What can be pruned, and what cannot and why."""
     rows = [(group.name, group.kind, str(group.units), str(len(group.consumers))) for group in groups.groups]
     yield ""
+    dense, least = groups.cost({}), groups.cost({group.name: (0,) for group in groups.groups})
+    shares = [1 - low / high if high else 0.0 for low, high in zip(least, dense, strict=True)]
+    yield from wrapped(f"{shares[1]:.1%} of the MACs and {shares[0]:.1%} of the parameters could leave")
     yield from table(("group", "kind", "units", "read by"), rows, f"{len(groups.groups)} proven groups")
     for refusal in groups.refused:
         yield from wrapped(f"not pruned: {refusal.name}: {refusal.reason}")

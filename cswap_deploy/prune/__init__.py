@@ -37,7 +37,7 @@ from cswap_deploy.stage import stage
 LIBRARIES = ("torch", "timm", "numpy", "pillow")
 
 
-@stage("groups", returns=Groups, libraries=(*LIBRARIES, "torch-pruning"))
+@stage("groups", returns=Groups, libraries=LIBRARIES)
 def find_groups(out: Path, source: Network, skip: tuple[str, ...]) -> Groups:
     """Coupled groups of units that can leave, each proven; what cannot leave, and why."""
     return find(restore(source), source.input, skip)

@@ -25,22 +25,32 @@ Keep = Mapping[str, Sequence[int]]
 
 def cut_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
     """A copy of `module` with only the kept units of each group; groups that `keep` does not name stay whole."""
-    module = copy.deepcopy(module)
+    module = fresh_copy(module)
     for (owner, parameter, axis), indices in _kept_indices(module, groups, keep).items():
         _select(module.get_submodule(owner), parameter, axis, indices)
-    for owner in {member.module for group in groups if group.name in keep for member in group.members}:
-        _repair(module.get_submodule(owner))
     for group in groups:
         for attribute in group.attributes if group.name in keep else ():
-            setattr(module.get_submodule(attribute.module), attribute.name, len(keep[group.name]) * attribute.per_unit)
+            _lower(module, attribute, (group.units - len(keep[group.name])) * attribute.per_unit)
+    for owner in {member.module for group in groups if group.name in keep for member in group.members}:
+        _repair(module.get_submodule(owner))
     return module
+
+
+def fresh_copy(module: nn.Module) -> nn.Module:
+    """A deep copy without the tensors that layers keep from former forwards (timm's caches of attention biases)."""
+    memo: dict[int, Any] = {}
+    for layer in module.modules():
+        for name, value in vars(layer).items():
+            if name.endswith("cache") and isinstance(value, dict):
+                memo[id(value)] = {}
+    return copy.deepcopy(module, memo)
 
 
 def masked_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
     """A copy of `module` of the same shape in which nothing reads the units that are not kept."""
     import torch
 
-    module = copy.deepcopy(module)
+    module = fresh_copy(module)
     with torch.no_grad():
         for group in groups:
             gone = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
@@ -207,6 +217,21 @@ def _has_bias(layer: nn.Module) -> bool:
     return getattr(layer, "bias", None) is not None
 
 
+def _lower(module: nn.Module, attribute: UnitAttribute, by: int) -> None:
+    """Errors: PruningError where the attribute is no integer, nor the item of a list or tuple: a plan may come from a file."""
+    layer = module.get_submodule(attribute.module)
+    name, _, place = attribute.name.partition(".")
+    value: Any = vars(layer).get(name)
+    items: list[Any] = list(value) if place and type(value) in (list, tuple) else [value]
+    number = int(place) if place.isdigit() else 0
+    if number >= len(items) or type(items[number]) is not int:
+        raise PruningError(
+            f"{attribute.module or 'the network'} has no number {attribute.name!r} that could count units"
+        )
+    items[number] -= by
+    setattr(layer, name, (items if isinstance(value, list) else tuple(items)) if place else items[0])
+
+
 def _select(layer: nn.Module, parameter: str, axis: int, indices: Sequence[int]) -> None:
     import torch
     from torch import nn
@@ -221,17 +246,17 @@ def _select(layer: nn.Module, parameter: str, axis: int, indices: Sequence[int])
 def _repair(layer: Any) -> None:
     """Make the layer's size attributes say what its tensors are now."""
     from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.batchnorm import _NormBase
     from torch.nn.modules.conv import _ConvNd
 
     match layer:
         case _ConvNd():
-            depthwise = layer.groups > 1 and layer.weight.shape[1] == 1
+            depthwise = layer.groups == layer.in_channels == layer.out_channels > 1
             layer.groups = layer.weight.shape[0] if depthwise else layer.groups
             layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
         case nn.Linear():
             layer.out_features, layer.in_features = layer.weight.shape
-        case _BatchNorm():
+        case _NormBase():
             layer.num_features = layer.weight.shape[0] if layer.weight is not None else layer.running_mean.shape[0]
         case nn.PReLU():
             layer.num_parameters = layer.weight.shape[0]

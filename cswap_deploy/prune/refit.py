@@ -83,7 +83,7 @@ def refit(
             continue
         changed = changed or bool(lost)
         site, grouped = structure.sites[name], structure.grouped.get(name)
-        if grouped and changed and name not in kept:
+        if grouped and changed and name not in kept and not lost:
             refit_grouped(grouped, dense, module, name, _wanted(grouped, name, there, structure), here)
         if site is None:
             continue

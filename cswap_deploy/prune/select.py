@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import gcd, lcm
 from typing import Literal
 
 from cswap_deploy.artifacts import CostTerm, Group, Groups, GroupScores
@@ -49,13 +50,22 @@ def ranking(item: GroupScores, kept: tuple[int, ...]) -> Ranking:
 
 
 def step_of(group: Group, round_to: int) -> int:
-    """Units of which the group's width is a multiple; heads leave one by one."""
-    return 1 if group.kind == "heads" else round_to
+    """Units of which the group's width is a multiple, so that every tensor keeps a multiple of `round_to` indices of it.
+
+    Heads leave one by one.
+    """
+    if group.kind == "heads":
+        return 1
+    per_unit: dict[tuple[str, int], int] = {}
+    for member in group.members:
+        place = member.tensor, member.axis
+        per_unit[place] = per_unit.get(place, 0) + member.repeat
+    return lcm(*(round_to // gcd(round_to, count) for count in per_unit.values())) if per_unit else round_to
 
 
 def floor_of(group: Group, round_to: int) -> int:
     """Units that stay at the least."""
-    return 1 if group.kind == "heads" else min(group.units, round_to)
+    return min(group.units, step_of(group, round_to))
 
 
 @dataclass

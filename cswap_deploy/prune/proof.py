@@ -1,0 +1,191 @@
+"""Proposed groups → proven ones: cutting a random half of their units computes what masking them does, on random images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from cswap_deploy import progress
+from cswap_deploy.artifacts import Group, InputSpec, Refusal, UnitAttribute
+from cswap_deploy.checkpoint import reason
+from cswap_deploy.errors import CswapError
+from cswap_deploy.prune.cut import cut_copy, fresh_copy, masked_copy
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TOLERANCE, SINGLE_TOLERANCE = 1e-9, 1e-4
+"""Largest difference between cut and masked network, relative to the largest logit, in float64; in float32 where the
+network's own forward cannot run in float64."""
+RELOADED = "the smaller network computes something else after it was stored and loaded"
+MOST_NAMES = 4
+"""Of attributes that are tried without one another."""
+DIGITS = re.compile(r"\d+(?=.*\.)")
+"""Groups whose names differ in the numbers of their blocks only are alike: where the first and the last fail, all stay."""
+
+
+def proven(
+    module: nn.Module, groups: Sequence[Group], spec: InputSpec
+) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
+    """The groups that may leave, alone and together, in their order; the others with the reason.
+
+    All are tried at once; a set that fails is divided until the ones that are wrong stand alone. `module` is not changed.
+    """
+    return _Prover.of(module, spec, len(groups)).sort(tuple(groups)) if groups else ((), ())
+
+
+@dataclass
+class _Prover:
+    module: nn.Module
+    """A private copy with lively weights, in the precision of the proof."""
+    images: Tensor
+    tolerance: float
+    total: int
+    judged: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+
+    @staticmethod
+    def of(module: nn.Module, spec: InputSpec, total: int) -> _Prover:
+        import torch
+
+        images = torch.randn(2, *spec.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        own = _lively(module)
+        try:
+            with torch.no_grad():
+                if not bool(own.double()(images.clone()).isfinite().all()):
+                    own = fresh_copy(module).eval().requires_grad_(False).double()
+        except Exception as error:  # whatever a forward that insists on float32 raises
+            progress.warn(f"groups are proven in float32, the network does not run in float64 ({reason(error)})")
+            return _Prover(_lively(module), images.float(), SINGLE_TOLERANCE, total)
+        return _Prover(own, images, TOLERANCE, total)
+
+    def sort(self, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
+        order = {group.name: place for place, group in enumerate(groups)}
+        return tuple(sorted(self._proven(groups), key=lambda group: order[group.name])), tuple(self.refused)
+
+    def _proven(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        fault = self._disproof(groups)
+        if fault is None:
+            return self._judged(groups, None)
+        alike: dict[str, list[Group]] = {}
+        for group in groups:
+            alike.setdefault(DIGITS.sub("#", group.name), []).append(group)
+        if len(alike) > 1:
+            return self._all_of(tuple(own) for own in alike.values())
+        first = groups[0]
+        own = self._disproof((first,)) if len(groups) > 1 else fault
+        if own and (names := self._read(first)) is not None:
+            return self._proven(tuple(replace(group, attributes=_named(group, names)) for group in groups))
+        if own and (len(groups) == 1 or self._disproof(groups[-1:])):
+            self._judged(groups[:1], own)
+            return self._judged(groups[1:], f"as in {first.name}: {own}")
+        middle = len(groups) // 2
+        return self._all_of((groups[:middle], groups[middle:]))
+
+    def _read(self, group: Group) -> frozenset[str] | None:
+        """Which of the names of a group's attributes count its units, where it is right with those alone: others had the same values."""
+        names = frozenset(attribute.name for attribute in group.attributes)
+        tries = {names - {name} for name in names} | {frozenset({name}) for name in names} | {frozenset[str]()}
+        tries = tries - {names} if len(names) <= MOST_NAMES else set()
+        return next(
+            (
+                one
+                for one in sorted(tries, key=sorted)
+                if not self._disproof((replace(group, attributes=_named(group, one)),))
+            ),
+            None,
+        )
+
+    def _judged(self, groups: tuple[Group, ...], fault: str | None) -> tuple[Group, ...]:
+        self.judged += len(groups)
+        progress.advance("groups proven", self.judged, self.total)
+        self.refused += [Refusal(group.name, fault) for group in groups if fault]
+        return () if fault else groups
+
+    def _all_of(self, parts: Iterable[tuple[Group, ...]]) -> tuple[Group, ...]:
+        found: tuple[Group, ...] = ()
+        for part in parts:
+            found = self._together(found, self._proven(part))
+        return found
+
+    def _together(self, first: tuple[Group, ...], second: tuple[Group, ...]) -> tuple[Group, ...]:
+        """Both, without those of the second that are wrong beside the others only."""
+        if not (first and second):
+            return first or second
+        if self._disproof((*first, *second)) is None:
+            return (*first, *second)
+        for group in second:
+            fault = self._disproof((*first, group))
+            if fault is None:
+                first = (*first, group)
+            else:
+                self.refused.append(Refusal(group.name, f"beside other groups {fault}"))
+        return first
+
+    def _disproof(self, groups: tuple[Group, ...]) -> str | None:
+        """Why these must not be pruned together, or None."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        keep = {}
+        for group in groups:
+            order = torch.randperm(group.units, generator=generator).tolist()
+            keep[group.name] = tuple(sorted(order[: max(1, group.units // 2)]))
+        try:
+            with torch.no_grad():
+                smaller = cut_copy(self.module, groups, keep)
+                cut = smaller(self.images.clone())
+                masked = masked_copy(self.module, groups, keep)(self.images.clone())
+        except CswapError as error:
+            return error.message
+        except Exception as error:  # whatever the user's forward raises on the smaller layers
+            return f"the network fails without some of its units: {reason(error)}"
+        if cut.shape != masked.shape:
+            return "its units are outputs of the network"
+        difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
+        if not difference <= self.tolerance:
+            return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
+        return None if self._reloads(smaller, groups, keep, cut) else RELOADED
+
+    def _reloads(
+        self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]], wanted: Tensor
+    ) -> bool:
+        """Whether a network with other weights, cut anew and given the smaller one's, is the smaller one: as bundles are loaded."""
+        import torch
+
+        other = fresh_copy(self.module)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.fill_(0.5)
+            fresh = cut_copy(other, groups, keep)
+            fresh.load_state_dict(smaller.state_dict())
+            return torch.equal(fresh(self.images.clone()), wanted)
+
+
+def _named(group: Group, names: frozenset[str]) -> tuple[UnitAttribute, ...]:
+    return tuple(attribute for attribute in group.attributes if attribute.name in names)
+
+
+def _lively(module: nn.Module) -> nn.Module:
+    """A copy in eval mode whose constant tensors are random: zeros (a last BatchNorm's, a head's) hide what a cut does."""
+    import torch
+
+    module = fresh_copy(module).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tensor: Any, low: float, high: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    for parameter in module.parameters():
+        if parameter.numel() and float(parameter.max() - parameter.min()) == 0.0:
+            size = 1.0 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+            flat = parameter.ndim < 2 or float(parameter.flatten()[0]) != 0.0
+            draw(parameter, 0.5 if flat else -size, 1.0 if flat else size)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean") and not bool(buffer.any()):
+            draw(buffer, -0.2, 0.2)
+        elif name.endswith("running_var") and float(buffer.max() - buffer.min()) == 0.0:
+            draw(buffer, 0.5, 1.5)
+    return module
