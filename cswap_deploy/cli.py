@@ -143,7 +143,7 @@ def deploy(
 @app.command()
 def sweep(
     recipe: RecipeArgument,
-    latency: Annotated[str, typer.Option("--latency", metavar="MS,MS,...", help="latencies to reach, in milliseconds")],
+    latency: Annotated[str, typer.Option("--latency", metavar="MS[,MS]", help="latencies to reach, in ms")],
     work: WorkOption = None,
     overrides: SetOption = None,
     on: OnOption = None,
@@ -151,7 +151,7 @@ def sweep(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """A bundle for each of several latencies, from one staircase and one scoring: a table and an interactive chart."""
+    """A bundle for each of several latencies, and a chart of them."""
     with session("sweep", as_json) as answer:
         from cswap_deploy import sweeping
         from cswap_deploy.console.front import sweep_lines
@@ -247,7 +247,10 @@ def check(
     groups: Annotated[bool, typer.Option("--groups", help="also prove and list what can be pruned")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate recipe, images and model; say what would run, and why. With --groups also what can be pruned."""
+    """Validate recipe, images and model; say what would run, and why.
+
+    With --groups also what can be pruned.
+    """
     with session("check", as_json) as answer:
         from cswap_deploy import checks
         from cswap_deploy.console import check_lines, group_lines
@@ -349,7 +352,10 @@ def verify(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle: sha256 of every file, test vectors through each ONNX file, reload in PyTorch where it is."""
+    """Check a bundle: sha256, test vectors through each ONNX file, reload.
+
+    What cannot run here is skipped with the reason.
+    """
     with session("verify", as_json) as answer:
         from cswap_deploy import verify as checks
         from cswap_deploy.console import verified_lines

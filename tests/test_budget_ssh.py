@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,18 +28,6 @@ from cswap_deploy.stage import Workdir
 
 SHORT = ("latency.duration_s=0.1", "latency.warmup_s=0", "accuracy.max_drop=null", "model.kwargs={copies: 16}")
 CUTS = 10
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
-    with sshd.device() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def server(device: Device) -> Iterator[Server]:
-    with device.serving() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from conftest import Built, Project, build, faults, make_project, run, start_bui
 from onnx import helper
 from typer.testing import CliRunner
 
-from cswap_deploy import cli, pipeline, progress, schemas, variants
+from cswap_deploy import cli, pipeline, planning, progress, schemas, variants
 from cswap_deploy.artifacts import File, OnnxModel, sha256_of
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.device.target import AWAY, Probe, reach
@@ -546,7 +546,8 @@ def test_a_target_on_the_command_line_adds_the_measurement(colours, own):
 def test_check_names_the_target_and_what_runs_there(own):
     before = sorted(own.work.rglob("*"))
     result = call("check", own.recipe, "--work", own.work, *sets(*MEASURED))
-    facts = dict(line.split(maxsplit=1) for line in result.stdout.split("\n\n")[0].splitlines())
+    lines = [line for line in result.stdout.split("\n\n")[0].splitlines() if not line.startswith(" ")]
+    facts = dict(line.split(maxsplit=1) for line in lines)
     assert result.exit_code == 0 and facts["target"].startswith("local (") and ", onnxruntime 1." in facts["target"]
     status = dict(line.split(maxsplit=1) for line in result.stdout.split("\n\n")[1].splitlines())
     assert set(status.values()) == {"up to date"} and "latency" in status
@@ -621,7 +622,7 @@ def test_a_target_that_is_away_costs_nothing_that_was_measured(own, monkeypatch)
         raise DeviceError(f"{name} cannot be reached", "switch it on", public=AWAY)
         yield
 
-    monkeypatch.setattr(pipeline, "reach", off)
+    monkeypatch.setattr(planning, "reach", off)
     bundle, ran = again(own, *MEASURED)
     assert ran == []
     assert require_complete(bundle.folder) == before

@@ -231,7 +231,7 @@ def test_without_javascript_everything_is_said(visit, large):
 def test_pointer_zoom_and_sorting(visit, large):
     page = visit(large).page
     page.locator("#latency .zoom .touch").nth(40).hover()
-    assert re.fullmatch(r"[\d.]+ to [\d.]+ ms: dense [\d.]+%, ships [\d.]+%", page.locator(".tip").inner_text())
+    assert re.fullmatch(r"[\d.]+ to [\d.]+ ms: dense [\d.]+ %, ships [\d.]+ %", page.locator(".tip").inner_text())
     plot = page.locator("#latency .zoom .plot")
     whole, ticks = plot.get_attribute("viewBox"), page.locator("#latency .zoom .tick").all_text_contents()
     page.get_by_role("button", name="zoom in").click()

@@ -68,10 +68,9 @@ def least_damage(
     cheapest = _cheapest(cost, options, now)
     if cost.total(cheapest) > target:
         return cheapest
-    found = [cheapest, *(_settled(cost, options, around, target) for around in (now, cheapest))]
-    return min(
-        (widths for widths in found if cost.total(widths) <= target), key=lambda widths: _damage(options, widths)
-    )
+    settled = [_settled(cost, options, around, target) for around in (now, cheapest)]
+    found = [widths for widths in settled if cost.total(widths) <= target]
+    return min(found or [_filled(cost, options, cheapest, target)], key=lambda widths: _damage(options, widths))
 
 
 def damage_at(curves: Sequence[Curve], widths: Mapping[str, int]) -> float:
