@@ -48,7 +48,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return project.build("prune.target=null", "variants=[fp16, int8, int8-arm, int8-tensorrt]")
 
 
-@pytest.mark.parametrize("name", ["reference", "openvino", "tract", "web"])
+@pytest.mark.parametrize("name", ["openvino", "tract", "web"])  # the reference has no DequantizeLinear of opset 18
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int8-arm", "int8-tensorrt"])
 def test_files_of_fewer_bits(name: str, kind: str, small: Built) -> None:
     vectors = small.bundle.folder / "test_vectors"
