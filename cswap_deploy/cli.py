@@ -352,7 +352,7 @@ def verify(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a bundle: sha256, test vectors through each ONNX file, reload.
+    """Check a bundle: sha256, test vectors through each file, reload.
 
     What cannot run here is skipped with the reason.
     """

@@ -174,8 +174,8 @@ def test_variants_and_the_engine_are_on_the_page(manifest):
     assert [word for word in ("model.int8.onnx Conv only", "43.21 %", "23.4 dB", "Not built", ": TensorRT is <missing>")
             if word not in text] == []  # fmt: skip
     built = {"built": True, "build_seconds": 27.8, "tensorrt": "10.3.0", "gpu": "Orin", "note": "",
-             "board": "Orin Nano", "compute_capability": "8.7", "power_mode": "15W", "sha256": "0" * 64, "open_batch": False, "dla_core": None,
-             "batch": {"min": 1, "opt": 1, "max": 1}}  # fmt: skip
+             "board": "Orin Nano", "compute_capability": "8.7", "power_mode": "15W", "sha256": "0" * 64, "open_batch": False,
+             "dla_core": None, "batch": {"min": 1, "opt": 1, "max": 1}}  # fmt: skip
     manifest["engine"] |= built
     assert "Built in 28 s by TensorRT 10.3.0 for Orin, precision fp16" in Page(render_html(manifest)).text
     assert "is not built" not in render_readme(manifest)
