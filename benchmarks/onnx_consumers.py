@@ -1,6 +1,6 @@
 """Do other runtimes read our ONNX files, and say what PyTorch says? Dense and pruned (random units, 30 % of each group).
 
-    python benchmarks/onnx_consumers.py --nets all --images ../shared/data --weights ../shared/models
+    python benchmarks/onnx_consumers.py --nets all --images DATA --weights MODELS
 
 Prints the largest difference from PyTorch, relative to the largest logit, on two images; writes JSON beside itself, and asks again
 about nothing that it holds.
