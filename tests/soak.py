@@ -36,7 +36,7 @@ SHORT = (
     "latency=null",
 )
 """Fewer images, one step, no ablation, no gate and no measurement: the same stages but `latency`, in a fifth of the time."""
-DATED = ("manifest.json", "report.html", "README.md")
+DATED = ("manifest.json", "report.html", "README.md", "MODEL_CARD.md", "bom.cdx.json")
 """Files of a bundle that hold a date or a measurement."""
 
 

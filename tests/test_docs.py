@@ -28,6 +28,7 @@ NEEDS = {
     r"ssh://|--on TARGET": "a board at that address",
     r"cswap-deploy (build|deploy) .*--on local": "seconds of measuring; test_deploy measures",
     r"cswap-deploy build .*prune\.": "a minute of pruning anew; test_pipeline and test_a_criterion_can_be_added prune",
+    r"untrained-224\.yaml|runs/mobilenetv2/": "minutes of exporting at 224 pixels, and what that leaves",
     r"^cswap-deploy sweep": "minutes of measuring; test_planning sweeps on a simulated device",
     r"--trust-engine": "an engine of TensorRT; test_agent_tensorrt has a double",
     r"recipes/cifar10-(resnet56|vit)\.yaml": "images and weights that are not in the repository",

@@ -92,13 +92,13 @@ def test_no_stage_can_refuse_to_end_or_commit_after_a_signal(what: str, number: 
 
 
 def test_a_build_interrupted_in_stage_after_stage_ends_as_an_undisturbed_one(project, colours) -> None:
-    """While PyTorch is imported, while the tracer runs, which swallows exceptions, in the exporter and beside onnxsim."""
+    """While PyTorch is imported, while units are ablated, in the exporter, which swallows exceptions, and beside onnxsim."""
     work = project.folder / "work"
     kept: dict[str, bytes] = {}
-    for stage, number in (("source", 2), ("groups", 15), ("exported", 2), ("simplified", 15)):
+    for stage, number in (("source", 2), ("scores", 15), ("exported", 2), ("simplified", 15)):
         process = start_build(project.recipe, work, "--json")
         wait_until(lambda: (work / "tmp" / f"{stage}-0").exists(), process)  # noqa: B023
-        time.sleep(0.2)
+        time.sleep(0.05)
         sent = time.monotonic()
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)

@@ -84,7 +84,7 @@ def kept(built: Built) -> dict[str, int]:
 
 def products(built: Built) -> dict[str, bytes]:
     """Everything in the bundle that does not hold a date or count runs."""
-    dated = {"manifest.json", "report.html"}
+    dated = {"manifest.json", "report.html", "MODEL_CARD.md", "bom.cdx.json"}
     return {name: content for name, content in tree(built.bundle.folder).items() if name not in dated}
 
 

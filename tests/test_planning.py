@@ -249,7 +249,9 @@ def test_files_of_every_precision_are_narrowed(
         recipe, ready = prepared.find(work)
         groups = work.run(prune.find_groups, ready.source, ())
     images = ImageSet(data.catalogue(recipe.calibration.images, None, 6).scoring, recipe.calibration.images)
-    made = variants.make(tmp_path, ready.dense["fp32"], ready.source, images, kind, recipe.onnx)
+    made = variants.make(
+        tmp_path, ready.dense["fp32"], ready.source, images, images, kind, recipe.onnx.graph, recipe.int8
+    )
     narrow = tmp_path / "narrow.onnx"
     narrow.write_bytes(Template.read(made.graph.path, groups).narrowed({"conv1": 16, "conv2": 5}))
     require_runnable(narrow, ready.source.input.shape)
