@@ -11,10 +11,10 @@ demo: $(INSTALLED)  ## install, prune the embedded digit classifier, show before
 	$(BIN)/cswap-deploy build recipes/quickstart.yaml
 
 test: $(INSTALLED)  ## the tests (about 7 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 coverage: $(INSTALLED)  ## the tests, and which lines of the package they do not reach
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered
 
 check: $(INSTALLED)  ## format, lint, types, architecture
 	$(BIN)/ruff format --check .

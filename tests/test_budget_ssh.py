@@ -27,7 +27,6 @@ from cswap_deploy.recipe import Recipe
 from cswap_deploy.stage import Workdir
 
 SHORT = ("latency.duration_s=0.1", "latency.warmup_s=0", "accuracy.max_drop=null", "model.kwargs={copies: 16}")
-CUTS = 10
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +84,12 @@ def test_widths_cost_there_what_they_cost_here(
     assert sum(path.stat().st_size for path in (device.store / "files").iterdir()) < 2_000_000
 
 
+@pytest.mark.parametrize("cuts", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_whose_connections_are_cut_ends_well(
-    net: tuple[Recipe, File, Groups], server: Server, device: Device, tmp_path: Path
+    cuts: int, net: tuple[Recipe, File, Groups], server: Server, device: Device, tmp_path: Path
 ) -> None:
-    """Ten times, at random moments: the run goes on, or the next one does from where it was."""
-    random, left, lost, runs = Random(0), [CUTS], 0, 0
+    """So many times, at random moments: the run goes on, or the next one does from where it was."""
+    random, left, lost, runs = Random(0), [cuts], 0, 0
     over = threading.Event()
 
     def cut() -> None:
@@ -113,7 +113,7 @@ def test_a_run_whose_connections_are_cut_ends_well(
     finally:
         over.set()
         cutter.join()
-    print(f"{CUTS} cuts: {runs} runs ended, {lost} reported a lost target and were run again")
+    print(f"{cuts} cuts: {runs} runs ended, {lost} reported a lost target and were run again")
     assert learned(net, server.name, tmp_path / "last").settings == 8
     sshd.wait_until(lambda: not server.agents())
     assert_bounded(device, 40)
