@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import zoo
+from conftest import benchmark
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 from torch import Tensor, nn
@@ -30,16 +28,6 @@ from cswap_deploy.prune.cut import masked_copy
 from cswap_deploy.prune.groups import find
 
 SPEC = zoo.spec(32)
-
-
-def benchmark(name: str) -> ModuleType:
-    """A file of benchmarks/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
 
 
 paired, peers, cifar_resnet = (benchmark(name) for name in ("paired", "peers", "cifar_resnet"))
@@ -261,9 +249,9 @@ def test_the_documented_hessian_loop_sees_the_last_image_only() -> None:
 
 def test_groups_without_an_importance_are_equal_and_named() -> None:
     entry = zoo.ZOO["mlp"]
-    record = Recording()
+    groups, record = entry.groups.groups, Recording()  # proven here, so that no event of it is recorded
     with reporting(record):
-        values = scores("bn_scale", entry.build(), entry.groups.groups, noise(entry.spec, 1))
+        values = scores("bn_scale", entry.build(), groups, noise(entry.spec, 1))
     assert set(values) == {1.0}
     assert [event[:2] for event in record.events] == [
         ("warn", f"bn_scale has no importance for {group.name}: its units count as equal")

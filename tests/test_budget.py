@@ -14,9 +14,9 @@ import onnx
 import pytest
 import torch
 import zoo
+from conftest import benchmark
 from simulated import weights
 from test_allocate import measured, whole
-from test_benchmarks import benchmark
 
 from cswap_deploy import budget as budget_stage
 from cswap_deploy.artifacts import Axis, CostTerm, File, Group, Groups

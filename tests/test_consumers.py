@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import ROOT, Built, make_project
+from conftest import Built, benchmark, make_project
 
 from cswap_deploy.vectors import softmax
 
-
-def consumers_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("consumers", ROOT / "benchmarks" / "consumers.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["consumers"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-consumers = consumers_module()
+consumers = benchmark("consumers")
 LIMIT = 1e-3
 INT8 = 0.07
 """Other kernels round otherwise; of the largest logit."""

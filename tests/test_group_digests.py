@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from dataclasses import asdict
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import zoo
+from conftest import ROOT, benchmark
 from torch import nn
 
 from cswap_deploy import recipe
@@ -20,17 +18,11 @@ from cswap_deploy.artifacts import Architecture, InputSpec
 from cswap_deploy.model import build
 from cswap_deploy.prune.groups import find
 
-ROOT = Path(__file__).parent.parent
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 10}
 
 
 def _resnet(depth: int) -> nn.Module:
-    spec = importlib.util.spec_from_file_location("cifar_resnet", ROOT / "benchmarks" / "cifar_resnet.py")
-    assert spec and spec.loader
-    module: Any = importlib.util.module_from_spec(spec)
-    assert isinstance(module, ModuleType)
-    spec.loader.exec_module(module)
-    network: nn.Module = module.CifarResNet(depth)
+    network: nn.Module = benchmark("cifar_resnet").CifarResNet(depth)
     return network
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Built
+from conftest import ROOT, Built, benchmark
 
 from cswap_deploy import load_pruned
 from cswap_deploy.images import normalise, transform
@@ -25,16 +22,7 @@ IMAGES = 60
 """Hold-out images that the page classifies beside its own."""
 
 
-def consumers_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("consumers", ROOT / "benchmarks" / "consumers.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["consumers"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-consumers = consumers_module()
+consumers = benchmark("consumers")
 pytestmark = pytest.mark.skipif(
     bool(consumers.missing("chromium")), reason=consumers.missing("chromium") or "it is there"
 )

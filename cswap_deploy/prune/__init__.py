@@ -108,14 +108,10 @@ def choose(
     `curves`: of the dense network, None where one ranking of all units decides. A `max_drop` target is judged on the
     selection images and sets its own pace: it cuts until a step's drop exceeds the limit, then goes on in smaller steps.
     """
-    where = resolve_device(device)
-    fit_batches, judged = (Batches.read(images, source.input, where) for images in (fit, selection))
-    dense, allocation = restore(source).to(where), settings.allocation
-    bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, allocation, round_to)
-    search = Search(bench, judged, scores.groups, curves.groups if curves else (), seed)
+    search = _search(source, groups, scores, curves, fit, selection, settings, round_to, device, seed)
     match settings.target:
         case None:
-            return PruningPlan(bench.everything, (), None, scores)
+            return PruningPlan(search.bench.everything, (), None, scores)
         case MacsTarget(macs=fraction):
             state = search.towards("macs", fraction, settings.steps)
         case ParamsTarget(params=fraction):
@@ -126,7 +122,7 @@ def choose(
             raise AssertionError("the budget's loop chooses: approach, then settle")
         case _:
             assert_never(settings.target)
-    return _plan_of(state, bench, scores, curves)
+    return _plan_of(state, search.bench, scores, curves)
 
 
 @stage("plan", returns=Approach, libraries=(*LIBRARIES, "scipy"))
@@ -145,7 +141,7 @@ def approach(
     seed: int,
 ) -> Approach:
     """Towards a latency, a ratio to the dense network's as the staircase predicts it: all steps but the last."""
-    search = _search(source, groups, scores, curves, fit, selection, settings, device, seed)
+    search = _search(source, groups, scores, curves, fit, selection, settings, 1, device, seed)
     steps = Steps(groups, staircase)
     allowed = {group.name: steps.allowed(group.name) for group in groups.groups}
     state = search.approach(steps, allowed, ratio, settings.steps)
@@ -168,7 +164,7 @@ def settle(
     seed: int,
 ) -> PruningPlan:
     """The last step: to widths that were measured on the device."""
-    search = _search(source, groups, scores, curves, fit, selection, settings, device, seed)
+    search = _search(source, groups, scores, curves, fit, selection, settings, 1, device, seed)
     begun = State(approached.keep, search.bench.dense, {}, approached.scores, approached.curves, approached.steps)
     return _plan_of(search.settle(begun, widths), search.bench, scores, curves)
 
@@ -177,18 +173,19 @@ def _search(
     source: Network,
     groups: Groups,
     scores: Scores,
-    curves: Curves,
+    curves: Curves | None,
     fit: ImageSet,
     selection: ImageSet,
     settings: PruneSettings,
+    round_to: int,
     device: str,
     seed: int,
 ) -> Search:
     where = resolve_device(device)
     fit_batches, judged = (Batches.read(images, source.input, where) for images in (fit, selection))
-    dense = restore(source).to(where)
-    bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, settings.allocation, 1)
-    return Search(bench, judged, scores.groups, curves.groups, seed)
+    dense, allocation = restore(source).to(where), settings.allocation
+    bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, allocation, round_to)
+    return Search(bench, judged, scores.groups, curves.groups if curves else (), seed)
 
 
 def _plan_of(state: State, bench: Bench, scores: Scores, curves: Curves | None) -> PruningPlan:

@@ -61,6 +61,7 @@ class Trace:
 
     @staticmethod
     def begin(module: nn.Module) -> Trace:
+        """Its parameters and buffers, each axis an atom of its own."""
         from torch.utils.weak import WeakTensorKeyDictionary
 
         trace = Trace(

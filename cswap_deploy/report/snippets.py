@@ -44,6 +44,7 @@ class Snippet:
 
     @staticmethod
     def of(manifest: Facts) -> Snippet:
+        """What the code in README needs to know of the model that ships."""
         spec = manifest["model"]["input"]
         channels = spec["shape"][0]
         squash = spec.get("crop_mode") == "squash"
