@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -248,8 +249,16 @@ def benchmark(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The embedded digits and CNN, really built; tests only read it."""
-    return build(ROOT / "recipes" / "quickstart.yaml", QUICK, tmp_path_factory.mktemp("quickstart") / "work")
+    """The embedded digits and CNN, really built, once for all workers; each has a copy, which tests only read."""
+    base = tmp_path_factory.getbasetemp()
+    master = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built-quickstart"
+    recipe, work = ROOT / "recipes" / "quickstart.yaml", tmp_path_factory.mktemp("quickstart") / "work"
+    with master.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (master / "bundle").exists():
+            build(recipe, QUICK, master)
+    shutil.copytree(master, work, symlinks=True)
+    return Built(recipe, tuple(QUICK), work, Bundle.read(work / "bundle"))
 
 
 @pytest.fixture(scope="session")
