@@ -41,6 +41,7 @@ NEEDS = {
     r"^(\.venv/bin/)?python3? benchmarks/": "images, weights and hours; its options are looked up in its source",
     r"^(\.venv/bin/)?python3? calibration/": "minutes of training; it is there",
     r"^\.ci/": "minutes; it is there",
+    r"^python3 device/agent\.py$": "what prepare has laid there; test_engine carries it out",
     r"^(trtexec|git|ssh|ssh-copy-id|docker|openssl|npm) ": "a program of somebody else's",
 }
 """Commands that do not run here (a pattern) and what they need that is absent here. They are still looked up."""
