@@ -97,7 +97,8 @@ def order_of_layers(settings: EngineSettings) -> dict[str, Any]:
 def _note(told: str, version: str, on_gpu: int) -> str:
     """With what the agent cannot know: how many layers trtexec says it put on the GPU, and that JetPack 5 is unchecked."""
     notes = [told, f"{on_gpu} layers run on the GPU, not on the DLA" if on_gpu else ""]
-    if [int(number) for number in re.findall(r"\d+", version)[:2]] < UNCHECKED:
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    if numbers and numbers < UNCHECKED:
         notes.append(f"TensorRT {version}, that of JetPack 5, is unchecked")
     return "; ".join(filter(None, notes))
 

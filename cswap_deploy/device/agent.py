@@ -47,6 +47,7 @@ KEPT_LOGITS, TOP = 64, 5
 ROOT = os.environ.get("CSWAP_DEPLOY_ROOT", "")  # before /proc, /sys, /etc and /var: another board's files
 NEVER_C = -256.0  # what a thermal zone that is off shows
 MEMORY = {"memory_mb": "MemTotal", "memory_free_mb": "MemAvailable"}
+ROOM = "make room there, or, for hold-out images, lower calibration.holdout"
 APT = "on a Jetson: sudo apt install python3-libnvinfer libnvinfer-bin"
 
 
@@ -135,7 +136,7 @@ class Store:
         can_go = sum(entry[1] for entry in old)
         if used - can_go + size > LIMIT or self.free() + can_go < size + SPARE:
             have = f"{self.free() >> 20} MiB are free, {SPARE >> 20} stay free, {LIMIT >> 20} are kept at most"
-            raise Fault("disk", f"{size >> 20} MiB do not fit on the target: {have}", "make room there")
+            raise Fault("disk", f"{size >> 20} MiB do not fit on the target: {have}", ROOM)
         for _, bytes_of_it, path in old:
             if used + size > LIMIT or self.free() < size + SPARE:
                 path.unlink(missing_ok=True)

@@ -43,7 +43,11 @@ def main() -> int:
         if request["verb"] == "probe":
             if error:
                 return 1
-            precision, store = answer["tensorrt"]["precision"] or "", Path(answer["store"]["folder"])
+            found = answer["tensorrt"]
+            precision, store = found["precision"] or "", Path(answer["store"]["folder"])
+            if not precision and any(each["precision"] for each in errand["steps"]):
+                print(f"no engine can be built: {found['reason']}", flush=True)
+                failed += 1
         for file in (answer[key] for key in ("engine", "outcomes") if key in answer):
             shutil.copyfile(str(store / "files" / file["sha256"]), str(HERE / "files" / file["sha256"]))
             made[step["makes"]] = {"sha256": file["sha256"]}

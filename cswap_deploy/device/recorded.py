@@ -47,7 +47,10 @@ class Recorded(Target):
     def get(self, file: dict[str, Any], path: Path) -> File:
         source = self.files / Path(file["sha256"]).name
         if not source.is_file() or sha256_of(source) != file["sha256"]:
-            raise DeviceError(f"{source} is missing or changed", f"copy {FOLDER}/ from the board again")
+            text = f"{source} is missing or changed"
+            raise DeviceError(
+                text, f"copy {FOLDER}/ from the board again", public="a file of the board is missing or changed"
+            )
         shutil.copyfile(source, path)
         return File.of(path)
 
@@ -76,7 +79,10 @@ def recorded(root: Path, name: str) -> Recorded:
     if not document.get("errand") == errand.get("id") == _identity(errand.get("steps")):
         text = "answers another errand, or one of another version of cswap-deploy"
         raise DeviceError(f"{root / FOLDER / ANSWERS} {text}", AGAIN, public=UNANSWERED)
-    found = {key_of(entry["request"]): (entry["answer"], entry["log"]) for entry in document["answers"]}
+    try:
+        found = {key_of(entry["request"]): (dict(entry["answer"]), str(entry["log"])) for entry in document["answers"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(root / FOLDER / ANSWERS, error) from error
     return Recorded(f"{name}, asked without a network", (), found, root / FOLDER / "files")
 
 
@@ -89,7 +95,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise DeviceError(f"{path} cannot be read: {error}", f"copy {FOLDER}/ from the board again") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DeviceError:
+    text = f"{path} cannot be read: {type(error).__name__}: {error}"
+    return DeviceError(text, f"copy {FOLDER}/ from the board again", public="the board's answers cannot be read")
 
 
 def key_of(request: Mapping[str, Any]) -> str:
