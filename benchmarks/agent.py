@@ -3,7 +3,7 @@
     python benchmarks/agent.py                                   # over an sshd of its own on loopback, which it starts and ends
     python benchmarks/agent.py --on ssh://jetson@orin.local      # over the network, on a board that has onnxruntime
 
-probe      20 times: connecting, the probe's answer, closing; and on a connection that is open already. Bar: median under 1.5 s.
+probe      20 times: connecting and the answer; and the answer on a connection that is open already. Bar: median under 1.5 s.
 overhead   share of the sampling in which no inference ran, of a model of about a millisecond, in turn with itself. Bar: under 5 %.
 measuring  peak memory of the agent that has measured, beyond that of a process that has only run the model. Bar: under 60 MB.
 judging    the same of an agent that judges 1,460 images of 224 x 224 (220 MB), beside the runtime with one batch; on this machine.

@@ -64,7 +64,7 @@ def build(
     version = by_trtexec or answer["tensorrt"]
     beside = tuple(answer["gpu_layers"])
     if by_trtexec and settings.dla_core is not None:
-        beside = tuple(name for run in trtexec.runs(log) for name in run.gpu)
+        beside = tuple(name for run in trtexec.runs(log, whole=False) for name in run.gpu)
     return Engine(
         file=file,
         layers=File.of(out / "layers.json"),

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cswap_deploy import accuracy, engine, latency
+from cswap_deploy import accuracy, engine, latency, progress
 from cswap_deploy.artifacts import File, OnnxModel
 from cswap_deploy.device import recorded
 from cswap_deploy.device.target import SCHEMA
+from cswap_deploy.errors import DeviceError
 from cswap_deploy.pipeline import alone, built_from
 from cswap_deploy.prepared import Prepared
 from cswap_deploy.recipe import Recipe
@@ -21,10 +22,14 @@ DIALECTS = {"flags": False, "typed": True}
 
 
 def lay(recipe: Recipe, ready: Prepared, work: Workdir) -> Path | None:
-    """The folder for the board, in the work folder; None when nothing is built or measured."""
+    """The folder for the board, in the work folder; None when nothing is built or measured, or a model is too large to be sent."""
     if not ready.dense:
         return None
-    return recorded.lay(work.root, _steps(recipe, ready, work.root))
+    try:
+        return recorded.lay(work.root, _steps(recipe, ready, work.root))
+    except DeviceError as error:
+        progress.warn(f"nothing was written down for a board: {error}")
+        return None
 
 
 def _steps(recipe: Recipe, ready: Prepared, root: Path) -> Iterator[Step]:

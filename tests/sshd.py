@@ -282,7 +282,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 def give(source: Path, target: Path) -> None:
     """A file for everyone to read: a hard link where that does."""
-    if not source.is_file():
+    if not source.is_file() or target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):
