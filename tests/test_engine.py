@@ -280,7 +280,7 @@ def test_a_build_over_ssh_by_trtexec_alone_is_measured_and_not_judged(
     found, engine = bundle.manifest, bundle.manifest["engine"]
     assert (found["verdict"], found["shipped"], engine["built"], engine["tensorrt"]) == (
         "fail",
-        "model.onnx",
+        "model.fp16.onnx",
         True,
         OLD,
     )
