@@ -27,6 +27,7 @@ def main() -> int:
     """Exit code 1 when the board could not do all that was asked; what it could is kept."""
     errand = json.loads((HERE / ERRAND).read_text(encoding="utf-8"))
     made: Json = {}
+    makes: Json = {}  # by request, what it has made
     precision, store, failed = "", Path(), 0
     kept: list[Json] = []
     (HERE / "files").mkdir(exist_ok=True)
@@ -34,6 +35,11 @@ def main() -> int:
         request = resolved(step["request"], made)
         if request is None or step["precision"] not in ("", precision):
             continue  # it needs an engine that was not built, or a file for another TensorRT
+        key = json.dumps(request, sort_keys=True)
+        if key in makes:  # as for the dense engine where nothing was pruned
+            made.update({step["makes"]: made[makes[key]]} if makes[key] in made else {})
+            continue
+        makes[key] = step["makes"]
         start = time.monotonic()
         print(f"{step['what']} ... ", end="", flush=True)
         answer, log = ask(request)
