@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,9 +126,9 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
     return totals
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_rest: Any, **_named: Any) -> int:
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     """Of shapes (batch, heads, tokens, dims): PyTorch counts this operator on other devices only."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return 2 * math.prod((*query[:-1], key[-2], query[-1] + value[-1]))
 
 
 # --- building
