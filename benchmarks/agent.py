@@ -116,6 +116,7 @@ def judging(folder: Path) -> dict[str, float]:
         agent.stdin.write(json.dumps(request).encode() + b"\n")
         agent.stdin.flush()
         answer = json.loads(agent.stdout.readline())
+        agent.wait(60)  # with its standard input open: else it ends at once, without its note
     assert answer.get("images") == IMAGES, answer
     bare = (
         f"import numpy as np, onnxruntime as ort; zeros = np.zeros(({BATCH}, 3, {SIDE}, {SIDE}), 'f4'); "
