@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from ruamel.yaml import YAML
 
 from cswap_deploy import bom, handoff, onnx_file, pipeline, progress, signing
 from cswap_deploy.artifacts import InputSpec
-from cswap_deploy.bundle import Bundle
 from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.handoff import FILES
 from cswap_deploy.images import normalise, resized, transform
@@ -358,7 +358,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.interpolation}-{spec.crop_mode}")
-def test_python_code_prepares_as_the_images_were(whole: Built, pictures: list[Path], spec: InputSpec) -> None:
+def test_python_code_prepares_as_the_images_were(
+    whole: Built, pictures: list[Path], spec: InputSpec, tmp_path: Path
+) -> None:
     manifest = json.loads(json.dumps(whole.manifest))
     manifest["model"]["input"] = {
         **vars(spec),
@@ -367,9 +369,8 @@ def test_python_code_prepares_as_the_images_were(whole: Built, pictures: list[Pa
         "shape": list(spec.shape),
     }
     code = blocks(render_readme(manifest))["python"].split("\n\n\nlabels =")[0]
-    space: dict[str, Any] = {}
-    compiled = compile(code, "README.md", "exec")
-    vars(__import__("builtins"))["exec"](compiled, space)
+    (tmp_path / "readme.py").write_text(code, "utf-8")
+    space = runpy.run_path(str(tmp_path / "readme.py"))
     for path in pictures:
         wanted = normalise(cropped(path, spec)[None], spec)
         np.testing.assert_allclose(space["prepare"](path), wanted, atol=1e-6)
@@ -443,7 +444,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     project: Project = make_project(tmp_path_factory.mktemp("large") / "project")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "LARGEST_PROTOBUF", 5000)
-        yield project.build("prune.target=null", "variants=[int8]", "onnx.image_input=true")
+        yield project.build(
+            "prune.target=null", "variants=[fp16, int8]", "onnx.image_input=true", "onnx.ort_format=true"
+        )
 
 
 def test_a_model_beyond_2_gb_keeps_its_weights_in_one_file_beside_it(large: Built) -> None:
@@ -453,7 +456,7 @@ def test_a_model_beyond_2_gb_keeps_its_weights_in_one_file_beside_it(large: Buil
     onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
     assert {check.outcome for check in verify(folder)} == {"passed", "skipped"}
     assert large.manifest["onnx"]["beside"] == ["model.onnx.data"] and large.manifest["exit_code"] == 6
-    assert [reason.partition(":")[0] for reason in large.manifest["reasons"]] == ["variant int8", "variant image"]
+    assert [reason.partition(":")[0] for reason in large.manifest["reasons"]] == [f"variant {kind}" for kind in ("fp16", "int8", "ort", "image")]
     assert all("the model is beyond 2 GB" in reason for reason in large.manifest["reasons"])
     assert large.manifest["accuracy"]["exported"]["top1"] == 1.0
 
@@ -544,4 +547,3 @@ def test_what_cannot_sign_is_refused_before_the_long_stages(
         assert caught.value.exit_code == 2 and "openssl" in caught.value.hint
     with pytest.raises(VerifyError, match="there is no signature"):
         signing.check(tmp_path, tmp_path / "x.sig", keys[1])
-    assert isinstance(Bundle, type)

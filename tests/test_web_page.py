@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,42 @@ def test_a_runtime_of_another_origin_is_not_taken(address: str, browser: Any, pl
     opened.close()
 
 
+DIST = consumers.MODULES / "onnxruntime-web" / "dist"
+FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+
+
+def test_by_itself_it_takes_the_runtime_from_the_cdn(address: str, browser: Any) -> None:
+    """The network's part is played by the files of the npm package, which is what that CDN serves."""
+    opened, asked = browser.new_page(), []
+
+    def serve(route: Any) -> None:
+        asked.append(route.request.url)
+        name = route.request.url.rpartition("/")[2]
+        route.fulfill(path=DIST / name, headers={"Access-Control-Allow-Origin": "*"}, content_type="text/plain")
+
+    opened.route("https://**", serve)
+    opened.goto(f"{address}/web/index.html")
+    assert opened.evaluate("window.ready"), opened.text_content("#verdict")
+    version = json.loads((DIST.parent / "package.json").read_text("utf-8"))["version"]
+    assert sorted(asked) == sorted(
+        f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{version}/dist/{name}" for name in FILES
+    )
+    opened.close()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_runtime_that_was_changed_is_not_run(address: str, browser: Any, name: str) -> None:
+    opened = browser.new_page()
+    changed = (DIST / name).read_bytes() + b"\n"
+    opened.route(f"**/{name}", lambda route: route.fulfill(body=changed, content_type="text/javascript"))
+    opened.goto(f"{address}/web/index.html?ort=/node_modules/onnxruntime-web/dist/")
+    assert opened.evaluate("window.ready") is False
+    said = opened.text_content("#verdict")
+    assert said.startswith(f"cannot run: {name} of ONNX Runtime Web cannot be had from {address}/node_modules/")
+    assert opened.is_disabled("#time") and opened.is_disabled("#file")
+    opened.close()
+
+
 def test_opened_as_a_file_it_says_what_to_do(quickstart: Built, browser: Any) -> None:
     opened = browser.new_page()
     opened.goto((quickstart.bundle.folder / "web" / "index.html").resolve().as_uri())
@@ -152,5 +189,6 @@ def test_the_page_may_load_nothing_but_the_runtime(tmp_path: Path) -> None:
         and "default-src 'none'" in policy[1]
         and "unsafe-inline" not in policy[1]
         and "unsafe-eval'" not in policy[1].replace("wasm-unsafe-eval'", "")
+        and "https:" not in policy[1].partition("script-src")[2].partition(";")[0]
     )
     assert set(re.findall(r"https://[\w.]+", html)) == {"https://cdn.jsdelivr.net"}
