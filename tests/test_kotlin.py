@@ -51,7 +51,7 @@ SPECS = {
 
 def missing() -> str:
     if not LIBRARIES.is_dir():
-        return "the Kotlin compiler is not installed: npm ci --prefix benchmarks"
+        return "the Kotlin compiler is not installed: npm ci --prefix benchmarks --ignore-scripts"
     return "" if shutil.which("javac") else "a Java compiler is not installed: apt-get install default-jdk-headless"
 
 

@@ -28,7 +28,7 @@ async function runtimeFile(place, name) {
   throw new Error(`${name} of ONNX Runtime Web cannot be had from ${place}, or is not the file that this page was made with`);
 }
 
-/** A module runs from a blob, since a browser compares a fetched file with its digest, and an imported one only if it is new. */
+/** Fetched and run from a blob: all browsers compare what they fetch with its digest, only new ones what they import. */
 async function runtime() {
   const place = runtimePlace();
   const [code, binary] = await Promise.all(Object.keys(RUNTIME).map((name) => runtimeFile(place, name)));
