@@ -1,7 +1,7 @@
-"""The README's Kotlin, compiled and run on the JVM: what it feeds the model is what PyTorch was fed.
+"""The README's code for phones. Kotlin is compiled and run on the JVM: what it feeds the model is what PyTorch was fed.
 
 `tests/android/` stands in for Android and for ONNX Runtime's Java API: the signatures that the code needs, as both publish
-them, with no network behind. So names, types and preprocessing are proven, not the runtime on a phone.
+them, with no network behind. So names, types and preprocessing are proven, not the runtime on a phone. Swift is parsed only.
 """
 
 from __future__ import annotations
@@ -55,15 +55,12 @@ def missing() -> str:
     return "" if shutil.which("javac") else "a Java compiler is not installed: apt-get install default-jdk-headless"
 
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
-
-
-def code_for(built: Built, spec: InputSpec, package: str) -> str:
+def code_for(built: Built, spec: InputSpec, language: str) -> str:
     manifest = json.loads(json.dumps(built.manifest))
     manifest["model"]["input"] = json.loads(json.dumps(vars(spec)))
-    found = re.search(r"```kotlin\n(.*?)```", render_readme(manifest), re.DOTALL)
+    found = re.search(rf"```{language}\n(.*?)```", render_readme(manifest), re.DOTALL)
     assert found
-    return f"package {package}\n\n{found[1]}"
+    return found[1]
 
 
 def java(*arguments: str | Path, program: str = "java") -> str:
@@ -72,25 +69,17 @@ def java(*arguments: str | Path, program: str = "java") -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(bool(missing()), reason=missing() or "it is there")
 def test_kotlin_code_compiles_and_prepares_as_the_images_were(quickstart: Built, tmp_path: Path) -> None:
     classes, sources = tmp_path / "classes", tmp_path / "sources"
-    java("-Xlint:all,-serial", "-Werror", "-d", classes, *STAND_INS.rglob("*.java"), program="javac")
+    java("-d", classes, *STAND_INS.rglob("*.java"), program="javac")
     sources.mkdir()
-    (sources / "Rgb.kt").write_text(code_for(quickstart, SPECS["RGB"], "rgb"))
-    (sources / "Gray.kt").write_text(code_for(quickstart, SPECS["L"], "gray"))
+    (sources / "Rgb.kt").write_text(f"package rgb\n\n{code_for(quickstart, SPECS['RGB'], 'kotlin')}")
+    (sources / "Gray.kt").write_text(f"package gray\n\n{code_for(quickstart, SPECS['L'], 'kotlin')}")
     (sources / "Main.kt").write_text(RUN.replace("WIDTH", "7"))
+    path = f"{classes}:{LIBRARIES / 'kotlin-stdlib.jar'}"
     compiler = ["-cp", LIBRARIES / "kotlin-compiler.jar", "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler"]
-    java(
-        *compiler,
-        "-no-stdlib",
-        "-no-reflect",
-        "-Werror",
-        "-cp",
-        f"{classes}:{LIBRARIES / 'kotlin-stdlib.jar'}",
-        "-d",
-        classes,
-        sources,
-    )
+    java(*compiler, "-no-stdlib", "-no-reflect", "-Werror", "-cp", path, "-d", classes, sources)
 
     labels = ["海, 空", "a, b", "Ж", "last"]
     (tmp_path / "labels.txt").write_text("".join(f"{label}\n" for label in labels), "utf-8")
@@ -100,9 +89,20 @@ def test_kotlin_code_compiles_and_prepares_as_the_images_were(quickstart: Built,
     packed = (0xFF << 24 | pixels.astype(int) @ [1 << 16, 1 << 8, 1]).astype(np.uint32).view(np.int32)
     for name in SPECS:
         (tmp_path / f"pixels-{name}").write_text("\n".join(map(str, packed.ravel())))
-    said = java("-Dfile.encoding=UTF-8", "-cp", f"{classes}:{LIBRARIES / 'kotlin-stdlib.jar'}", "MainKt", tmp_path)
+    said = java("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-cp", path, "MainKt", tmp_path)
     assert said.splitlines() == ["Ж", "1, 3, 5, 7", "Ж", "1, 1, 5, 7", "the model"]
     for name, spec in SPECS.items():
         seen = np.asarray(Image.fromarray(pixels).convert(name)).reshape(5, 7, spec.shape[0]).transpose(2, 0, 1)
         found = np.array((tmp_path / f"input-{name}").read_text().split(), np.float32)
         np.testing.assert_allclose(found.reshape(1, *spec.shape), normalise(seen[None], spec), atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_swift_code_has_no_fault_of_syntax(quickstart: Built, spec: InputSpec) -> None:
+    tree_sitter = pytest.importorskip("tree_sitter", reason="tree-sitter is not installed")
+    swift = pytest.importorskip("tree_sitter_swift", reason="tree-sitter-swift is not installed")
+    parser = tree_sitter.Parser(tree_sitter.Language(swift.language()))
+    code = code_for(quickstart, spec, "swift")
+    assert not parser.parse(code.encode()).root_node.has_error
+    for sound, broken in (("throws {", "throws"), ("[Float] =", "[Float"), ("0..<plane", "0..<")):
+        assert parser.parse(code.replace(sound, broken, 1).encode()).root_node.has_error
