@@ -47,7 +47,7 @@ async function get(path, kind) {
 }
 
 async function start() {
-  $("verdict").textContent = "running ...";
+  $("verdict").textContent = "loading the model and ONNX Runtime Web (14 MB) ...";
   const [manifest, spec, labels, expected] = await Promise.all([
     get("manifest.json", "json"), get("preprocess.json", "json"), get("labels.txt", "text"), get("test_vectors/expected.json", "json"),
   ]);
@@ -59,6 +59,7 @@ async function start() {
   state.ort = await runtime();
   state.session = await state.ort.InferenceSession.create(new Uint8Array(await get(state.file, "arrayBuffer")));
   $("model").textContent = `${state.file}, ONNX Runtime Web ${state.ort.env.versions.web}, WebAssembly, 1 thread`;
+  $("verdict").textContent = "running ...";
   await testImages(expected);
   $("time").disabled = $("file").disabled = false;
 }
