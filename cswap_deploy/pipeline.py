@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cswap_deploy import (
     accuracy,
-    bundle,
+    assembling,
     data,
     engine,
     export,
@@ -23,8 +23,9 @@ from cswap_deploy import (
     variants,
 )
 from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
+from cswap_deploy.assembling import Deployed, Terms
 from cswap_deploy.budget.values import Budget
-from cswap_deploy.bundle import Bundle, Deployed, Terms
+from cswap_deploy.bundle import Bundle
 from cswap_deploy.device import needs, recorded
 from cswap_deploy.device.target import Probe, Target, reach
 from cswap_deploy.digests import write_atomically
@@ -88,7 +89,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         labels=split.labels,
         pixels=_pixels(holdout, source, work) if recipe.engine else None,
         reasons=(*lost, *reasons, *more),
-        environment=bundle.environment(),
+        environment=assembling.environment(),
         budget=asked,
     )
     if not work.dry:
@@ -111,7 +112,7 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE,
         )
     deployed = _on_target(recipe, ready, work, by_answers) if asked else Deployed()
     created = handoff.creation_date(ready.accuracy)
-    files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
+    files = work.run(assembling.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
     made = Bundle.read(work.publish(files.files, files.manifest.path.parent, folder))
     if recipe.sign and not work.dry:
         signing.sign(made.folder, recipe.sign)

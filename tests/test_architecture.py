@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent / "cswap_deploy"
 
 FLOORS = {
     0: "artifacts codec digests errors interrupts keys progress recipe recipe_file runtimes schema_words sources stage terminal wording",
-    1: "bom choice half handoff image_input int8 isolated onnx_facts ort_format signing usability vectors "
+    1: "bom bundle choice half handoff image_input int8 isolated onnx_facts ort_format signing usability vectors "
     "device device.* external_data model factory checkpoint data images intervals samples "
     "paths prepared units onnx_file preprocess runtime manifest facts details report report.* "
     "prune.batches prune.groups prune.dims prune.rules prune.arranging prune.tracing prune.attributes "
@@ -27,7 +27,7 @@ FLOORS = {
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "budget.values budget.narrow budget.design budget.staircase budget.loop budget.account "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
-    2: "prune budget export variants accuracy engine latency bundle",
+    2: "prune budget export variants accuracy engine latency assembling",
     3: "pipeline planning sweeping errands checks measuring verify engine_check doctor doctor_host findings schemas starter",
     4: "cli session running console console.* __main__",
 }
