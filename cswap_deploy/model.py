@@ -116,7 +116,7 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
     )
     parameter = next(module.parameters())
     image = torch.zeros(1, *spec.shape, dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), _frozen(module), counter:
         module(image)
     root = type(module).__name__
     totals = {"": counter.get_total_flops() // 2}
@@ -124,6 +124,19 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
         if name.startswith(f"{root}."):
             totals[name.removeprefix(f"{root}.")] = sum(operators.values()) // 2
     return totals
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient: PyTorch's counter looks for the gradient functions of those that a module is given."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

@@ -226,6 +226,32 @@ def test_count_holds_both_products_of_an_attention() -> None:
     assert count_by_module(module, spec)["blocks.0.attn"] == tokens * weights + 2 * tokens**2 * width
 
 
+class Added(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]
+
+
+class GivenParameter(nn.Module):
+    """Its inner module is given a view of a parameter, as a class token is handed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inner, self.head = (
+            nn.Parameter(torch.zeros(1, 3, 1, 1)),
+            Added(),
+            nn.Conv2d(3, 2, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner((x, self.token.expand(len(x), -1, -1, -1)))).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_a_parameter_that_a_module_is_given_is_counted_once_and_stays_trainable() -> None:
+    module = GivenParameter()
+    assert count(module, InputSpec((3, 8, 8), (0, 0, 0), (1, 1, 1), "bilinear", 1.0)) == (3 + 6, 6 * 64)
+    assert module.token.requires_grad
+
+
 @pytest.mark.parametrize("size", [4, 9])
 def test_input_that_does_not_fit(tmp_path: Path, net: str, size: int) -> None:
     refused("model.input.size", f"cannot run on an input of shape (3, {size}, {size}): RuntimeError: ",
