@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cswap_deploy.artifacts import Engine, File, Groups, InputSpec
+from cswap_deploy.artifacts import Engine, File, Groups
 from cswap_deploy.device import layers as parts
 from cswap_deploy.device import trtexec
+from cswap_deploy.device.building import WAIT_S, Order
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DeviceError
-from cswap_deploy.preprocess import INPUT
-from cswap_deploy.recipe import EngineSettings
 from cswap_deploy.stage import stage
 
-BUILD_S, LAYERS_S, WAIT_S = 7200.0, 600.0, 600.0
-"""Engines of transformers take the better part of an hour on a small board."""
+LAYERS_S = 600.0
 HINTS = {
     "UNSUPPORTED_NODE_DYNAMIC": "export with onnx.dynamic_batch: false",
     "INT64": "TensorRT 8 has no 64-bit integers: export with another onnx.opset, or update to JetPack 6.1",
@@ -31,30 +29,22 @@ HINTS = {
 def build(
     out: Path,
     model: File,
-    spec: InputSpec,
-    settings: EngineSettings,
-    dynamic_batch: bool,
+    order: Order,
     groups: Groups,
     facts: Mapping[str, str],
     target: Target,
 ) -> Engine:
     """ONNX file → engine, its log, and how long each of its layers takes. Errors: DeviceError, with TensorRT's own words."""
     try:
-        answer, log = target.ask_with_log(
-            "build",
-            BUILD_S,
-            model=target.put(model)[0],
-            settings=settings.model_dump(mode="json"),
-            input={"name": INPUT, "shape": list(spec.shape)},
-            dynamic=dynamic_batch,
-            wait_s=WAIT_S,
-        )
+        answer, log = order.build(target, target.put(model)[0])
     except DeviceError as error:
         raise _explained(error, model) from error
     (out / "build.log").write_text(log, encoding="utf-8")
     file = target.get(answer["engine"], out / "model.engine")
     kept = {"sha256": file.sha256, "name": "the engine"}
-    found = target.ask("layers", LAYERS_S, runtime="tensorrt", model=kept, batch=settings.batch.opt, wait_s=WAIT_S)
+    found = target.ask(
+        "layers", LAYERS_S, runtime="tensorrt", model=kept, batch=order.settings.batch.opt, wait_s=WAIT_S
+    )
     rows = parts.joined(found, parts.nodes_of(model.path), groups)
     parts.write(
         out / "layers.json", {"layers": rows, "reformats": parts.reformats(rows), "tensorrt": found.get("layer_info")}
@@ -89,4 +79,6 @@ def _explained(error: DeviceError, model: File) -> DeviceError:
         hints += [hint for words, hint in HINTS.items() if words.lower() in text.lower()]
     more = f" and {len(error.parser) - 5} more" if len(error.parser) > 5 else ""
     message = f"TensorRT cannot read the ONNX file: {'; '.join(lines)}{more}"
-    return DeviceError(message, hints[0] if hints else error.hint, public=error.public, log=error.log)
+    explained = DeviceError(message, hints[0] if hints else error.hint, public=error.public, log=error.log)
+    explained.kind = error.kind
+    return explained

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,8 +35,8 @@ def settings(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", f"{device.client(tmp_path / 'client')}:{os.environ['PATH']}")
     for name, value in (("PROBE_S", 0.05), ("WIDTHS_S", 0.05), ("PAUSE_S", 0.2)):
         monkeypatch.setattr(planning, name, value)
-    for name, few in (("TOGETHER", 4), ("LEVELS", 2), ("MULTIPLES", (16,))):
-        monkeypatch.setattr(design, name, few)
+    few = replace(design.OF_FILES, multiples=(16,), alone=2, together=4, levels=2)
+    monkeypatch.setattr(design, "OF_FILES", few)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from conftest import Built, Project, events, faults, make_project
 from simulated import Simulated
+from test_budget import apart
 
 from cswap_deploy import data, planning, prepared, prune, report, schemas, sweeping, variants
 from cswap_deploy.artifacts import ImageSet
@@ -253,7 +254,9 @@ def test_files_of_every_precision_are_narrowed(
         tmp_path, ready.dense["fp32"], ready.source, images, images, kind, recipe.onnx.graph, recipe.int8
     )
     narrow = tmp_path / "narrow.onnx"
-    narrow.write_bytes(Template.read(made.graph.path, groups).narrowed({"conv1": 16, "conv2": 5}))
+    template = Template.read(made.graph.path, groups)
+    narrow.write_bytes(template.narrowed({"conv1": 16, "conv2": 5}))
+    apart(template, {"conv1": 16, "conv2": 20}, ready.source.input.shape, tmp_path)
     require_runnable(narrow, ready.source.input.shape)
     shapes = [shape for shape in stored(narrow) if len(shape) > 1]
     assert {(16, 3, 1, 1), (5, 16, 3, 3), (6, 5)} <= set(shapes), shapes
