@@ -156,7 +156,8 @@ def of_engines(
             progress.advance("engines built", number, 1 + len(settings))
             model = _written(template.narrowed(widths, shared), Path(folder) / f"{number}.onnx")
             try:
-                answer, _ = order.build(target, target.put(shared.file, model)[1], passing=True)
+                weights, named = target.put(shared.file, model)
+                answer, _ = order.build(target, named, weights)
             except DeviceError as error:
                 if not (widths and refused(error)):
                     raise
@@ -166,8 +167,7 @@ def of_engines(
             engines.append({"sha256": answer["engine"]["sha256"], "name": f"an engine of other widths ({number})"})
             seconds += [] if answer.get("reused") else [answer["seconds"]]
             measured += [widths] if number else []
-    named = [*target.put(dense, names=("the dense engine",)), *engines]
-    taken = take_named(target, named, timing, thorough=False)
+    taken = take_named(target, [*target.put(dense, names=("the dense engine",)), *engines], timing, thorough=False)
     taken.samples.save(out / "samples.npz")
     return WidthTimings(
         File.of(out / "samples.npz"), tuple(measured), taken.runtime, taken.conditions, tuple(unbuilt), tuple(seconds)

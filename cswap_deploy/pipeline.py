@@ -135,7 +135,7 @@ def choose_plan(
         return *_plan(recipe, source, split, work), None, []
 
     def ship(groups: Groups, plan: PruningPlan, name: str) -> dict[str, OnnxModel]:
-        wanted = [variant for variant in recipe.wanted_variants if variant == name]
+        wanted = [variant for variant in recipe.wanted_variants if variant in (name, recipe.shipped_file)]
         _, _, models, reasons = _made(recipe, source, split, groups, plan, work, wanted)
         if name not in models:
             raise ExportError(reasons[0].text, "choose another ship")

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from cswap_deploy import budget, engines, latency, progress, prune
@@ -31,7 +31,7 @@ from cswap_deploy.budget import design
 from cswap_deploy.budget.design import Design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.staircase import Steps
-from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, WidthTimings
+from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, Unbuilt, WidthTimings
 from cswap_deploy.device.building import refused
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
@@ -114,7 +114,8 @@ def choose(
         staircase = learned(meter)
         planner = _Planner(recipe, source, split, groups, work, staircase)
         trials, plan, verdict = planner.settled(meter, first.ratio, ship)
-        return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict)
+        unbuilt = len(meter.unbuilt)
+        return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict, unbuilt=unbuilt)
 
 
 def _of_engines(
@@ -162,6 +163,8 @@ class Meter:
     target: Target
     bench: Bench | None = None
     """None: ONNX Runtime runs the files."""
+    unbuilt: list[Unbuilt] = field(default_factory=list)
+    """What no engine could be built of."""
 
     @property
     def timing(self) -> LatencySettings:
@@ -194,7 +197,9 @@ class Meter:
         """In one request; `what` it is for is reported. Errors: DeviceError, after some attempts."""
         timing = self.timing.model_copy(update={"duration_s": seconds, "warmup_s": min(warmup, self.timing.warmup_s)})
         with progress.part(what):
-            return self.patiently(lambda: self._timed(tuple(settings), timing))
+            found = self.patiently(lambda: self._timed(tuple(settings), timing))
+        self.unbuilt += [item for item in found.unbuilt if item not in self.unbuilt]
+        return found
 
     def _timed(self, settings: tuple[Widths, ...], timing: LatencySettings) -> WidthTimings:
         if self.bench is None:
@@ -265,8 +270,9 @@ def begun(meter: Meter) -> Budget:
         f"dense network {dense:.4g} ms (p{meter.percentile}), budget {goal:.4g} ms, with every group at its narrowest "
         f"{floor.value * dense:.4g} ms{'' if verdict == 'met' else f': {verdict}'}"
     )
-    if verdict == "met" and timings.build_s:
-        each, more = sum(timings.build_s) / len(timings.build_s), _planned(meter) - len(settings) - 2
+    if verdict == "met" and meter.bench and timings.build_s:
+        took = (meter.bench.dense.seconds, *timings.build_s)
+        each, more = sum(took) / len(took), _planned(meter) - len(settings) - 2
         progress.note(f"an engine took {each:.0f} s: up to {duration_text(each * more)} for the {more} that may follow")
     return Budget(goal, meter.percentile, dense, (low, high), floor.value, verdict, (), None, meter.facts)
 

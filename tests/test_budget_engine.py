@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from cswap_deploy.device.building import Order
 from cswap_deploy.device.target import Probe, reach
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.prepared import Prepared
-from cswap_deploy.recipe import EngineSettings, LatencySettings, Precision
+from cswap_deploy.recipe import EngineSettings, LatencySettings
 from cswap_deploy.stage import Workdir
 
 STEP, BASE_US, BLOCK_US = 8, 500, 200
@@ -151,19 +152,20 @@ Batch = Callable[..., WidthTimings]
 
 @pytest.fixture
 def batch(ready: tuple[Prepared, Groups], tmp_path: Path) -> Batch:
-    """Measures settings of widths on the doubles, in a precision."""
+    """Measures settings of widths on the doubles; `far`: files are sent, as over a connection."""
 
-    def measured(settings: tuple[dict[str, int], ...], precision: Precision = "fp16", graph: Path | None = None) -> Any:
+    def measured(settings: tuple[dict[str, int], ...], *, far: bool = False, file: str = "fp32") -> Any:
         model, groups = ready
-        order = Order(model.source.input, EngineSettings(precision=precision), False)
-        file = model.dense["fp32"].graph
+        order = Order(model.source.input, EngineSettings(precision="fp16"), False)
+        graph = model.dense[file].graph
         (tmp_path / "out").mkdir(exist_ok=True)
-        with reach("local") as target:
-            answer, _ = order.build(target, target.put(file)[0])
+        with reach("local") as near:
+            target = replace(near, name="ssh://board") if far else near
+            answer, _ = order.build(target, target.put(graph)[0])
             dense = target.get(answer["engine"], tmp_path / "dense.engine")
             facts = Probe.of(target).facts("tensorrt")
             return latency.of_engines.function(
-                tmp_path / "out", dense, file, groups, settings, order, TIMING, facts, target
+                tmp_path / "out", dense, graph, groups, settings, order, TIMING, facts, target
             )
 
     return measured
@@ -180,6 +182,21 @@ def test_one_engine_that_cannot_be_built_is_left_out(batch: Batch, monkeypatch: 
     found = [item.ratio.value for item in budget.observed(timings, 50)]
     truth = [(BASE_US + BLOCK_US * (2 + 12 + 6)) / 1000, (BASE_US + BLOCK_US * (4 + 16 + 4)) / 1000]
     assert found == pytest.approx([ms / DENSE_MS for ms in truth], rel=0.1)
+
+
+@pytest.mark.parametrize("version", [OLD, NEW])
+def test_files_go_once_and_weights_are_found_beside_them(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """From 11 on the fp16 file is built, whose types carry the precision."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FAKE_TENSORRT_VERSION", version)
+    timings = batch(({"conv1": 24, "conv2": 24},), far=True, file="fp16" if version == NEW else "fp32")
+    [found] = budget.ratios(timings, 50)
+    assert found.value == pytest.approx((BASE_US + BLOCK_US * (3 + 9 + 3)) / 1000 / DENSE_MS, rel=0.1)
+    files = [*(tmp_path / "cache" / "cswap-deploy" / "files").iterdir()]
+    assert len(files) == 3 + 3 + 1  # dense, twin and narrow: a file and an engine each; and their weights
+    assert all(sha256(path.read_bytes()).hexdigest() == path.name for path in files)
 
 
 def test_engines_of_a_request_that_failed_are_not_built_again(
@@ -205,6 +222,7 @@ def test_the_oldest_passing_engines_leave(
     batch: Batch, surroundings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = device.AGENT.read_text()
+    assert "PASSING, TIMINGS = 24," in text
     (tmp_path / "agent.py").write_text(text.replace("PASSING, TIMINGS = 24,", "PASSING, TIMINGS = 4,"))
     monkeypatch.setattr(device, "AGENT", tmp_path / "agent.py")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -242,6 +242,13 @@ def test_a_budget_that_is_damaged_is_refused(project: Project, damage: dict[str,
 # --- other precisions
 
 
+def test_the_loop_measures_what_ships_int8_too(project: Project, device: Simulated) -> None:
+    built = project.build(asked(1.9), *SHORT, "ship=int8")
+    block = budget_of(built)
+    assert (block["verdict"], built.manifest["shipped"]) == ("met", "model.int8.onnx")
+    assert (built.manifest["latency"]["precision"], block["staircase"]["multiple"]) == ("int8", 8)
+
+
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int8-tensorrt"])
 def test_files_of_every_precision_are_narrowed(
     project: Project, device: Simulated, kind: Variant, tmp_path: Path

@@ -109,6 +109,8 @@ class Budget:
     staircase: Staircase | None
     facts: dict[str, str]
     """Of the device."""
+    unbuilt: int = 0
+    """Narrower networks of which no engine could be built."""
 
     @property
     def ratio(self) -> float:

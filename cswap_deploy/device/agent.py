@@ -40,10 +40,7 @@ from typing import Any, Dict
 SCHEMA = "cswap-deploy/agent/1"
 Json = Dict[str, Any]
 LIMIT, SPARE = 4 << 30, 256 << 20  # bytes of files kept here; bytes of disk that stay free
-PASSING, TIMINGS = (
-    24,
-    64 << 20,
-)  # engines kept that were built to be measured only; bytes of a timing cache that is kept
+PASSING, TIMINGS = 24, 64 << 20  # engines kept that are only measured; bytes of a timing cache that is kept
 ABANDONED_S, FRESH_S = 3600, 600  # unfinished files older than this are removed; files used lately stay
 BLOCK_S = 0.05  # how long a model's turn is
 SETTLE_S = 0.005  # what a turn starts with, on caches full of another model, is not kept
@@ -827,17 +824,18 @@ class EngineModel:
 def build(request: Json, files: Store) -> Json:
     """Settings are those of the recipe's `engine`; `input`: name and (channels, height, width); `dynamic`: open batch.
 
-    `passing`: the engine is only to be measured; one that was built from the same is taken in its place. What TensorRT says
-    meanwhile goes to standard error, which the host keeps.
+    `passing`: the engine is only to be measured; one that was built from the same is taken in its place. `beside`: files that
+    the model refers to by their digests. What TensorRT says meanwhile goes to standard error, which the host keeps.
     """
     with files.alone(request):
         facts = tensorrt_facts()
         here, model = place_of(facts), files.find(request["model"])
+        weights = sum(files.find(file).stat().st_size for file in request.get("beside", ()))
         asked = [digest_of(model), *(request[key] for key in ("settings", "input", "dynamic")), here]
         made_from = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if request.get("passing") and (known := files.passed(made_from)):
             return known
-        files.make_room(4 * model.stat().st_size + (64 << 20))
+        files.make_room(4 * (model.stat().st_size + weights) + (64 << 20))
         place = re.sub(r"[^\w.-]+", "_", " ".join(str(here[key]) for key in (*BOUND_TO, "power_mode")))[:150]
         target, timing, start = files.scratch(".engine"), files.root / "timing" / f"{place}.cache", time.monotonic()
         if timing.is_file() and timing.stat().st_size > TIMINGS:  # what many runs have left

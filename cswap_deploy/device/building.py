@@ -24,12 +24,15 @@ class Order:
     settings: EngineSettings
     dynamic_batch: bool
 
-    def build(self, target: Target, model: Mapping[str, str], passing: bool = False) -> tuple[dict[str, Any], str]:
-        """The agent's answer and TensorRT's log. `model`: as `Target.put` names it; `passing`: it is only to be measured.
+    def build(
+        self, target: Target, model: Mapping[str, str], weights: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, Any], str]:
+        """The agent's answer and TensorRT's log. Files are as `Target.put` names them.
 
-        Errors: DeviceError; `kind` is "engine" where TensorRT itself fails.
+        `weights`: the file beside the model that holds them, where the engine is passing: it is only to be measured. Errors:
+        DeviceError; `kind` is "engine" where TensorRT itself fails.
         """
-        more = {"passing": True} if passing else {}
+        more = {"passing": True, "beside": [dict(weights)]} if weights else {}
         return target.ask_with_log(
             "build",
             BUILD_S,

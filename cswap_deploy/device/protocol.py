@@ -47,7 +47,7 @@ def _requests() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
         "fetch": ({"file": file}, {}),
         "build": (
             {"model": file, "settings": _settings(), "input": _input(), "dynamic": BOOLEAN},
-            {"passing": BOOLEAN, **alone},
+            {"passing": BOOLEAN, "beside": files, **alone},
         ),
         "measure": (
             {"runtime": runtime, "models": files, "warmup_s": SECONDS, "duration_s": SECONDS},

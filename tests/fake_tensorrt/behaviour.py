@@ -6,7 +6,8 @@ is refused, `context` an engine yields no context, `enqueue` an inference is ref
 comes out of a network with a layer of 16 units.
 
 FAKE_TENSORRT_STEPS, as `8 1000 100`, makes a latency up so that a test knows the truth: layers count in blocks of 8 channels on
-both sides, an inference takes at least 1000 microseconds and 100 for each block. Nothing real has these numbers.
+both sides, an inference takes 1000 microseconds and 100 for each block, give or take 0.4 %. The process's clock then shows what the
+inferences would have taken, and nothing else, however busy the machine is. Nothing real has these numbers.
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ STEPS = [int(number) for number in os.environ.get("FAKE_TENSORRT_STEPS", "").spl
 REFUSED = [int(word[len("units-") :]) for word in FAILS if word.startswith("units-")]
 DLA_CORES = 0 if "no-dla" in FAILS else 2
 ON_DLA = ("CONVOLUTION", "ACTIVATION", "POOLING", "ELEMENTWISE", "MATRIX_MULTIPLY", "QUANTIZE", "DEQUANTIZE")
+
+
+class Clock:
+    """The made-up one."""
+
+    ns = 0
+
+
+if STEPS:
+    time.perf_counter_ns = lambda: Clock.ns
 
 
 def nptype(trt_type: Any) -> Any:
@@ -326,8 +337,8 @@ class Runtime:
         tensors |= {item.name: (item, "INPUT") for item in session.get_inputs()}
         import onnx
 
-        least_s = (STEPS[1] + STEPS[2] * blocks_of(onnx.load_from_string(rest))) / 1e6 if STEPS else 0.0
-        return new("ICudaEngine", session=session, tensors=tensors, document=document, least_s=least_s)
+        made_up = 1000 * (STEPS[1] + STEPS[2] * blocks_of(onnx.load_from_string(rest))) if STEPS else 0
+        return new("ICudaEngine", session=session, tensors=tensors, document=document, made_up_ns=made_up)
 
 
 class ICudaEngine:
@@ -471,8 +482,7 @@ def run(context: Any) -> bool:
     names = [item.name for item in state.session.get_outputs()]
     for name, value in zip(names, state.session.run(names, feeds), strict=True):
         ctypes.memmove(context._.addresses[name], value.ctypes.data, value.nbytes)
-    while time.perf_counter() - start < state.least_s:
-        pass
+    Clock.ns += round(state.made_up_ns * (1 + 0.001 * (Clock.ns % 9 - 4)))
     if context._.profiler:
         for name in state.document["layers"]:
             context._.profiler.report_layer_time(name, 1000 * (time.perf_counter() - start))
