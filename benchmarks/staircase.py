@@ -11,24 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from budget import Log, count_cpu_time, noise, workplace
 
-from cswap_deploy import budget, data, export, model, planning, progress, prune
+from cswap_deploy import budget, data, export, metering, model, planning, progress, prune
 from cswap_deploy.artifacts import ImageSet
 from cswap_deploy.budget import design, staircase
 from cswap_deploy.budget.staircase import Observation, Steps
-from cswap_deploy.planning import Meter
+from cswap_deploy.metering import Meter
 from cswap_deploy.recipe import CalibrationSettings, LatencySettings, ModelSettings, OnnxSettings, Recipe
 from cswap_deploy.samples import Ratio
 from cswap_deploy.stage import Workdir
 
-DESIGNS = ((4, 24), (2, 24), (1, 24), (0, 24), (1, 16), (0, 16), (0, 32), (0, 48), (1, 32))
-"""Widths of each kind of group that are measured alone, and settings of all groups."""
+DESIGNS = "4:24,2:24,1:24,0:24,1:16,0:16,0:32,1:32"
 TESTS = 24
 FLOOR = 0.2
 """Of the dense latency: below that nothing is asked for, as a rule, and errors are told apart."""
@@ -40,20 +39,28 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="work folders, kept between runs; default: a temporary one")
     parser.add_argument("--nets", default="resnet18,mobilenetv2_100", help="timm networks, with random weights")
     parser.add_argument(
+        "--designs",
+        default=DESIGNS,
+        help="widths of each kind of group that are measured alone : settings of all groups",
+    )
+    parser.add_argument(
         "--cpu-time", action="store_true", help="for a busy machine: count CPU time, which is no latency"
     )
     options = parser.parse_args()
     report: dict[str, Any] = {"load": [os.getloadavg()[0]], "clock": "CPU time" if options.cpu_time else "wall"}
+    designs = [
+        (int(alone), int(count)) for alone, _, count in (part.partition(":") for part in options.designs.split(","))
+    ]
     with progress.reporting(Log()), workplace(options.work) as folder:
         if options.cpu_time:
             count_cpu_time(folder)
-        report["nets"] = {name: judged(name, folder / name) for name in options.nets.split(",")}
+        report["nets"] = {name: judged(name, folder / name, designs) for name in options.nets.split(",")}
     report["load"].append(os.getloadavg()[0])
     options.out.write_text(json.dumps(report, indent=1))
     print(*table(report), sep="\n")
 
 
-def judged(name: str, folder: Path) -> list[dict[str, Any]]:
+def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """Each design's size and its relative errors, with the ratio that each belongs to."""
     images = noise(folder / "images")
     recipe = Recipe(
@@ -75,14 +82,15 @@ def judged(name: str, folder: Path) -> list[dict[str, Any]]:
             multiple = planning.alignment(meter)
             kinds = design.kinds_of(groups)
             options = design.options(groups, kinds, multiple, exact=False)
+            levels = design.levels(options, design.LEVELS)
             pools = {
-                count: measured(meter, design.alone(kinds, design.levels(options, count))) for count in (1, 2, 4)
-            } | {0: []}
-            levels = design.levels(options, 4)
-            together = [
-                measured(meter, design.together(groups, kinds, levels, count, seed))
-                for count, seed in ((16, 1), (24, 2), (32, 3), (48, 4))
-            ]
+                alone: measured(meter, design.alone(kinds, design.levels(options, alone)))
+                for alone in sorted({alone for alone, _ in designs})
+            }
+            together = {
+                count: measured(meter, design.together(groups, kinds, levels, count, count // 8 - 1))
+                for count in sorted({count for _, count in designs})
+            }
             random, tests = Random(17), []
             for number in range(TESTS):
                 part = (number + random.random()) / TESTS
@@ -96,9 +104,8 @@ def judged(name: str, folder: Path) -> list[dict[str, Any]]:
                     tests[-1][group.name] = min(allowed, key=lambda width: abs(width - wanted))
             truth = measured(meter, tuple(tests))
     rows = []
-    for alone, count in DESIGNS:
-        joint = next(pool for pool in together if len(pool) == count)
-        found = Steps(groups, staircase.learn(groups, kinds, options, multiple, pools[alone], joint))
+    for alone, count in designs:
+        found = Steps(groups, staircase.learn(groups, kinds, options, multiple, pools[alone], together[count]))
         errors = [(item.ratio.value, found.total(item.widths) / item.ratio.value - 1) for item in truth]
         rows.append({"alone": alone, "together": count, "networks": len(pools[alone]) + count, "errors": errors})
     return rows
@@ -106,8 +113,8 @@ def judged(name: str, folder: Path) -> list[dict[str, Any]]:
 
 def measured(meter: Meter, settings: tuple[dict[str, int], ...]) -> list[Observation]:
     found: list[Ratio] = []
-    for start in range(0, len(settings), planning.BATCH):
-        part = settings[start : start + planning.BATCH]
+    for start in range(0, len(settings), metering.BATCH):
+        part = settings[start : start + metering.BATCH]
         found += budget.ratios(meter.timings("pool", part, planning.WIDTHS_S), 50)
     return [Observation(widths, ratio) for widths, ratio in zip(settings, found, strict=True)]
 

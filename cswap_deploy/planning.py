@@ -6,61 +6,36 @@ The one part of the host's half that needs the target. Every measurement is a re
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
-from cswap_deploy import budget, engines, latency, progress, prune
-from cswap_deploy.artifacts import (
-    Curves,
-    Engine,
-    File,
-    Groups,
-    ImageSet,
-    InputSpec,
-    LatencyReport,
-    Network,
-    OnnxModel,
-    PruningPlan,
-    Scores,
-    Split,
-)
+from cswap_deploy import budget, progress, prune
+from cswap_deploy.artifacts import Curves, Groups, ImageSet, Network, OnnxModel, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
-from cswap_deploy.budget.design import Design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.staircase import Steps
-from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, Unbuilt, WidthTimings
-from cswap_deploy.device.building import refused
+from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, WidthTimings
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError
+from cswap_deploy.metering import LONGER, Meter, of_engines
 from cswap_deploy.prune.allocate import damage_at, least_damage
-from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencySettings, LatencyTarget, Recipe
+from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, Recipe
 from cswap_deploy.samples import Ratio, Samples
 from cswap_deploy.stage import Workdir
 from cswap_deploy.wording import duration_text
 
 PROBE = "probe.json"
 """In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
-BATCH = 8
-"""Networks that are measured in turn with the dense one in one request."""
-ENGINES_BYTES = 1 << 30
-"""Of all engines that are loaded at once, about: a board's memory is shared by all that runs there."""
-PROBE_S, WIDTHS_S, WARMUP_S = 1.5, 0.4, 0.1
-"""Sampling of each network while the floor is looked for and while the staircase is learned; running before that."""
-LONGER = 4
-"""Times the sampling of a measurement that was too close to call."""
-ATTEMPTS, PAUSE_S = 3, 2.0
-"""At a measurement whose connection ends, or that another one keeps waiting; seconds before the second, twice as many before the third."""
-
+PROBE_S, WIDTHS_S = 1.5, 0.4
+"""Sampling of each network while the floor is looked for and while the staircase is learned."""
 UNBUILT = "TensorRT on the target builds no engine of narrower groups"
 NARROW_HINT = "prune for macs in place of a latency, or report this network with the warnings above"
 
 Widths = dict[str, int]
 Ship = Callable[[Groups, PruningPlan, str], Mapping[str, OnnxModel]]
-Measured = TypeVar("Measured")
 
 
 def goal_ms(recipe: Recipe) -> float | None:
@@ -104,7 +79,7 @@ def choose(
     groups = work.run(prune.find_groups, source, recipe.prune.skip)
     with reached(recipe, work) as (target, probe):
         if recipe.ships_engine:
-            meter = _of_engines(recipe, work, dense, source.input, groups, target, probe)
+            meter = of_engines(recipe, work, dense, source.input, groups, target, probe)
         else:
             file = dense[recipe.shipped_file].graph
             meter = Meter(recipe, work, file, groups, probe.facts("onnxruntime"), target)
@@ -116,134 +91,6 @@ def choose(
         trials, plan, verdict = planner.settled(meter, first.ratio, ship)
         unbuilt = len(meter.unbuilt)
         return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict, unbuilt=unbuilt)
-
-
-def _of_engines(
-    recipe: Recipe,
-    work: Workdir,
-    dense: Mapping[str, OnnxModel],
-    spec: InputSpec,
-    groups: Groups,
-    target: Target,
-    probe: Probe,
-) -> Meter:
-    """A meter of engines, with the dense one built, and how many more may follow. Errors: DeviceError."""
-    probe.require_tensorrt(target.name)
-    graph = engines.alone(engines.chosen(recipe, dense, probe))
-    fresh = Meter(recipe, work, graph, groups, probe.facts("tensorrt"), target)
-    if not work.dry:
-        progress.note(
-            f"each network that is measured needs an engine, built on the target: up to {_planned(fresh)}; those that were "
-            "measured before are not built again"
-        )
-    with progress.part("dense"):
-        built = fresh.patiently(lambda: engines.build(recipe, dense, spec, groups, work, target, probe))
-    return replace(fresh, bench=Bench(built, spec, probe))
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where engines are measured: the dense one, and what others are built like."""
-
-    dense: Engine
-    spec: InputSpec
-    probe: Probe
-
-
-@dataclass
-class Meter:
-    """Measures networks with narrower groups beside the dense one; each measurement is a result of the work folder."""
-
-    recipe: Recipe
-    work: Workdir
-    dense: File
-    """The ONNX file that is narrowed."""
-    groups: Groups
-    facts: dict[str, str]
-    target: Target
-    bench: Bench | None = None
-    """None: ONNX Runtime runs the files."""
-    unbuilt: list[Unbuilt] = field(default_factory=list)
-    """What no engine could be built of."""
-
-    @property
-    def timing(self) -> LatencySettings:
-        assert self.recipe.latency
-        return self.recipe.latency
-
-    @property
-    def percentile(self) -> int:
-        assert isinstance(self.recipe.prune.target, LatencyTarget | FpsTarget)
-        return self.recipe.prune.target.percentile
-
-    @property
-    def exact(self) -> int | None:
-        """The recipe's own multiple; None: it is found."""
-        return self.recipe.prune.round_to if self.recipe.prune.round_to != "auto" else None
-
-    @property
-    def design(self) -> Design:
-        """What to measure; where each network takes an engine, less."""
-        engine = self.recipe.engine if self.recipe.ships_engine else None
-        return design.OF_ENGINES[engine.precision] if engine else design.OF_FILES
-
-    @property
-    def batch(self) -> int:
-        """Networks in one request."""
-        fit = ENGINES_BYTES // self.bench.dense.file.bytes - 2 if self.bench else BATCH
-        return max(1, min(BATCH, fit))
-
-    def timings(self, what: str, settings: Sequence[Widths], seconds: float, warmup: float = WARMUP_S) -> WidthTimings:
-        """In one request; `what` it is for is reported. Errors: DeviceError, after some attempts."""
-        timing = self.timing.model_copy(update={"duration_s": seconds, "warmup_s": min(warmup, self.timing.warmup_s)})
-        with progress.part(what):
-            found = self.patiently(lambda: self._timed(tuple(settings), timing))
-        self.unbuilt += [item for item in found.unbuilt if item not in self.unbuilt]
-        return found
-
-    def _timed(self, settings: tuple[Widths, ...], timing: LatencySettings) -> WidthTimings:
-        if self.bench is None:
-            return self.work.run(latency.of_widths, self.dense, self.groups, settings, timing, self.facts, self.target)
-        order, dense = engines.order(self.recipe, self.bench.spec), self.bench.dense.file
-        return self.work.run(
-            latency.of_engines, dense, self.dense, self.groups, settings, order, timing, self.facts, self.target
-        )
-
-    def ratio(self, widths: Widths, longer: bool) -> Ratio | None:
-        """Of one candidate, as long as the recipe measures, or `LONGER` times as long. None: no engine of it can be built."""
-        seconds = self.timing.duration_s * (LONGER if longer else 1)
-        found = budget.ratios(self.timings("candidate", [widths], seconds, self.timing.warmup_s), self.percentile)
-        return found[0] if found else None
-
-    def shipped(self, models: Mapping[str, OnnxModel]) -> Ratio:
-        """Of what ships, in turn with the dense twin, as the bundle reports it. Errors: DeviceError, as above."""
-        report = self.patiently(lambda: self._reported(models))
-        return Samples.load(report.samples.path).ratio(1, 0, self.percentile)
-
-    def _reported(self, models: Mapping[str, OnnxModel]) -> LatencyReport:
-        graphs = run = self.dense, models[self.file].graph
-        if self.bench:
-            probe, spec = self.bench.probe, self.bench.spec
-            built = engines.build(self.recipe, models, spec, self.groups, self.work, self.target, probe)
-            run = self.bench.dense.file, built.file
-        return self.work.run(latency.measure, *run, graphs, self.groups, self.timing, self.facts, self.target)
-
-    @property
-    def file(self) -> str:
-        """`fp32` or the variant that ships or that engines are built from."""
-        return engines.built_from(self.recipe, self.bench.probe) if self.bench else self.recipe.shipped_file
-
-    def patiently(self, measured: Callable[[], Measured]) -> Measured:
-        """What is measured or built, after some attempts where the connection or the device fails. Errors: DeviceError."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return measured()
-            except DeviceError as error:
-                if attempt + 1 == ATTEMPTS or isinstance(self.target, Away) or refused(error):
-                    raise
-                progress.warn(f"{error.message}; trying again")
-                time.sleep(PAUSE_S * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
 
 
 # --- before anything is pruned
@@ -272,7 +119,7 @@ def begun(meter: Meter) -> Budget:
     )
     if verdict == "met" and meter.bench and timings.build_s:
         took = (meter.bench.dense.seconds, *timings.build_s)
-        each, more = sum(took) / len(took), _planned(meter) - len(settings) - 2
+        each, more = sum(took) / len(took), meter.planned - len(settings) - 2
         progress.note(f"an engine took {each:.0f} s: up to {duration_text(each * more)} for the {more} that may follow")
     return Budget(goal, meter.percentile, dense, (low, high), floor.value, verdict, (), None, meter.facts)
 
@@ -284,7 +131,7 @@ def learned(meter: Meter) -> Staircase:
     multiple = meter.exact or alignment(meter)
     kinds = design.kinds_of(groups)
     options = design.options(groups, kinds, multiple, exact=exact)
-    levels = design.levels(options, wanted.levels)
+    levels = design.levels(options, design.LEVELS)
     settings = [
         *design.alone(kinds, design.levels(options, wanted.alone)),
         *design.together(groups, kinds, levels, wanted.together, meter.recipe.seed),
@@ -299,13 +146,6 @@ def learned(meter: Meter) -> Staircase:
     if unbuilt == len(settings):
         raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
     return meter.work.run(budget.learn, groups, tuple(timings), multiple, exact)
-
-
-def _planned(meter: Meter) -> int:
-    """Engines that are built at most: for the dense network twice, before any is chosen, for candidates, and for what ships."""
-    goal = meter.recipe.prune.target
-    assert isinstance(goal, LatencyTarget | FpsTarget)
-    return 2 + meter.design.most(meter.groups, meter.exact) + goal.trials + 1
 
 
 def alignment(meter: Meter) -> int:

@@ -16,7 +16,7 @@ from conftest import Built, Project, events, faults, make_project
 from simulated import Simulated
 from test_budget import apart
 
-from cswap_deploy import data, planning, prepared, prune, report, schemas, sweeping, variants
+from cswap_deploy import data, metering, planning, prepared, prune, report, schemas, sweeping, variants
 from cswap_deploy.artifacts import ImageSet
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.bundle import Bundle
@@ -69,7 +69,7 @@ def use(device: Simulated, monkeypatch: pytest.MonkeyPatch) -> Simulated:
         yield device
 
     monkeypatch.setattr(planning, "reach", reach)
-    monkeypatch.setattr(planning, "PAUSE_S", 0.0)
+    monkeypatch.setattr(metering, "PAUSE_S", 0.0)
     return device
 
 

@@ -15,6 +15,8 @@ PAYS = 0.2
 """A multiple pays when the step in the middle of its double brings at least this part of the double's time; 0.5 is in proportion."""
 CHOICES = 32
 """Widths that a group may have, about."""
+LEVELS = 4
+"""Widths of each kind of group that settings of all groups use, about."""
 MOST_ALONE = 72
 """Settings in which one kind of group alone is narrow, at most."""
 
@@ -35,8 +37,6 @@ class Design:
     """Widths of each kind of group that are measured alone, about."""
     together: int
     """Settings in which all groups are narrow."""
-    levels: int
-    """Widths of each kind of group that those settings use, about."""
 
     def most(self, groups: Groups, round_to: int | None) -> int:
         """Networks that are measured before any is chosen, at most; the dense one and its twin come on top."""
@@ -47,14 +47,16 @@ class Design:
         return len(extremes(groups, self, round_to)) + multiples + sum(map(len, widths.values())) + self.together
 
 
-OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=4, together=24, levels=4)
+OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=4, together=24)
 """Of ONNX files, which take milliseconds to make. What pays is 16 in AVX-512, say."""
 OF_ENGINES = {
-    "fp32": Design((16, 8, 4), 8, (4, 8), stop=True, alone=1, together=24, levels=4),
-    "fp16": Design((16, 8, 4), 8, (4, 8), stop=True, alone=1, together=24, levels=4),
-    "int8": Design((32, 16, 8), 16, (8, 16), stop=True, alone=1, together=24, levels=4),
+    "fp32": Design((16, 8, 4), 8, (4, 8), stop=True, alone=0, together=24),
+    "fp16": Design((16, 8, 4), 8, (4, 8), stop=True, alone=0, together=24),
+    "int8": Design((32, 16, 8), 16, (8, 16), stop=True, alone=0, together=24),
 }
-"""By precision, since an engine may take minutes to build. TensorRT pads channels to 8 for fp16 on tensor cores, to 16 or 32 for int8."""
+"""By precision, since an engine may take minutes to build. TensorRT pads channels to 8 for fp16 on tensor cores, to 16 or 32 for int8.
+
+Settings of all groups alone predict about as well as with kinds alone beside them (`benchmarks/staircase.py`)."""
 
 
 def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:

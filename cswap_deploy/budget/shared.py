@@ -95,7 +95,7 @@ def _values(section: Section, noise: npt.NDArray[np.float32]) -> bytes:
     kind, halved = section
     wanted = onnx.helper.tensor_dtype_to_np_dtype(kind)
     if not np.issubdtype(wanted, np.integer):
-        return (noise * np.float32(0.5**halved)).astype(wanted).tobytes()
+        return bytes((noise * np.float32(0.5**halved)).astype(wanted).tobytes())
     bounds = np.iinfo(wanted)
     middle = 128 if bounds.min == 0 else 0
-    return np.clip(np.rint(noise * SPREAD) + middle, bounds.min, bounds.max).astype(wanted).tobytes()
+    return bytes(np.clip(np.rint(noise * SPREAD) + middle, bounds.min, bounds.max).astype(wanted).tobytes())
