@@ -128,13 +128,13 @@ def test_only_what_was_built_there_is_loaded_and_little_of_it_stays(
     assert all(path.suffix == "" for path in onnx_files)
 
 
-def test_a_budget_below_the_floor_takes_no_staircase(
-    met: tuple[Built, list[str]], surroundings: dict[str, str]
+@pytest.mark.parametrize(("latency_ms", "verdict", "code"), [(0.3, "infeasible", 8), (2 * DENSE_MS, "not needed", 0)])
+def test_a_budget_below_the_floor_or_above_the_dense_latency_takes_no_staircase(
+    met: tuple[Built, list[str]], surroundings: dict[str, str], latency_ms: float, verdict: str, code: int
 ) -> None:
     built, before = met[0], builds(surroundings)
-    overrides = (asked(0.3), *SETTINGS)
-    found = build(built.recipe, overrides, built.work).manifest
-    assert (found["budget"]["verdict"], found["exit_code"]) == ("infeasible", 8)
+    found = build(built.recipe, (asked(latency_ms), *SETTINGS), built.work).manifest
+    assert (found["budget"]["verdict"], found["exit_code"], found["budget"]["trials"]) == (verdict, code, 0)
     assert builds(surroundings) - before <= 2  # the dense network again, as what ships
 
 
