@@ -261,8 +261,9 @@ def _attention(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> 
         give_role(dim, "heads")
     give_role(q[-1], "dims")
     trace.give(result, [*batch, q[-2], v[-1]])
-    macs = prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-    trace.note("", macs, batch)
+    weights = prod(query.shape[:-1]) * key.shape[-2]
+    for inner in (q[-1], v[-1]):
+        trace.note("", weights * inner.size, [*batch, inner])
 
 
 def _uneven(own: Dim, other: Dim) -> Dim:
