@@ -42,16 +42,16 @@ def order(recipe: Recipe, spec: InputSpec) -> Order:
     return Order(spec, recipe.engine, recipe.onnx.dynamic_batch)
 
 
-def built_from(recipe: Recipe, probe: Probe) -> str:
+def built_from(recipe: Recipe, typed: bool) -> str:
     """The file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
     assert recipe.engine
-    return "fp32" if recipe.engine.precision == "fp16" and not probe.typed else recipe.engine_file
+    return "fp32" if recipe.engine.precision == "fp16" and not typed else recipe.engine_file
 
 
 def chosen(recipe: Recipe, models: Mapping[str, OnnxModel], probe: Probe) -> OnnxModel:
     """The model of that file. Errors: DeviceError where it could not be made."""
     assert recipe.engine
-    name = built_from(recipe, probe)
+    name = built_from(recipe, probe.typed)
     if name not in models:
         missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
         raise DeviceError(missing, "see why above", public=missing)

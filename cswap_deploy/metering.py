@@ -155,7 +155,7 @@ class Meter:
     @property
     def file(self) -> str:
         """`fp32` or the variant that ships or that engines are built from."""
-        return engines.built_from(self.recipe, self.bench.probe) if self.bench else self.recipe.shipped_file
+        return engines.built_from(self.recipe, self.bench.probe.typed) if self.bench else self.recipe.shipped_file
 
     def patiently(self, measured: Callable[[], Measured]) -> Measured:
         """What is measured or built, after some attempts where the connection or the device fails. Errors: DeviceError."""

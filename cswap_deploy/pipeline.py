@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from cswap_deploy import (
     accuracy,
-    bundle,
+    assembling,
     data,
     engines,
     export,
@@ -22,9 +23,10 @@ from cswap_deploy import (
     variants,
 )
 from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
+from cswap_deploy.assembling import Deployed, Terms
 from cswap_deploy.budget.values import Budget
-from cswap_deploy.bundle import Bundle, Deployed, Terms
-from cswap_deploy.device import needs
+from cswap_deploy.bundle import Bundle
+from cswap_deploy.device import needs, recorded
 from cswap_deploy.device.target import Probe, Target, reach
 from cswap_deploy.errors import DeviceError, ExportError, UsageError
 from cswap_deploy.factory import code_files
@@ -84,7 +86,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         labels=split.labels,
         pixels=_pixels(holdout, source, work) if recipe.engine else None,
         reasons=(*lost, *reasons, *more),
-        environment=bundle.environment(),
+        environment=assembling.environment(),
         budget=asked,
     )
     if not work.dry:
@@ -92,8 +94,11 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     return ready
 
 
-def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE) -> Bundle:
-    """The device's half: build and measure on the target, then assemble the bundle in the work folder's `folder`. Needs no torch."""
+def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE, *, by_answers: bool = False) -> Bundle:
+    """The device's half: build and measure on the target, then assemble the bundle in the work folder's `folder`. Needs no torch.
+
+    `by_answers`: the board was asked without a network, its answers lie in the work folder (`device.recorded`).
+    """
     if recipe.sign:
         signing.require(recipe.sign)
     asked = recipe.engine or recipe.latency
@@ -102,9 +107,9 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE)
             f"{work.root} was prepared without a measurement: there is no dense model to compare with",
             f"run prepare again with --on TARGET, or with a latency block in the recipe, and --work {work.root}",
         )
-    deployed = _on_target(recipe, ready, work) if asked else Deployed()
+    deployed = _on_target(recipe, ready, work, by_answers) if asked else Deployed()
     created = handoff.creation_date(ready.accuracy)
-    files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
+    files = work.run(assembling.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
     made = Bundle.read(work.publish(files.files, files.manifest.path.parent, folder))
     if recipe.sign and not work.dry:
         signing.sign(made.folder, recipe.sign)
@@ -264,14 +269,21 @@ def _located(network: Network, recipe: Recipe) -> Network:
 Step = Callable[[Recipe, Prepared, Workdir, Target, Probe, Deployed], Deployed]
 
 
-def _on_target(recipe: Recipe, ready: Prepared, work: Workdir) -> Deployed:
+def _on_target(recipe: Recipe, ready: Prepared, work: Workdir, by_answers: bool) -> Deployed:
     """What could be built and measured; what could not is a reason to fail, not the end of the build."""
     try:
-        with planning.reached(recipe, work) as (target, probe):
+        with _reached(recipe, work, by_answers) as (target, probe):
             return _through_steps(recipe, ready, work, target, probe)
     except DeviceError as error:
         progress.warn(str(error))
         return _failing(Deployed(), error, "target")
+
+
+def _reached(recipe: Recipe, work: Workdir, by_answers: bool) -> AbstractContextManager[tuple[Target, Probe]]:
+    if not by_answers:
+        return planning.reached(recipe, work)
+    target = recorded.recorded(work.root, recipe.target)
+    return nullcontext((target, Probe.of(target)))
 
 
 def _through_steps(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe) -> Deployed:
@@ -317,7 +329,7 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     if recipe.latency.runtime == "tensorrt" and done.engine:
         with progress.part("dense"):
             dense = _engine_of(recipe, ready.dense, ready, work, target, probe)
-        files, name = (dense.file, done.engine.file), engines.built_from(recipe, probe)
+        files, name = (dense.file, done.engine.file), engines.built_from(recipe, probe.typed)
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
         files = engines.alone(ready.dense[name]), engines.alone(ready.models[name])
     else:

@@ -24,6 +24,16 @@ class Order:
     settings: EngineSettings
     dynamic_batch: bool
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the agent's `build` is told beside the model."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "input": {"name": INPUT, "shape": list(self.spec.shape)},
+            "dynamic": self.dynamic_batch,
+            "wait_s": WAIT_S,
+        }
+
     def build(
         self, target: Target, model: Mapping[str, str], weights: Mapping[str, str] | None = None
     ) -> tuple[dict[str, Any], str]:
@@ -37,10 +47,7 @@ class Order:
             "build",
             BUILD_S,
             model=dict(model),
-            settings=self.settings.model_dump(mode="json"),
-            input={"name": INPUT, "shape": list(self.spec.shape)},
-            dynamic=self.dynamic_batch,
-            wait_s=WAIT_S,
+            **self.request,
             **more,
         )
 
