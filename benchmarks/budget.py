@@ -25,13 +25,26 @@ from typing import Any
 import numpy as np
 from PIL import Image as Picture
 
-from cswap_deploy import accuracy, budget, data, export, latency, model, pipeline, planning, prepared, progress, prune
+from cswap_deploy import (
+    accuracy,
+    budget,
+    data,
+    export,
+    latency,
+    metering,
+    model,
+    pipeline,
+    planning,
+    prepared,
+    progress,
+    prune,
+)
 from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, PruningPlan
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Budget, Staircase
 from cswap_deploy.device import target as device
-from cswap_deploy.planning import Meter
+from cswap_deploy.metering import Meter
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.recipe import (
     CalibrationSettings,
@@ -250,8 +263,8 @@ def predictions(meter: Meter, staircase: Staircase, folder: Path) -> list[tuple[
             allowed = steps.allowed(group.name)
             settings[-1][group.name] = min(random.sample(allowed, min(3, len(allowed))), key=lambda w: abs(w - wanted))
     found = []
-    for start in range(0, UNSEEN, planning.BATCH):
-        part_of = settings[start : start + planning.BATCH]
+    for start in range(0, UNSEEN, metering.BATCH):
+        part_of = settings[start : start + metering.BATCH]
         ratios = budget.ratios(meter.timings("unseen", part_of, 1.0), meter.percentile)
         found += [(steps.total(widths), ratio.value) for widths, ratio in zip(part_of, ratios, strict=True)]
     return found

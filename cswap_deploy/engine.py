@@ -7,17 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cswap_deploy.artifacts import Engine, File, Groups, InputSpec
+from cswap_deploy.artifacts import Engine, File, Groups
 from cswap_deploy.device import layers as parts
 from cswap_deploy.device import trtexec
+from cswap_deploy.device.building import WAIT_S, Order
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DeviceError
-from cswap_deploy.preprocess import INPUT
 from cswap_deploy.recipe import EngineSettings
 from cswap_deploy.stage import stage
 
-BUILD_S, LAYERS_S, WAIT_S = 7200.0, 600.0, 600.0
-"""Engines of transformers take the better part of an hour on a small board."""
+LAYERS_S = 600.0
 UNCHECKED = [8, 6]
 """What is older was checked against no list of names of its own, and what it builds is marked so."""
 HINTS = {
@@ -35,27 +34,20 @@ HINTS = {
 def build(
     out: Path,
     model: File,
-    spec: InputSpec,
-    settings: EngineSettings,
-    dynamic_batch: bool,
+    order: Order,
     groups: Groups,
     facts: Mapping[str, str],
     target: Target,
 ) -> Engine:
     """ONNX file → engine, its log, and how long each of its layers takes. Errors: DeviceError, with TensorRT's own words."""
     try:
-        answer, log = target.ask_with_log(
-            "build",
-            BUILD_S,
-            model=target.put(model)[0],
-            **order(spec, settings, dynamic_batch),
-        )
+        answer, log = order.build(target, target.put(model)[0])
     except DeviceError as error:
         raise _explained(error, model) from error
     (out / "build.log").write_text(log, encoding="utf-8")
     file = target.get(answer["engine"], out / "model.engine")
     kept = {"sha256": file.sha256, "name": "the engine"}
-    found = target.ask("layers", LAYERS_S, model=kept, **order_of_layers(settings))
+    found = target.ask("layers", LAYERS_S, model=kept, **order_of_layers(order.settings))
     rows = parts.joined(found, parts.nodes_of(model.path), groups)
     parts.write(
         out / "layers.json", {"layers": rows, "reformats": parts.reformats(rows), "tensorrt": found.get("layer_info")}
@@ -63,7 +55,7 @@ def build(
     by_trtexec = trtexec.banner_version(f"[{answer['tensorrt']}]")  # its banner, in place of a version
     version = by_trtexec or answer["tensorrt"]
     beside = tuple(answer["gpu_layers"])
-    if by_trtexec and settings.dla_core is not None:
+    if by_trtexec and order.settings.dla_core is not None:
         beside = tuple(name for run in trtexec.runs(log, whole=False) for name in run.gpu)
     return Engine(
         file=file,
@@ -77,17 +69,6 @@ def build(
         power_mode=answer["power_mode"],
         gpu_layers=beside,
     )
-
-
-def order(spec: InputSpec, settings: EngineSettings, dynamic_batch: bool) -> dict[str, Any]:
-    """What the agent's `build` is told beside the model."""
-    shape = {"name": INPUT, "shape": list(spec.shape)}
-    return {
-        "settings": settings.model_dump(mode="json"),
-        "input": shape,
-        "dynamic": dynamic_batch,
-        "wait_s": WAIT_S,
-    }
 
 
 def order_of_layers(settings: EngineSettings) -> dict[str, Any]:
@@ -118,4 +99,6 @@ def _explained(error: DeviceError, model: File) -> DeviceError:
         hints += [hint for words, hint in HINTS.items() if words.lower() in text.lower()]
     more = f" and {len(error.parser) - 5} more" if len(error.parser) > 5 else ""
     message = f"TensorRT cannot read the ONNX file: {'; '.join(lines)}{more}"
-    return DeviceError(message, hints[0] if hints else error.hint, public=error.public, log=error.log)
+    explained = DeviceError(message, hints[0] if hints else error.hint, public=error.public, log=error.log)
+    explained.kind = error.kind
+    return explained

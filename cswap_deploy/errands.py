@@ -10,8 +10,8 @@ from cswap_deploy import accuracy, engine, latency, progress
 from cswap_deploy.artifacts import File, OnnxModel
 from cswap_deploy.device import recorded
 from cswap_deploy.device.target import SCHEMA
+from cswap_deploy.engines import alone, built_from, order
 from cswap_deploy.errors import DeviceError
-from cswap_deploy.pipeline import alone, built_from
 from cswap_deploy.prepared import Prepared
 from cswap_deploy.recipe import Recipe
 from cswap_deploy.stage import Workdir
@@ -56,12 +56,12 @@ def _engine(
 ) -> Iterator[Step]:
     """From the file that the board's TensorRT takes, which is known only there; then its layers."""
     assert recipe.engine
-    order = engine.order(ready.source.input, recipe.engine, recipe.onnx.dynamic_batch)
+    asked = order(recipe, ready.source.input).request
     names = {dialect: built_from(recipe, typed) for dialect, typed in DIALECTS.items()}
     for dialect, name in names.items():
         if name in models:
             model = _file(alone(models[name]), root)
-            yield {**_step(what, "build", makes, model=model, **order), "precision": dialect}
+            yield {**_step(what, "build", makes, model=model, **asked), "precision": dialect}
     yield _step(f"layers of {what}", "layers", model=_made(makes), **engine.order_of_layers(recipe.engine))
 
 

@@ -68,7 +68,8 @@ class PruningError(ModelError):
 class DeviceError(CswapError):
     """`public`: what a bundle, which others read, may say about it: no host, user or path of the target.
 
-    `log`: what TensorRT printed before it failed; `parser`: what its ONNX parser refuses, by node.
+    `kind`: the agent's own word for its fault. `log`: what TensorRT printed before it failed; `parser`: what its ONNX parser
+    refuses, by node.
     """
 
     exit_code = 5
@@ -77,6 +78,7 @@ class DeviceError(CswapError):
         super().__init__(message, hint)
         self.public = public
         self.log = log
+        self.kind = ""
         self.parser: list[dict[str, Any]] = []
 
 

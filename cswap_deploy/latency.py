@@ -13,8 +13,9 @@ from typing import Any
 from cswap_deploy import progress
 from cswap_deploy.artifacts import File, FileLatency, Groups, LatencyReport
 from cswap_deploy.budget.narrow import Template
-from cswap_deploy.budget.values import WidthTimings
+from cswap_deploy.budget.values import Unbuilt, WidthTimings
 from cswap_deploy.device import conditions, exports, trtexec
+from cswap_deploy.device.building import Order, refused
 from cswap_deploy.device.layers import joined, nodes_of
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DataError, DeviceError
@@ -120,15 +121,62 @@ def of_widths(
     """
     template = Template.read(dense.path, groups)
     with tempfile.TemporaryDirectory() as folder:
-        files = []
-        for number, widths in enumerate(({}, *settings)):
-            path = Path(folder) / f"{number}.onnx"
-            path.write_bytes(template.narrowed(widths))
-            files.append(File.of(path))
+        files = [
+            _written(template.narrowed(widths), Path(folder) / f"{n}.onnx") for n, widths in enumerate(({}, *settings))
+        ]
         names = ("the dense model", *(f"the model with other weights or widths ({n})" for n in range(len(files))))
         taken = take(target, (dense, *files), timing, names=names, thorough=False)
     taken.samples.save(out / "samples.npz")
     return WidthTimings(File.of(out / "samples.npz"), settings, taken.runtime, taken.conditions)
+
+
+@stage("staircase", returns=WidthTimings, libraries=("numpy", "onnx"))
+def of_engines(
+    out: Path,
+    dense: File,
+    graph: File,
+    groups: Groups,
+    settings: tuple[dict[str, int], ...],
+    order: Order,
+    timing: LatencySettings,
+    facts: Mapping[str, str],
+    target: Target,
+) -> WidthTimings:
+    """As `of_widths`, of engines: `dense`, and one built on the target for its twin with shared weights and for each setting.
+
+    `graph`: what `dense` was built from. A setting of which TensorRT makes no engine is left out, and said. Errors: DeviceError
+    where the twin cannot be built or the target fails otherwise.
+    """
+    template = Template.read(graph.path, groups)
+    engines, seconds = list[dict[str, str]](), list[float]()
+    measured, unbuilt = list[dict[str, int]](), list[Unbuilt]()
+    with tempfile.TemporaryDirectory() as folder:
+        shared = template.shared(Path(folder))
+        for number, widths in enumerate(({}, *settings)):
+            progress.advance("engines built", number, 1 + len(settings))
+            model = _written(template.narrowed(widths, shared), Path(folder) / f"{number}.onnx")
+            try:
+                weights, named = target.put(shared.file, model)
+                answer, _ = order.build(target, named, weights)
+            except DeviceError as error:
+                if not (widths and refused(error)):
+                    raise
+                progress.warn(f"an engine with narrower groups could not be built and is left out: {error.message}")
+                unbuilt.append(Unbuilt(widths, error.public))
+                continue
+            engines.append({"sha256": answer["engine"]["sha256"], "name": f"an engine of other widths ({number})"})
+            seconds += [] if answer.get("reused") else [answer["seconds"]]
+            measured += [widths] if number else []
+    taken = take_named(target, [*target.put(dense, names=("the dense engine",)), *engines], timing, thorough=False)
+    taken.samples.save(out / "samples.npz")
+    return WidthTimings(
+        File.of(out / "samples.npz"), tuple(measured), taken.runtime, taken.conditions, tuple(unbuilt), tuple(seconds)
+    )
+
+
+def _written(content: bytes, path: Path) -> File:
+    path.write_bytes(content)
+    return File.of(path)
 
 
 @stage("latency", returns=FileLatency, libraries=("numpy",))
@@ -177,11 +225,22 @@ def take(
 
     `thorough`: also what each takes in memory, when it is called now and then, and in energy.
     """
+    return take_named(target, target.put(*models, names=names), settings, trust, thorough)
+
+
+def take_named(
+    target: Target,
+    models: Sequence[Mapping[str, str]],
+    settings: LatencySettings,
+    trust: Sequence[str] = (),
+    thorough: bool = True,
+) -> Measurement:
+    """The same of models that are on the target, as a request names them."""
     sampling = len(models) * (settings.warmup_s + 3 * settings.duration_s + 2 + conditions.LEAST_ENERGY_S)
     document, log = target.ask_with_log(
         "measure",
         LOAD_S + WAIT_S + sampling,
-        models=target.put(*models, names=names),
+        models=[dict(model) for model in models],
         trust=list(trust),
         **order(settings, thorough),
     )

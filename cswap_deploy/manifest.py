@@ -252,6 +252,7 @@ def _budget() -> Schema:
         ratio_ci95=nullable(pair(NUMBER)),
         proven={"type": "boolean"},
         candidates=listing(candidate),
+        unbuilt={"type": "integer", "minimum": 0},
         staircase=nullable(learned),
     )
 

@@ -10,7 +10,7 @@ from cswap_deploy import (
     accuracy,
     assembling,
     data,
-    engine,
+    engines,
     export,
     handoff,
     latency,
@@ -28,7 +28,6 @@ from cswap_deploy.budget.values import Budget
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.device import needs, recorded
 from cswap_deploy.device.target import Probe, Target, reach
-from cswap_deploy.digests import write_atomically
 from cswap_deploy.errors import DeviceError, ExportError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.paths import require_paths
@@ -41,8 +40,6 @@ STAGES = (
     "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
-FAILED = "engine.failed.log"
-"""In the work folder: what TensorRT said before the last build of an engine failed."""
 BUNDLE = "bundle"
 """Folder of the work folder that holds what was built."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
@@ -141,21 +138,21 @@ def choose_plan(
     """
     if planning.goal_ms(recipe) is None:
         return *_plan(recipe, source, split, work), None, []
-    name = recipe.shipped_file
 
-    def ship(groups: Groups, plan: PruningPlan) -> File:
-        wanted = [variant for variant in recipe.wanted_variants if variant == name]
+    def ship(groups: Groups, plan: PruningPlan, name: str) -> dict[str, OnnxModel]:
+        wanted = [variant for variant in recipe.wanted_variants if variant in (name, recipe.shipped_file)]
         _, _, models, reasons = _made(recipe, source, split, groups, plan, work, wanted)
         if name not in models:
             raise ExportError(reasons[0].text, "choose another ship")
-        return models[name].graph
+        return models
 
-    if name not in dense:
+    if not recipe.ships_engine and recipe.shipped_file not in dense:
         raise ExportError(
-            f"the dense network cannot be made in {name}, so no latency can be met in it", "choose another ship"
+            f"the dense network cannot be made in {recipe.shipped_file}, so no latency can be met in it",
+            "choose another ship",
         )
     try:
-        return *planning.choose(recipe, source, split, dense[name].graph, work, ship), []
+        return *planning.choose(recipe, source, split, dense, work, ship), []
     except DeviceError as error:
         progress.warn(f"{error}; the dense network takes the place of the pruned one")
         text = f"target: {error.public}. Nothing was pruned for the latency. To go on: the same command again"
@@ -310,7 +307,7 @@ def _build_engine(
     recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe, done: Deployed
 ) -> Deployed:
     probe.require_tensorrt(target.name)
-    return replace(done, engine=_engine(recipe, ready.models, ready, work, target, probe))
+    return replace(done, engine=_engine_of(recipe, ready.models, ready, work, target, probe))
 
 
 def _judge_engine(
@@ -331,10 +328,10 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     name = recipe.shipped_file
     if recipe.latency.runtime == "tensorrt" and done.engine:
         with progress.part("dense"):
-            dense = _engine(recipe, ready.dense, ready, work, target, probe)
-        files, name = (dense.file, done.engine.file), built_from(recipe, probe.typed)
+            dense = _engine_of(recipe, ready.dense, ready, work, target, probe)
+        files, name = (dense.file, done.engine.file), engines.built_from(recipe, probe.typed)
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
-        files = alone(ready.dense[name]), alone(ready.models[name])
+        files = engines.alone(ready.dense[name]), engines.alone(ready.models[name])
     else:
         return done
     facts, graphs = probe.facts(recipe.latency.runtime), (ready.dense[name].graph, ready.models[name].graph)
@@ -347,7 +344,7 @@ def _compare_files(
 ) -> Deployed:
     """Every ONNX file that ONNX Runtime runs as it is, beside the float32 one; nothing where there is but that."""
     assert recipe.latency
-    files = {name: alone(model) for name, model in ready.models.items() if name in latency.COMPARED}
+    files = {name: engines.alone(model) for name, model in ready.models.items() if name in latency.COMPARED}
     if recipe.latency.runtime != "onnxruntime" or len(files) < 2:
         return done
     facts = probe.facts("onnxruntime")
@@ -355,39 +352,10 @@ def _compare_files(
         return replace(done, files=work.run(latency.compare_files, files, recipe.latency, facts, target))
 
 
-def _engine(
-    recipe: Recipe, models: dict[str, OnnxModel], ready: Prepared, work: Workdir, target: Target, probe: Probe
+def _engine_of(
+    recipe: Recipe, models: Mapping[str, OnnxModel], ready: Prepared, work: Workdir, target: Target, probe: Probe
 ) -> Engine:
-    """A failed build leaves TensorRT's log in the work folder."""
-    assert recipe.engine
-    name = built_from(recipe, probe.typed)
-    if name not in models:
-        missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
-        raise DeviceError(missing, "see why above", public=missing)
-    spec, facts, model = ready.source.input, probe.facts("tensorrt"), alone(models[name])
-    try:
-        return work.run(
-            engine.build, model, spec, recipe.engine, recipe.onnx.dynamic_batch, ready.groups, facts, target
-        )
-    except DeviceError as error:
-        if error.log:
-            write_atomically(work.root / FAILED, error.log)
-            progress.warn(f"TensorRT's log: {work.root / FAILED}")
-        raise
-
-
-def alone(model: OnnxModel) -> File:
-    """The file that goes to a target, which takes no weights beside it. Errors: DeviceError."""
-    if model.beside:
-        missing = "the model is beyond 2 GB, so that its weights lie in a file beside it, which is not sent to a target"
-        raise DeviceError(missing, "leave latency and engine out", public=missing)
-    return model.graph
-
-
-def built_from(recipe: Recipe, typed: bool) -> str:
-    """The file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
-    assert recipe.engine
-    return "fp32" if recipe.engine.precision == "fp16" and not typed else recipe.engine_file
+    return engines.build(recipe, models, ready.source.input, ready.groups, work, target, probe)
 
 
 def _warn_if_away(recipe: Recipe) -> None:
@@ -423,8 +391,11 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
     dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
     before = [*names[: names.index("exported")]]
     if planning.goal_ms(recipe):
-        order = ("groups", "staircase", "scores", "curves", "plan", "pruned")
-        before, made, dense = [*before[:2], *dense, *(name for name in order if name in names)], [*made, "latency"], []
+        engine = recipe.ships_engine
+        order = ("staircase", "scores", "curves", "plan", "pruned")
+        before = [*before[:2], *dense, "groups", *([progress.spelt("engine", "dense")] if engine else ())]
+        before += [name for name in order if name in names]
+        made, dense = [*made, *(["engine"] if engine else ()), "latency"], []
     return (
         *before,
         *made,

@@ -6,14 +6,13 @@ The one part of the host's half that needs the target. Every measurement is a re
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from cswap_deploy import budget, latency, progress, prune
-from cswap_deploy.artifacts import Curves, File, Groups, ImageSet, Network, PruningPlan, Scores, Split
+from cswap_deploy import budget, progress, prune
+from cswap_deploy.artifacts import Curves, Groups, ImageSet, Network, OnnxModel, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.staircase import Steps
@@ -21,25 +20,22 @@ from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircas
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError
+from cswap_deploy.metering import LONGER, Meter, of_engines
 from cswap_deploy.prune.allocate import damage_at, least_damage
-from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencySettings, LatencyTarget, Recipe
+from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, Recipe
 from cswap_deploy.samples import Ratio, Samples
 from cswap_deploy.stage import Workdir
+from cswap_deploy.wording import duration_text
 
 PROBE = "probe.json"
 """In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
-BATCH = 8
-"""Networks that are measured in turn with the dense one in one request."""
-PROBE_S, WIDTHS_S, WARMUP_S = 1.5, 0.4, 0.1
-"""Sampling of each network while the floor is looked for and while the staircase is learned; running before that."""
-LONGER = 4
-"""Times the sampling of a measurement that was too close to call."""
-ATTEMPTS, PAUSE_S = 3, 2.0
-"""At a measurement whose connection ends, or that another one keeps waiting; seconds before the second, twice as many before the third."""
+PROBE_S, WIDTHS_S = 1.5, 0.4
+"""Sampling of each network while the floor is looked for and while the staircase is learned."""
+UNBUILT = "TensorRT on the target builds no engine of narrower groups"
+NARROW_HINT = "prune for macs in place of a latency, or report this network with the warnings above"
 
 Widths = dict[str, int]
-Ship = Callable[[Groups, PruningPlan], File]
-Measured = TypeVar("Measured")
+Ship = Callable[[Groups, PruningPlan, str], Mapping[str, OnnxModel]]
 
 
 def goal_ms(recipe: Recipe) -> float | None:
@@ -74,79 +70,27 @@ def reached(recipe: Recipe, work: Workdir) -> Iterator[tuple[Target, Probe]]:
 
 
 def choose(
-    recipe: Recipe, source: Network, split: Split, dense: File, work: Workdir, ship: Ship
+    recipe: Recipe, source: Network, split: Split, dense: Mapping[str, OnnxModel], work: Workdir, ship: Ship
 ) -> tuple[Groups, PruningPlan, Budget]:
     """The plan with the least damage that meets the recipe's latency, and what was measured on the way. Errors: DeviceError.
 
-    `dense`: the dense network in the precision that ships; `ship` makes the file that would ship from a plan.
+    `dense`: the dense network's files; `ship` makes those of a plan that a file which ships or becomes the engine needs.
     """
     groups = work.run(prune.find_groups, source, recipe.prune.skip)
     with reached(recipe, work) as (target, probe):
-        meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
+        if recipe.ships_engine:
+            meter = of_engines(recipe, work, dense, source.input, groups, target, probe)
+        else:
+            file = dense[recipe.shipped_file].graph
+            meter = Meter(recipe, work, file, groups, probe.facts("onnxruntime"), target)
         first = begun(meter)
         if first.verdict != "met":
             return Groups((), (), ()), PruningPlan({}, (), None), first
         staircase = learned(meter)
         planner = _Planner(recipe, source, split, groups, work, staircase)
         trials, plan, verdict = planner.settled(meter, first.ratio, ship)
-        return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict)
-
-
-@dataclass
-class Meter:
-    """Measures networks with narrower groups beside the dense one; each measurement is a result of the work folder."""
-
-    recipe: Recipe
-    work: Workdir
-    dense: File
-    groups: Groups
-    facts: dict[str, str]
-    target: Target
-
-    @property
-    def timing(self) -> LatencySettings:
-        assert self.recipe.latency
-        return self.recipe.latency
-
-    @property
-    def percentile(self) -> int:
-        assert isinstance(self.recipe.prune.target, LatencyTarget | FpsTarget)
-        return self.recipe.prune.target.percentile
-
-    def timings(self, what: str, settings: Sequence[Widths], seconds: float, warmup: float = WARMUP_S) -> WidthTimings:
-        """In one request; `what` it is for is reported. Errors: DeviceError, after some attempts."""
-        timing = self.timing.model_copy(update={"duration_s": seconds, "warmup_s": min(warmup, self.timing.warmup_s)})
-        with progress.part(what):
-            return self._patiently(
-                lambda: self.work.run(
-                    latency.of_widths, self.dense, self.groups, tuple(settings), timing, self.facts, self.target
-                )
-            )
-
-    def ratio(self, widths: Widths, longer: bool) -> Ratio:
-        """Of one candidate, as long as the recipe measures, or `LONGER` times as long."""
-        seconds = self.timing.duration_s * (LONGER if longer else 1)
-        return budget.ratios(self.timings("candidate", [widths], seconds, self.timing.warmup_s), self.percentile)[0]
-
-    def shipped(self, file: File) -> Ratio:
-        """Of the file that ships, in turn with the dense one, as the bundle reports it. Errors: DeviceError, as above."""
-        report = self._patiently(
-            lambda: self.work.run(
-                latency.measure, self.dense, file, (self.dense, file), self.groups, self.timing, self.facts, self.target
-            )
-        )
-        return Samples.load(report.samples.path).ratio(1, 0, self.percentile)
-
-    def _patiently(self, measured: Callable[[], Measured]) -> Measured:
-        for attempt in range(ATTEMPTS):
-            try:
-                return measured()
-            except DeviceError as error:
-                if attempt + 1 == ATTEMPTS or isinstance(self.target, Away):
-                    raise
-                progress.warn(f"{error.message}; trying again")
-                time.sleep(PAUSE_S * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+        unbuilt = len(meter.unbuilt)
+        return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict, unbuilt=unbuilt)
 
 
 # --- before anything is pruned
@@ -156,16 +100,16 @@ def begun(meter: Meter) -> Budget:
     """The dense network and the narrowest ones: is a budget needed, and can it be met? `met` stands for: it may be."""
     goal = goal_ms(meter.recipe)
     assert goal
-    exact = meter.recipe.prune.round_to
-    settings = design.extremes(meter.groups, exact if exact != "auto" else None) if meter.groups.groups else ()
+    settings = design.extremes(meter.groups, meter.design, meter.exact) if meter.groups.groups else ()
     for seconds in (PROBE_S, LONGER * PROBE_S):
         timings = meter.timings("floor", settings, seconds)
         samples = Samples.load(timings.samples.path)
         dense = samples.percentile_ms(0, meter.percentile)
         low, high = samples.percentile_ci95_ms(0, meter.percentile)
-        floor = min(
-            budget.ratios(timings, meter.percentile), key=lambda ratio: ratio.value, default=Ratio(1.0, 1.0, 1.0)
-        )
+        ratios = budget.ratios(timings, meter.percentile)
+        if settings and not ratios:
+            raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
+        floor = min(ratios, key=lambda ratio: ratio.value, default=Ratio(1.0, 1.0, 1.0))
         if not (low <= goal <= high or floor.low * dense <= goal <= floor.high * dense):
             break
     verdict: BudgetVerdict = "not needed" if dense <= goal else "infeasible" if floor.value * dense > goal else "met"
@@ -173,37 +117,55 @@ def begun(meter: Meter) -> Budget:
         f"dense network {dense:.4g} ms (p{meter.percentile}), budget {goal:.4g} ms, with every group at its narrowest "
         f"{floor.value * dense:.4g} ms{'' if verdict == 'met' else f': {verdict}'}"
     )
+    if verdict == "met" and meter.bench and timings.build_s:
+        took = (meter.bench.dense.seconds, *timings.build_s)
+        each, more = sum(took) / len(took), meter.planned - len(settings) - 2
+        progress.note(f"an engine took {each:.0f} s: up to {duration_text(each * more)} for the {more} that may follow")
     return Budget(goal, meter.percentile, dense, (low, high), floor.value, verdict, (), None, meter.facts)
 
 
 def learned(meter: Meter) -> Staircase:
     """What widths cost on this device."""
-    exact, groups = meter.recipe.prune.round_to, meter.groups
+    groups, wanted, exact = meter.groups, meter.design, meter.exact is not None
     timings: list[WidthTimings] = []
-    multiple = exact if exact != "auto" else _alignment(meter)
+    multiple = meter.exact or alignment(meter)
     kinds = design.kinds_of(groups)
-    options = design.options(groups, kinds, multiple, exact=exact != "auto")
-    levels = design.levels(options)
+    options = design.options(groups, kinds, multiple, exact=exact)
+    levels = design.levels(options, design.LEVELS)
     settings = [
-        *design.alone(kinds, levels),
-        *design.together(groups, kinds, levels, design.TOGETHER, meter.recipe.seed),
+        *design.alone(kinds, design.levels(options, wanted.alone)),
+        *design.together(groups, kinds, levels, wanted.together, meter.recipe.seed),
     ]
-    for start in range(0, len(settings), BATCH):
-        timings.append(meter.timings("widths", settings[start : start + BATCH], WIDTHS_S))
-        progress.advance("networks measured", min(start + BATCH, len(settings)), len(settings))
-    return meter.work.run(budget.learn, groups, tuple(timings), multiple, exact != "auto")
+    for start in range(0, len(settings), meter.batch):
+        timings.append(meter.timings("widths", settings[start : start + meter.batch], WIDTHS_S))
+        progress.advance("networks measured", min(start + meter.batch, len(settings)), len(settings))
+    if unbuilt := sum(len(item.unbuilt) for item in timings):
+        progress.warn(
+            f"{unbuilt} of {len(settings)} engines could not be built; the staircase is learned from the others"
+        )
+    if unbuilt == len(settings):
+        raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
+    return meter.work.run(budget.learn, groups, tuple(timings), multiple, exact)
 
 
-def _alignment(meter: Meter) -> int:
+def alignment(meter: Meter) -> int:
     """The multiple of units that this runtime on this device works in."""
-    tried = {multiple: steps for multiple in design.MULTIPLES if (steps := design.steps_of(meter.groups, multiple))}
-    settings = [setting for steps in tried.values() for setting in steps]
-    found: list[float] = []
-    for start in range(0, len(settings), 2 * 3):
-        part = settings[start : start + 2 * 3]
-        found += [ratio.value for ratio in budget.ratios(meter.timings("multiples", part, WIDTHS_S), 50)]
-    ratios = {multiple: tuple(found[3 * place : 3 * place + 3]) for place, multiple in enumerate(tried)}
-    multiple = design.alignment({key: (wide, middle, narrow) for key, (wide, middle, narrow) in ratios.items()})
+    wanted = meter.design
+    tried = {multiple: steps for multiple in wanted.multiples if (steps := design.steps_of(meter.groups, multiple))}
+    ratios: dict[int, tuple[float, float, float]] = {}
+    at_once = 1 if wanted.stop else 2
+    for start in range(0, len(tried), at_once):
+        part = [*tried][start : start + at_once]
+        settings = [setting for multiple in part for setting in tried[multiple]]
+        timings = meter.timings("multiples", settings, WIDTHS_S)
+        failed, values = [item.widths for item in timings.unbuilt], iter(budget.ratios(timings, 50))
+        for multiple in part:
+            found = [next(values).value for setting in tried[multiple] if setting not in failed]
+            if len(found) == 3:
+                ratios[multiple] = (found[0], found[1], found[2])
+        if wanted.stop and ratios and not design.pays([*ratios.values()][-1]):
+            break
+    multiple = design.alignment(wanted, ratios)
     shown = ", ".join(f"{key}: {' '.join(f'{value:.3f}' for value in values)}" for key, values in ratios.items())
     progress.note(f"widths count in multiples of {multiple} (ratios at three neighbouring multiples: {shown})")
     return multiple
@@ -241,10 +203,12 @@ class _Planner:
             meter.ratio,
         )
         trials, shift, good = loop.run(), 1.0, None
+        if not trials:
+            raise DeviceError("no engine of a candidate can be built", NARROW_HINT, public=UNBUILT)
         while True:
             best = loop.best(trials, lambda widths: damage_at(approach.curves, widths), shift)
             plan = self._settle(scores, curves, approach, best.widths)
-            shipped = meter.shipped(ship(self.groups, plan))
+            shipped = meter.shipped(ship(self.groups, plan, meter.file))
             progress.note(
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"

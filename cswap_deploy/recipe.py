@@ -686,12 +686,6 @@ class Recipe(Settings):
         timed = isinstance(self.prune.target, LatencyTarget | FpsTarget)
         if timed and not isinstance(self.prune.allocation, CurvesAllocation):
             yield "prune.allocation", "a latency is weighed against measured damage: leave allocation out"
-        if timed and self.latency and self.latency.runtime == "tensorrt":
-            yield (
-                "prune.target",
-                "a latency of an engine is not available in this version; "
-                "for example `{macs: 0.5}`, or ship: fp32 with latency.runtime onnxruntime",
-            )
         if self.latency and self.latency.runtime == "tensorrt":
             yield from self._engine_conflicts(self.latency)
         if self.latency and self.latency.runtime == "onnxruntime":

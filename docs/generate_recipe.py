@@ -85,7 +85,7 @@ A recipe is trusted like code: a factory is imported and called.
 - `pretrained`, `num_classes` or `checkpoint_path` in `model.kwargs` of a timm model: they have keys of their own
 - `engine.dla_core` with `precision: fp32`
 - `ship: fp16` or `ship: int8` where `engine.precision` says otherwise
-- a `latency_ms` or `fps` target without a `latency` block, with `prune.allocation: global`, or where an engine ships (not available yet)
+- a `latency_ms` or `fps` target without a `latency` block, or with `prune.allocation: global`
 - `latency.runtime: tensorrt` without an `engine` block, where an ONNX file ships, or with a `latency.batch` outside `engine.batch`
 - `latency.runtime: onnxruntime` where the engine ships
 - `latency.batch` or `engine.batch.max` above 1 without `onnx.dynamic_batch: true`

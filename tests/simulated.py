@@ -92,5 +92,10 @@ def weights(path: Path) -> list[tuple[int, ...]]:
     for node in graph.node:
         if node.op_type == "ConstantOfShape":
             shapes[node.output[0]] = tuple(constants[node.input[0]].tolist())
-    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-    return [shapes[node.input[1]] for node in layers if node.input[1] in shapes]
+    made = {name: node for node in graph.node for name in node.output}
+    names = [node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    for place, name in enumerate(names):
+        while name in made and made[name].op_type in ("QuantizeLinear", "DequantizeLinear"):
+            name = made[name].input[0]
+        names[place] = name
+    return [shapes[name] for name in names if name in shapes]

@@ -47,7 +47,6 @@ class Case:
 
 SCHEMA = "`cswap-deploy schema` tells every key"
 MILLISECONDS = "target: {latency_ms: 3}\n  allocation: global\nlatency: {}"
-FPS = ("--set", "engine={precision: fp16}", "--set", "latency={}", "--set", "prune.target={fps: 60}")
 ARRANGE = "put the images of each class into a folder of its own"
 
 
@@ -115,7 +114,6 @@ RECIPES = [
     override("target of latency", "latency={target: 'ssh://-oProxyCommand=x'}", "expected local or ssh://"),
     override("batch of a fixed file", "latency={batch: 4}", "latency.batch: more than one image needs a file with an open"),
     override("runtime without engine", "latency={runtime: tensorrt}", "latency.runtime: tensorrt runs an engine"),
-    Case("a rate of an engine", nothing, "prune.target: a latency of an engine", SCHEMA, "RecipeError", FPS, "check"),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from math import ceil, prod
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -23,12 +24,16 @@ from cswap_deploy.artifacts import Axis, CostTerm, File, Group, Groups
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.narrow import Template, require_runnable
+from cswap_deploy.budget.shared import SharedWeights
 from cswap_deploy.budget.staircase import Observation, Steps, learn
 from cswap_deploy.budget.values import Staircase, WidthTimings
 from cswap_deploy.errors import ExportError
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.prune.cut import cut_copy
+from cswap_deploy.runtime import Session
 from cswap_deploy.samples import Ratio, Samples
+
+FILES = design.OF_FILES
 
 # --- files of any width
 
@@ -42,6 +47,22 @@ def exported(module: torch.nn.Module, entry: zoo.Entry, path: Path) -> Path:
     return path
 
 
+def apart(template: Template, widths: Mapping[str, int], shape: tuple[int, ...], folder: Path) -> Path:
+    """A file whose weights lie in another one beside it, which computes what the same file does that holds them."""
+    shared, path, inlined = template.shared(folder), folder / "apart.onnx", folder / "inlined.onnx"
+    path.write_bytes(template.narrowed(widths, shared))
+    onnx.checker.check_model(str(path), full_check=True)
+    outside = [item for item in onnx.load(path, load_external_data=False).graph.initializer if item.external_data]
+    large = [item for item in template.model.graph.initializer if len(item.dims) > 1 and prod(item.dims) >= 256]
+    assert len(outside) == sum(item.data_type != onnx.TensorProto.INT64 for item in large)
+    assert shared.file.path.name == shared.file.sha256
+    onnx.save(onnx.load(path), inlined)
+    noise = np.random.default_rng(0).standard_normal((1, *shape), np.float32)
+    logits, same = (Session(each, threads=1).logits(noise) for each in (path, inlined))
+    assert (logits == same).all() and np.isfinite(logits).all() and np.ptp(logits) > 0
+    return path
+
+
 @pytest.mark.parametrize("name", ["residual", "separable", "flattened", "vit"])
 def test_a_narrowed_file_has_the_shapes_of_the_network_that_was_cut_and_exported(name: str, tmp_path: Path) -> None:
     entry, path = zoo.ZOO[name], tmp_path / "narrow.onnx"
@@ -52,6 +73,8 @@ def test_a_narrowed_file_has_the_shapes_of_the_network_that_was_cut_and_exported
     cut = exported(cut_copy(module, groups.groups, keep), entry, tmp_path / "cut.onnx")
     assert weights(path) == weights(cut) != weights(tmp_path / "dense.onnx")
     require_runnable(path, entry.spec.shape)
+    widths = {group: len(units) for group, units in keep.items()}
+    assert weights(apart(template, widths, entry.spec.shape, tmp_path)) == weights(cut)
     path.write_bytes(template.narrowed({}))
     assert weights(path) == weights(tmp_path / "dense.onnx")
 
@@ -74,6 +97,28 @@ def test_a_narrowed_file_holds_no_large_weight(tmp_path: Path) -> None:
     assert weights(tmp_path / "narrow.onnx") == [(48, 3, 3, 3), (5, 48, 1, 1)]
     assert (tmp_path / "narrow.onnx").stat().st_size < 3000 < (tmp_path / "dense.onnx").stat().st_size
     require_runnable(tmp_path / "narrow.onnx", (3, 8, 8))
+
+
+def test_files_with_shared_weights_have_kilobytes_and_values_near_those_of_trained_ones(tmp_path: Path) -> None:
+    big = onnx.numpy_helper.from_array(torch.randn(128, 64, 3, 3).numpy(), "c.weight")
+    small = onnx.numpy_helper.from_array(torch.randn(32, 128, 1, 1).numpy().astype("f2"), "d.weight")
+    whole = onnx.numpy_helper.from_array(torch.ones(128, 64, 3, 3, dtype=torch.int8).numpy(), "e.weight")
+    shared = SharedWeights.write(tmp_path, [big, small, whole])
+    for tensor, least in ((big, 0.5), (small, 0.5), (whole, 0)):
+        for part in (1, 2, 5):
+            shape = (tensor.dims[0] // part, tensor.dims[1] // part, *tensor.dims[2:])
+            made = onnx.TensorProto()
+            made.CopyFrom(tensor)
+            shared.fill(made, shape)
+            assert made.ByteSize() < 300
+            values = onnx.numpy_helper.to_array(made, str(tmp_path)).astype("f8")
+            assert values.shape == shape
+            if least:
+                gain = values.std() * prod(shape[1:]) ** 0.5
+                assert 0.4 < gain < 1.1, gain
+            else:
+                assert 30 < values.std() < 50 and abs(values).max() <= 128
+    assert shared.file.bytes < 3 * (4 * 128 * 576 + 2 * 32 * 128 + 128 * 576)
 
 
 def zoo_slice(module: str, axis: int):  # type: ignore[no-untyped-def]
@@ -139,13 +184,13 @@ def learned(groups: Groups, step: int, *, noise: float = 0.0, multiple: int | No
     def measure(widths: Mapping[str, int]) -> Ratio:
         return exact(truth(groups, widths, step) * (1 + random.gauss(0, noise)))
 
-    tried = {n: steps for n in design.MULTIPLES if (steps := design.steps_of(groups, n))}
+    tried = {n: steps for n in FILES.multiples if (steps := design.steps_of(groups, n))}
     found = {n: tuple(measure(widths).value for widths in steps) for n, steps in tried.items()}
-    multiple = multiple or design.alignment({n: (a, b, c) for n, (a, b, c) in found.items()})
+    multiple = multiple or design.alignment(FILES, {n: (a, b, c) for n, (a, b, c) in found.items()})
     kinds = design.kinds_of(groups)
     options = design.options(groups, kinds, multiple, exact=False)
-    levels = design.levels(options)
-    alone, together = design.alone(kinds, levels), design.together(groups, kinds, levels, design.TOGETHER, 0)
+    levels = design.levels(options, design.LEVELS)
+    alone, together = design.alone(kinds, levels), design.together(groups, kinds, levels, FILES.together, 0)
     seen = [[Observation(widths, measure(widths)) for widths in part] for part in (alone, together)]
     return learn(groups, kinds, options, multiple, *seen)
 
@@ -177,11 +222,33 @@ def test_small_groups_may_also_be_a_part_of_the_multiple() -> None:
 def test_kinds_alone_and_all_groups_together_are_measured() -> None:
     groups = chained((64, 128))
     kinds = design.kinds_of(groups)
-    levels = design.levels(design.options(groups, kinds, 16, exact=False))
+    levels = design.levels(design.options(groups, kinds, 16, exact=False), 4)
     assert design.alone(kinds, levels)[0] == {"c0": 4}
     settings = design.together(groups, kinds, levels, 20, 0)
     assert len(settings) == 20 and {setting["c1"] for setting in settings} >= {16, 128}
     assert settings == design.together(groups, kinds, levels, 20, 0)
+
+
+def test_fewer_networks_are_measured_where_each_takes_an_engine() -> None:
+    groups = chained((64, 128, 256))
+    files, engines = design.OF_FILES.most(groups, None), design.OF_ENGINES["fp16"].most(groups, None)
+    print(f"{files} files, {engines} engines")
+    assert engines < files * 0.65
+    assert design.OF_ENGINES["fp16"].most(groups, 8) == engines - 1 - 3 * 3  # one floor, no multiple to find
+
+
+@pytest.mark.parametrize(
+    ("ratios", "found"),
+    [
+        ({16: (0.8, 0.7, 0.6), 8: (0.8, 0.7, 0.6), 4: (0.8, 0.8, 0.6)}, 8),
+        ({16: (0.8, 0.7, 0.6), 8: (0.8, 0.8, 0.6)}, 16),
+        ({16: (0.8, 0.7, 0.6), 8: (0.8, 0.7, 0.6), 4: (0.8, 0.7, 0.6)}, 4),
+        ({8: (0.8, 0.7, 0.6)}, 8),
+        ({}, 8),
+    ],
+)
+def test_the_prior_of_fp16_is_checked_on_either_side(ratios: dict[int, tuple[float, float, float]], found: int) -> None:
+    assert design.alignment(design.OF_ENGINES["fp16"], ratios) == found
 
 
 # --- what was learned
@@ -219,7 +286,7 @@ def test_a_width_within_a_step_costs_what_its_upper_end_does() -> None:
 
 def test_errors_are_those_of_settings_that_the_fit_had_not_seen() -> None:
     found = learned(chained((64, 96, 128)), 16, noise=0.03)
-    assert len(found.errors) == design.TOGETHER and max(map(abs, found.errors)) > 0.01
+    assert len(found.errors) == FILES.together and max(map(abs, found.errors)) > 0.01
 
 
 # --- the trap: steps of 16
@@ -307,6 +374,37 @@ def test_no_candidate_is_measured_twice() -> None:
     groups = chained((32, 32))  # four widths in all
     trials = looped(groups, Device(groups, 1.0), 0.61, tolerance=0.001).run()
     assert len({tuple(trial.widths.items()) for trial in trials}) == len(trials)
+
+
+def test_a_candidate_of_which_no_engine_can_be_built_counts_as_a_trial_and_a_faster_one_is_taken() -> None:
+    groups, refused = blocks(12, 64), list[dict[str, int]]()
+    device = Device(groups, 1.0)
+
+    def measure(widths: dict[str, int], longer: bool) -> Ratio | None:
+        if len(refused) < 2 and widths not in refused:
+            refused.append(widths)
+        return None if widths in refused else device.measure(widths, longer)
+
+    loop = replace(looped(groups, device, 0.7), measure=measure)
+    trials = loop.run()
+    assert trials and all(trial.widths not in refused for trial in trials) and trials[-1].ratio <= 0.7
+    assert len(trials) + len(refused) <= 8
+    assert loop.predict(trials[0].widths) < loop.predict(refused[0])
+    never = replace(loop, measure=lambda widths, longer: None, trials=3)
+    assert never.run() == ()
+
+
+def test_a_candidate_that_cannot_be_built_between_one_that_met_and_the_budget_ends_the_loop() -> None:
+    groups = blocks(12, 64)
+    device = Device(groups, 0.8)  # the first one leaves room; every slower one is refused
+    seen: list[float] = []
+
+    def measure(widths: dict[str, int], longer: bool) -> Ratio | None:
+        seen.append(truth(groups, widths, 16))
+        return None if seen[-1] > seen[0] else device.measure(widths, longer)
+
+    trials = replace(looped(groups, device, 0.7), measure=measure).run()
+    assert 1 <= len(trials) <= len(seen) <= 8 and trials[0].ratio <= 0.7
 
 
 def test_where_what_ships_is_slower_than_its_candidate_the_loop_goes_on_below() -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +17,7 @@ import sshd
 from conftest import make_project
 from sshd import Device, Server
 
-from cswap_deploy import planning, prepared, prune
+from cswap_deploy import metering, planning, prepared, prune
 from cswap_deploy.artifacts import File, Groups
 from cswap_deploy.budget import design
 from cswap_deploy.budget.staircase import Steps
@@ -32,10 +33,10 @@ SHORT = ("latency.duration_s=0.1", "latency.warmup_s=0", "accuracy.max_drop=null
 @pytest.fixture(autouse=True)
 def settings(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{device.client(tmp_path / 'client')}:{os.environ['PATH']}")
-    for name, value in (("PROBE_S", 0.05), ("WIDTHS_S", 0.05), ("PAUSE_S", 0.2)):
-        monkeypatch.setattr(planning, name, value)
-    for name, few in (("TOGETHER", 4), ("LEVELS", 2), ("MULTIPLES", (16,))):
-        monkeypatch.setattr(design, name, few)
+    for module, name, value in ((planning, "PROBE_S", 0.05), (planning, "WIDTHS_S", 0.05), (metering, "PAUSE_S", 0.2)):
+        monkeypatch.setattr(module, name, value)
+    few = replace(design.OF_FILES, multiples=(16,), alone=2, together=4)
+    monkeypatch.setattr(design, "OF_FILES", few)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def learned(
     recipe = recipe.on(place)
     with Workdir(folder).open() as opened, planning.reached(recipe, opened) as (target, probe):
         work(target)
-        meter = planning.Meter(recipe, opened, dense, groups, probe.facts("onnxruntime"), target)
+        meter = metering.Meter(recipe, opened, dense, groups, probe.facts("onnxruntime"), target)
         assert planning.begun(meter).verdict == "not needed"
         return planning.learned(meter)
 

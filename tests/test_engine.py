@@ -27,6 +27,7 @@ from cswap_deploy.artifacts import File, Groups, InputSpec, sha256_of
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.console import bundle_lines
 from cswap_deploy.device import recorded
+from cswap_deploy.device.building import Order
 from cswap_deploy.recipe import EngineSettings
 from cswap_deploy.verify import verify
 
@@ -397,13 +398,13 @@ def test_layers_beside_the_dla_are_counted_from_trtexec_s_log(tmp_path: Path) ->
         "seconds": 1.0, "gpu": None, "compute_capability": None, "board": None, "power_mode": None,
     }  # fmt: skip
     build_key = recorded.key_of(
-        {"verb": "build", "model": {"sha256": model.sha256}, **engine.order(spec, settings, False)}
+        {"verb": "build", "model": {"sha256": model.sha256}, **Order(spec, settings, False).request}
     )
     layers_key = recorded.key_of(
         {"verb": "layers", "model": {"sha256": built.sha256}, **engine.order_of_layers(settings)}
     )
     answers = {build_key: (answer, log.read_text()), layers_key: ({"layers": []}, "")}
     target = recorded.Recorded("a board", (), answers, blob)
-    found = engine.build(tmp_path, model, spec, settings, False, Groups((), (), ()), {}, target)
+    found = engine.build(tmp_path, model, Order(spec, settings, False), Groups((), (), ()), {}, target)
     assert len(found.gpu_layers) == 6 and "6 layers run on the GPU, not on the DLA" in found.note
     assert "TensorRT 8.4.0, that of JetPack 5, is unchecked" in found.note

@@ -14,8 +14,9 @@ import onnx
 import pytest
 from conftest import Built, Project, events, faults, make_project
 from simulated import Simulated
+from test_budget import apart
 
-from cswap_deploy import data, planning, prepared, prune, report, schemas, sweeping, variants
+from cswap_deploy import data, metering, planning, prepared, prune, report, schemas, sweeping, variants
 from cswap_deploy.artifacts import ImageSet
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.bundle import Bundle
@@ -68,7 +69,7 @@ def use(device: Simulated, monkeypatch: pytest.MonkeyPatch) -> Simulated:
         yield device
 
     monkeypatch.setattr(planning, "reach", reach)
-    monkeypatch.setattr(planning, "PAUSE_S", 0.0)
+    monkeypatch.setattr(metering, "PAUSE_S", 0.0)
     return device
 
 
@@ -241,6 +242,13 @@ def test_a_budget_that_is_damaged_is_refused(project: Project, damage: dict[str,
 # --- other precisions
 
 
+def test_the_loop_measures_what_ships_int8_too(project: Project, device: Simulated) -> None:
+    built = project.build(asked(1.9), *SHORT, "ship=int8")
+    block = budget_of(built)
+    assert (block["verdict"], built.manifest["shipped"]) == ("met", "model.int8.onnx")
+    assert (built.manifest["latency"]["precision"], block["staircase"]["multiple"]) == ("int8", 8)
+
+
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int8-tensorrt"])
 def test_files_of_every_precision_are_narrowed(
     project: Project, device: Simulated, kind: Variant, tmp_path: Path
@@ -253,7 +261,9 @@ def test_files_of_every_precision_are_narrowed(
         tmp_path, ready.dense["fp32"], ready.source, images, images, kind, recipe.onnx.graph, recipe.int8
     )
     narrow = tmp_path / "narrow.onnx"
-    narrow.write_bytes(Template.read(made.graph.path, groups).narrowed({"conv1": 16, "conv2": 5}))
+    template = Template.read(made.graph.path, groups)
+    narrow.write_bytes(template.narrowed({"conv1": 16, "conv2": 5}))
+    apart(template, {"conv1": 16, "conv2": 20}, ready.source.input.shape, tmp_path)
     require_runnable(narrow, ready.source.input.shape)
     shapes = [shape for shape in stored(narrow) if len(shape) > 1]
     assert {(16, 3, 1, 1), (5, 16, 3, 3), (6, 5)} <= set(shapes), shapes

@@ -22,16 +22,17 @@ def learn(out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple
     Of medians, whatever percentile the budget is about: short measurements know no other, and the loop corrects what that leaves.
     """
     kinds = design.kinds_of(groups)
-    seen = [
-        Observation(widths, ratio)
-        for item in timings
-        for widths, ratio in zip(item.settings, ratios(item, 50), strict=True)
-    ]
+    seen = [found for item in timings for found in observed(item, 50)]
     of_one_kind = [set(names) for names in kinds.values()]
     alone = [item for item in seen if set(item.widths) in of_one_kind and len(set(item.widths.values())) == 1]
     together = [item for item in seen if item not in alone]
     options = design.options(groups, kinds, multiple, exact=exact)
     return staircase.learn(groups, kinds, options, multiple, alone, together)
+
+
+def observed(timings: WidthTimings, percentile: int) -> list[Observation]:
+    """Each setting that was measured, and its ratio."""
+    return [Observation(*pair) for pair in zip(timings.settings, ratios(timings, percentile), strict=True)]
 
 
 def ratios(timings: WidthTimings, percentile: int) -> list[Ratio]:

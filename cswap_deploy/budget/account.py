@@ -31,6 +31,7 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
         "achieved_ms": found.value * budget.dense_ms if found else None,
         "verdict": verdict,
         "trials": len(budget.trials),
+        "unbuilt": budget.unbuilt,
         "dense_ms": budget.dense_ms,
         "dense_ci95_ms": list(budget.dense_ci95_ms),
         "floor_ms": budget.floor * budget.dense_ms,

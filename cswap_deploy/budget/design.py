@@ -3,22 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
 from cswap_deploy.artifacts import Groups
+from cswap_deploy.prune.select import step_of
 
 Widths = dict[str, int]
 
-MULTIPLES = (32, 16, 8, 4, 2, 1)
-"""That runtimes work in: 8 for fp16 on tensor cores, 16 or 32 for int8, 16 in AVX-512. Which of them pay is measured."""
 PAYS = 0.2
 """A multiple pays when the step in the middle of its double brings at least this part of the double's time; 0.5 is in proportion."""
 CHOICES = 32
 """Widths that a group may have, about."""
 LEVELS = 4
-"""Widths of each kind of group that are measured alone, about."""
-MOST_ALONE, TOGETHER = 72, 24
-"""Settings in which one kind of group alone is narrow, at most, and settings in which all are."""
+"""Widths of each kind of group that settings of all groups use, about."""
+MOST_ALONE = 72
+"""Settings in which one kind of group alone is narrow, at most."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which networks are measured before any is chosen."""
+
+    multiples: tuple[int, ...]
+    """Of units, coarse to fine: which of them pay is measured."""
+    prior: int
+    """The multiple that is taken where no group has room to measure any."""
+    narrowest: tuple[int, ...]
+    """Units of every group in the first probe."""
+    stop: bool
+    """Multiples are measured one after the other until one does not pay; else all of them, in fewer requests."""
+    alone: int
+    """Widths of each kind of group that are measured alone, about."""
+    together: int
+    """Settings in which all groups are narrow."""
+
+    def most(self, groups: Groups, round_to: int | None) -> int:
+        """Networks that are measured before any is chosen, at most; the dense one and its twin come on top."""
+        multiple = round_to or self.prior
+        kinds = kinds_of(groups)
+        widths = levels(options(groups, kinds, multiple, exact=round_to is not None), self.alone)
+        multiples = 0 if round_to else 3 * sum(steps_of(groups, number) is not None for number in self.multiples)
+        return len(extremes(groups, self, round_to)) + multiples + sum(map(len, widths.values())) + self.together
+
+
+OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=4, together=24)
+"""Of ONNX files, which take milliseconds to make. What pays is 16 in AVX-512, say."""
+OF_ENGINES = {
+    "fp32": Design((16, 8, 4), 8, (4, 8), stop=True, alone=0, together=24),
+    "fp16": Design((16, 8, 4), 8, (4, 8), stop=True, alone=0, together=24),
+    "int8": Design((32, 16, 8), 16, (8, 16), stop=True, alone=0, together=24),
+}
+"""By precision, since an engine may take minutes to build. TensorRT pads channels to 8 for fp16 on tensor cores, to 16 or 32 for int8.
+
+Settings of all groups alone predict about as well as with kinds alone beside them (`benchmarks/staircase.py`)."""
 
 
 def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
@@ -37,9 +75,9 @@ def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in found.values()}
 
 
-def extremes(groups: Groups, round_to: int | None) -> tuple[Widths, ...]:
+def extremes(groups: Groups, design: Design, round_to: int | None) -> tuple[Widths, ...]:
     """Every group as narrow as multiples of a few numbers let it be: the fastest of them is the floor."""
-    numbers = (round_to,) if round_to else (1, 4, 8, 16)
+    numbers = (round_to,) if round_to else design.narrowest
     return tuple({group.name: min(group.units, number) for group in groups.groups} for number in numbers)
 
 
@@ -47,23 +85,31 @@ def steps_of(groups: Groups, multiple: int) -> tuple[Widths, Widths, Widths] | N
     """All groups at three neighbouring multiples, wide to narrow, the middle one odd; None where no group has room for them."""
     settings: tuple[Widths, Widths, Widths] = ({}, {}, {})
     for group in groups.groups:
-        most = group.units // multiple if group.kind == "channels" else 0
+        step = step_of(group, multiple)
+        most = group.units // step if group.kind == "channels" else 0
         middle = 2 * (most // 3) + 1  # about two thirds of the units
         room = 3 <= middle < most
         for setting, times in zip(settings, (middle + 1, middle, middle - 1), strict=True):
-            setting[group.name] = times * multiple if room else group.units
+            setting[group.name] = times * step if room else group.units
     return settings if settings[0] != settings[2] else None
 
 
-def alignment(ratios: Mapping[int, tuple[float, float, float]]) -> int:
-    """The finest multiple that pays and whose coarser ones do. `ratios`: of the settings of `steps_of`, by multiple."""
-    found = MULTIPLES[0]
-    for multiple in MULTIPLES:
-        if multiple in ratios:
-            wide, middle, narrow = ratios[multiple]
-            if wide - middle < PAYS * (wide - narrow):
-                break
-        found = multiple
+def pays(ratios: tuple[float, float, float]) -> bool:
+    """Whether the step in the middle brings its part of the time. `ratios`: of the settings of `steps_of`."""
+    wide, middle, narrow = ratios
+    return wide - middle >= PAYS * (wide - narrow)
+
+
+def alignment(design: Design, ratios: Mapping[int, tuple[float, float, float]]) -> int:
+    """The finest multiple that pays and whose coarser ones do; `ratios`: by multiple, of those that could be measured."""
+    if not ratios:
+        return design.prior
+    found = design.multiples[0]
+    for multiple in design.multiples:
+        if multiple in ratios and not pays(ratios[multiple]):
+            break
+        if multiple >= min(ratios):
+            found = multiple
     return found
 
 
@@ -77,19 +123,19 @@ def options(
     found = {}
     for name in kinds:
         group = groups.by_name[name]
-        step = 1 if group.kind == "heads" else multiple
+        step = step_of(group, multiple)
         stride = step * max(1, group.units // (CHOICES * step))
         small = [] if exact or group.units > 4 * step else [step // 4, step // 2]
         found[name] = tuple(sorted({*range(step, group.units, stride), *(w for w in small if 0 < w < group.units)}))
     return found
 
 
-def levels(options: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Of the widths that each kind of group may have, those that are measured alone: the narrowest, and others evenly spread."""
-    count = max(2, min(LEVELS, MOST_ALONE // max(1, len(options))))
+def levels(options: Mapping[str, Sequence[int]], most: int) -> dict[str, tuple[int, ...]]:
+    """Of the widths that each kind of group may have, about `most`: the narrowest, and others evenly spread."""
+    count = min(most, max(2, MOST_ALONE // max(1, len(options))))
     found = {}
     for kind, widths in options.items():
-        places = {round(place * (len(widths) - 1) / (count - 1)) for place in range(count)} if widths else set()
+        places = {round(place * (len(widths) - 1) / max(1, count - 1)) for place in range(count)} if widths else set()
         found[kind] = tuple(widths[place] for place in sorted(places))
     return found
 

@@ -21,7 +21,8 @@ class Loop:
     """Towards `budget`, a ratio to the dense network's latency; at most `trials` candidates are measured in all.
 
     `choose`: the widths with the least damage whose predicted ratio is at most the given one, or the fastest that there are.
-    `measure`: the whole network with these widths on the device; the second argument asks for a longer measurement.
+    `measure`: the whole network with these widths on the device; the second argument asks for a longer measurement. None: no
+    engine of it can be built, which counts as a trial; a faster one is looked for.
     """
 
     budget: float
@@ -29,41 +30,45 @@ class Loop:
     trials: int
     choose: Callable[[float], Widths]
     predict: Callable[[Mapping[str, int]], float]
-    measure: Callable[[Widths, bool], Ratio]
+    measure: Callable[[Widths, bool], Ratio | None]
 
     def run(self, earlier: tuple[Trial, ...] = (), shift: float = 1.0) -> tuple[Trial, ...]:
         """`earlier` trials and the new ones, in order; ends with one that fits, with no new candidate, or after `trials`.
 
         `shift`: what a network that ships takes, divided by what its candidate took.
         """
-        done, scale = list(earlier), shift
+        done, failed, scale = list(earlier), list[Widths](), shift
         if done:
             scale = shift * done[-1].ratio / self.predict(done[-1].widths)
-        while len(done) < self.trials and (widths := self._fresh(done, scale, shift)):
+        while len(done) + len(failed) < self.trials and (widths := self._fresh(done, failed, scale, shift)):
             found = self.measure(widths, False)
-            if found.low * shift <= self.budget <= found.high * shift:
+            if found and found.low * shift <= self.budget <= found.high * shift:
                 found = self.measure(widths, True)
+            if found is None:
+                failed.append(widths)
+                continue
             done.append(Trial(widths, scale / shift * self.predict(widths), found.value, found.low, found.high))
             if self.fits(done[-1], shift):
                 break
             scale = shift * found.value / self.predict(widths)
         return tuple(done)
 
-    def _fresh(self, done: Sequence[Trial], scale: float, shift: float) -> Widths | None:
+    def _fresh(self, done: Sequence[Trial], failed: Sequence[Widths], scale: float, shift: float) -> Widths | None:
         """Widths that were not measured yet: faster than those that missed, less damaged than those that met. None: no such."""
         target = self.aim / scale
         while True:
             widths = self.choose(target)
             known = next((trial for trial in done if trial.widths == widths), None)
-            if known is None:
+            if known is None and widths not in failed:
                 return widths
-            if known.ratio * shift > self.budget:
+            if known is None or known.ratio * shift > self.budget:
                 faster = self.predict(widths) * (1 - CLOSER)
                 if faster >= target * (1 - CLOSER / 2):  # these are the fastest that there are
                     return None
                 target = faster
             else:
                 missed = [self.predict(trial.widths) for trial in done if trial.ratio * shift > self.budget]
+                missed += map(self.predict, failed)
                 target *= 1 + CLOSER
                 if target >= min([1.0, *missed]):
                     return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cswap_deploy.artifacts import Groups, Slice
+from cswap_deploy.budget.shared import SharedWeights
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
 from cswap_deploy.runtime import Session
@@ -34,7 +35,8 @@ class Template:
     """A dense graph in the precision that ships, and which of its tensors shrink with which group.
 
     Latency does not depend on the values of weights. So units leave from the end, and weights become constants that the
-    runtime computes when it loads the file (ConstantOfShape): a file of any width takes milliseconds to make and to send.
+    runtime computes when it loads the file (ConstantOfShape), or lie in one file beside all of them (`budget.shared`): a file of
+    any width takes milliseconds to make and to send.
     """
 
     model: onnx.ModelProto
@@ -66,8 +68,12 @@ class Template:
         _open_reshapes(model, graph, heads)
         return Template(model, {group.name: group.units for group in groups.groups}, owners, graph.depthwise())
 
-    def narrowed(self, widths: Mapping[str, int]) -> bytes:
-        """The graph with so many units in each group; those not named stay whole."""
+    def shared(self, folder: Path) -> SharedWeights:
+        """Values for the weights of every narrowed file, written into the folder where these will lie."""
+        return SharedWeights.write(folder, filter(_is_large, self.model.graph.initializer))
+
+    def narrowed(self, widths: Mapping[str, int], shared: SharedWeights | None = None) -> bytes:
+        """The graph with so many units in each group; those not named stay whole. `shared`: where its weights are, if in a file."""
         import onnx
 
         model = onnx.ModelProto()
@@ -77,7 +83,9 @@ class Template:
         for tensor in model.graph.initializer:
             shape = self._shape(tensor, widths)
             first[tensor.name] = shape[0] if shape else 1
-            if len(shape) > 1 and prod(shape) >= LARGE and tensor.data_type != onnx.TensorProto.INT64:
+            if shared and _is_large(tensor):
+                shared.fill(tensor, shape)
+            elif _is_large(tensor) and prod(shape) >= LARGE:
                 made.append(_constant(tensor, shape))
                 name = made[-1].input[0]
                 tensor.CopyFrom(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [len(shape)], shape))
@@ -112,6 +120,13 @@ def require_runnable(path: Path, shape: tuple[int, ...]) -> None:
             f"a narrowed graph does not run: {reason(error)}",
             "prune for macs in place of a latency, or report this network",
         ) from error
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    """A weight whose values are left out."""
+    import onnx
+
+    return len(tensor.dims) > 1 and prod(tensor.dims) >= LARGE and tensor.data_type != onnx.TensorProto.INT64
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,14 @@ from cswap_deploy.artifacts import Curve, File, GroupScores, PruningStep
 
 
 @dataclass(frozen=True)
+class Unbuilt:
+    """A setting of which TensorRT could make no engine, and what it said."""
+
+    widths: dict[str, int]
+    reason: str
+
+
+@dataclass(frozen=True)
 class WidthTimings:
     """Networks with narrower groups and their dense twin, run in turn. Groups that a setting does not name are whole.
 
@@ -19,8 +27,12 @@ class WidthTimings:
     samples: File
     """`samples.Samples`: model 0 is the dense one, 1 its twin without weights, n + 2 has the widths `settings[n]`."""
     settings: tuple[dict[str, int], ...]
+    """Those that were measured."""
     runtime: str
     conditions: dict[str, Any]
+    unbuilt: tuple[Unbuilt, ...] = ()
+    build_s: tuple[float, ...] = ()
+    """Of each engine that was built for it, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,8 @@ class Budget:
     staircase: Staircase | None
     facts: dict[str, str]
     """Of the device."""
+    unbuilt: int = 0
+    """Narrower networks of which no engine could be built."""
 
     @property
     def ratio(self) -> float:

@@ -9,7 +9,9 @@ and a runtime: onnxruntime, or TensorRT by its Python module, else by trtexec.
 
 ~/.cache/cswap-deploy/ (or below XDG_CACHE_HOME) holds files/<sha256>, timing/ (TensorRT's timing caches), lock (held while
 a model is built or run) and engines/<sha256>: an engine is native code, so only one that was built on this board with
-this TensorRT, or that the request trusts by its digest, is loaded. What trtexec prints is not read here but sent to the host.
+this TensorRT, or that the request trusts by its digest, is loaded. Of passing engines, which are only to be measured, the
+last PASSING stay; passing/<digest of what one was built from> is the answer that it had. What trtexec prints is not read
+here but sent to the host.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from typing import Any, Dict
 SCHEMA = "cswap-deploy/agent/1"
 Json = Dict[str, Any]
 LIMIT, SPARE = 4 << 30, 256 << 20  # bytes of files kept here; bytes of disk that stay free
+PASSING, TIMINGS = 24, 64 << 20  # engines kept that are only measured; bytes of a timing cache that is kept
 ABANDONED_S, FRESH_S = 3600, 600  # unfinished files older than this are removed; files used lately stay
 BLOCK_S = 0.05  # how long a model's turn is
 SETTLE_S = 0.005  # what a turn starts with, on caches full of another model, is not kept
@@ -95,7 +98,7 @@ class Store:
 
     def __init__(self) -> None:
         self.root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cswap-deploy"
-        for name in ("files", "timing", "engines", "tmp"):
+        for name in ("files", "timing", "engines", "passing", "tmp"):
             (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path(self, sha256: str) -> Path:
@@ -157,6 +160,24 @@ class Store:
             was = f"the engine was built for {key.replace('_', ' ')} {built[key]}, the target now has {here[key]}"
             raise Fault("engine", was, "build it again on this target")
         return path, built
+
+    def passed(self, made_from: str) -> Json | None:
+        """The answer that the build of a passing engine had, while the engine is here; the oldest of them leave."""
+        for _, _, path in self.listed("passing")[: -PASSING + 1]:
+            sha256 = json.loads(path.read_text())["engine"]["sha256"]
+            for place in (self.path(sha256), self.root / "engines" / sha256, path):
+                place.unlink(missing_ok=True)
+        answer = self.root / "passing" / made_from
+        found: Json = json.loads(answer.read_text()) if answer.is_file() else {}
+        if not found or not self.path(found["engine"]["sha256"]).is_file():
+            return None
+        for path in (answer, self.path(found["engine"]["sha256"])):
+            os.utime(str(path))
+        return {**found, "reused": True}
+
+    def write(self, path: Path, document: Json) -> None:
+        (fresh := self.scratch()).write_text(json.dumps(document))
+        fresh.replace(path)
 
     def listed(self, folder: str) -> list[tuple[float, int, Path]]:
         """Time of the last change, bytes and path of each file, oldest first; other agents' files come and go."""
@@ -802,22 +823,30 @@ class EngineModel:
 def build(request: Json, files: Store) -> Json:
     """Settings are those of the recipe's `engine`; `input`: name and (channels, height, width); `dynamic`: open batch.
 
-    What TensorRT says meanwhile goes to standard error, which the host keeps.
+    `passing`: the engine is only to be measured; one that was built from the same is taken in its place. `beside`: files that
+    the model refers to by their digests. What TensorRT says meanwhile goes to standard error, which the host keeps.
     """
     with files.alone(request):
         facts = tensorrt_facts()
         here, model = place_of(facts), files.find(request["model"])
-        files.make_room(4 * model.stat().st_size + (64 << 20))
+        weights = sum(files.find(file).stat().st_size for file in request.get("beside", ()))
+        asked = [digest_of(model), *(request[key] for key in ("settings", "input", "dynamic")), here]
+        made_from = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        if request.get("passing") and (known := files.passed(made_from)):
+            return known
+        files.make_room(4 * (model.stat().st_size + weights) + (64 << 20))
         place = re.sub(r"[^\w.-]+", "_", " ".join(str(here[key]) for key in (*BOUND_TO, "power_mode")))[:150]
-        target, start = files.scratch(".engine"), time.monotonic()
-        builder = build_with_module if facts["module"] else build_with_trtexec
-        told = builder(model, target, files.root / "timing" / f"{place}.cache", request)
+        target, timing, start = files.scratch(".engine"), files.root / "timing" / f"{place}.cache", time.monotonic()
+        if timing.is_file() and timing.stat().st_size > TIMINGS:  # what many runs have left
+            timing.unlink()
+        told = (build_with_module if facts["module"] else build_with_trtexec)(model, target, timing, request)
         built = {**here, **told, "seconds": time.monotonic() - start}
         kept = files.keep(target)
         settings = {key: request["settings"][key] for key in ("precision", "batch", "dla_core")}
         entry = {**built, **settings, "input": request["input"], "dynamic": request["dynamic"]}
-        (fresh := files.scratch()).write_text(json.dumps(entry))
-        fresh.replace(files.root / "engines" / kept["sha256"])  # the ledger of the engines that were built here
+        files.write(files.root / "engines" / kept["sha256"], entry)  # the ledger of the engines that were built here
+        if request.get("passing"):
+            files.write(files.root / "passing" / made_from, {"engine": kept, **built})
         return {"engine": kept, **built}
 
 

@@ -45,7 +45,10 @@ def _requests() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
         "missing": ({"sha256": TEXTS}, {}),
         "store": ({"sha256": TEXT, "bytes": COUNT}, {}),
         "fetch": ({"file": file}, {}),
-        "build": ({"model": file, "settings": _settings(), "input": _input(), "dynamic": BOOLEAN}, alone),
+        "build": (
+            {"model": file, "settings": _settings(), "input": _input(), "dynamic": BOOLEAN},
+            {"passing": BOOLEAN, "beside": files, **alone},
+        ),
         "measure": (
             {"runtime": runtime, "models": files, "warmup_s": SECONDS, "duration_s": SECONDS},
             {"block_s": SECONDS, "memory": BOOLEAN, **once, **running},
@@ -69,7 +72,7 @@ def _answers() -> dict[str, tuple[dict[str, Schema], dict[str, Schema]]]:
         "missing": ({"missing": TEXTS}, {}),
         "store": ({"stored": kept}, {}),
         "fetch": ({"bytes": COUNT}, {}),
-        "build": ({"engine": kept, "seconds": SECONDS, **built}, {}),
+        "build": ({"engine": kept, "seconds": SECONDS, **built}, {"reused": {"const": True}}),
         "measure": _measurement(),
         "infer": ({"outcomes": kept, "images": COUNT}, {}),
         "layers": ({"layers": {"type": "array", "items": layer}}, {"layer_info": TEXT, "profile": TEXT}),

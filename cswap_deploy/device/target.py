@@ -361,5 +361,6 @@ def refusal(name: str, error: dict[str, Any], log: str) -> DeviceError:
         chosen = [line for line in lines if "[E]" in line][-5:] or lines[-5:]
         shown = "".join(f"\n  {line}" for line in chosen)
     found = DeviceError(f"{message}{shown}", hint, public=public, log=log)
+    found.kind = error["kind"]
     found.parser = [fault for fault in error.get("parser", ()) if isinstance(fault, dict)]
     return found

@@ -58,6 +58,8 @@ def budget(found: Facts) -> str:
         case verdict:
             got = ms(found["achieved_ms"]) if found["achieved_ms"] is not None else "not measured"
             trials = plural(found["trials"], "trial")
+            if found.get("unbuilt"):
+                trials += f"; {plural(found['unbuilt'], 'engine')} could not be built and were left out"
             return f"{verdict.capitalize()}: {asked} was asked for, what ships takes {got}{dense}; {trials}"
 
 

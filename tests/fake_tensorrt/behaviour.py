@@ -2,7 +2,12 @@
 
 FAKE_TENSORRT_FAIL holds words: `start` no builder can be made, `build` no engine comes out, `cache` a stored timing cache
 is refused, `context` an engine yields no context, `enqueue` an inference is refused, `fault` one ends in a CUDA error,
-`capture` a CUDA graph breaks, `loop` an engine refuses to be captured, `no-dla` the board has none.
+`capture` a CUDA graph breaks, `loop` an engine refuses to be captured, `no-dla` the board has none, `units-16` no engine
+comes out of a network with a layer of 16 units.
+
+FAKE_TENSORRT_STEPS, as `8 1000 100`, makes a latency up so that a test knows the truth: layers count in blocks of 8 channels on
+both sides, an inference takes 1000 microseconds and 100 for each block, give or take 0.4 %. The process's clock then shows what the
+inferences would have taken, and nothing else, however busy the machine is. Nothing real has these numbers.
 """
 
 from __future__ import annotations
@@ -42,8 +47,20 @@ MAGIC = b"NO ENGINE, A TEST DOUBLE\n"
 CACHE = f"NO TIMING CACHE, A TEST DOUBLE OF {VERSION}\n".encode()
 FAILS = os.environ.get("FAKE_TENSORRT_FAIL", "").split()
 DYNAMIC = -1
+STEPS = [int(number) for number in os.environ.get("FAKE_TENSORRT_STEPS", "").split()]
+REFUSED = [int(word[len("units-") :]) for word in FAILS if word.startswith("units-")]
 DLA_CORES = 0 if "no-dla" in FAILS else 2
 ON_DLA = ("CONVOLUTION", "ACTIVATION", "POOLING", "ELEMENTWISE", "MATRIX_MULTIPLY", "QUANTIZE", "DEQUANTIZE")
+
+
+class Clock:
+    """The made-up one."""
+
+    ns = 0
+
+
+if STEPS:
+    time.perf_counter_ns = lambda: Clock.ns
 
 
 def nptype(trt_type: Any) -> Any:
@@ -104,6 +121,9 @@ class Builder:
         profiles = [profile._.shapes for profile in config._.profiles]
         if network._.dynamic and not profiles:
             log("E", "Network has dynamic or shape inputs, but no optimization profile has been defined.")
+            return None
+        if any(shape[0] in REFUSED for shape in network._.weights):
+            log("E", "Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[...]}.)")
             return None
         if text := misfit(network, config):
             log("E", text)
@@ -198,6 +218,8 @@ class OnnxParser:
         state.outputs = len(parsed.graph.output)
         state.onnx, state.names = parsed.SerializeToString(), [node.name for node in nodes]
         state.layers = [new("ILayer", name=node.name, kind=LAYERS.get(node.op_type, "UNARY")) for node in nodes]
+        state.weights = weights_of(parsed)
+        assert not any(node.op_type == "ConstantOfShape" for node in nodes), "TensorRT takes no such weights"
         state.dynamic = any(size.dim_param for i in parsed.graph.input for size in i.type.tensor_type.shape.dim)
         return not self._.errors
 
@@ -206,6 +228,24 @@ class OnnxParser:
 
     def get_error(self, index: int) -> Any:
         return new("ParserError", error=self._.errors[index])
+
+
+def weights_of(model: Any) -> list[tuple[int, ...]]:
+    """Shapes of the weights of convolutions and linear layers, also behind quantisation."""
+    shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
+    made = {name: node for node in model.graph.node for name in node.output}
+    found = []
+    for node in model.graph.node:
+        name = node.input[1] if node.op_type in ("Conv", "Gemm", "MatMul") else ""
+        while name in made and made[name].op_type in ("QuantizeLinear", "DequantizeLinear", "Cast"):
+            name = made[name].input[0]
+        found += [shapes[name]] if name in shapes else []
+    return found
+
+
+def blocks_of(model: Any) -> int:
+    """In which the made-up latency counts."""
+    return sum(-(-shape[0] // STEPS[0]) * -(-shape[1] // STEPS[0]) for shape in weights_of(model))
 
 
 class ParserError:
@@ -295,7 +335,10 @@ class Runtime:
             item.name: (item, "OUTPUT") for item in session.get_outputs()
         }  # outputs first: the order is not promised
         tensors |= {item.name: (item, "INPUT") for item in session.get_inputs()}
-        return new("ICudaEngine", session=session, tensors=tensors, document=document)
+        import onnx
+
+        made_up = 1000 * (STEPS[1] + STEPS[2] * blocks_of(onnx.load_from_string(rest))) if STEPS else 0
+        return new("ICudaEngine", session=session, tensors=tensors, document=document, made_up_ns=made_up)
 
 
 class ICudaEngine:
@@ -439,6 +482,7 @@ def run(context: Any) -> bool:
     names = [item.name for item in state.session.get_outputs()]
     for name, value in zip(names, state.session.run(names, feeds), strict=True):
         ctypes.memmove(context._.addresses[name], value.ctypes.data, value.nbytes)
+    Clock.ns += round(state.made_up_ns * (1 + 0.001 * (Clock.ns % 9 - 4)))
     if context._.profiler:
         for name in state.document["layers"]:
             context._.profiler.report_layer_time(name, 1000 * (time.perf_counter() - start))

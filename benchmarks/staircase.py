@@ -1,0 +1,135 @@
+"""How few networks may a staircase be learned from? Matters where each is an engine that takes a minute to build.
+
+    python benchmarks/staircase.py --out staircase.json --cpu-time
+
+A pool of settings is measured once, with ONNX Runtime on one thread; designs are parts of that pool, judged on random widths that are
+in none of them. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from budget import Log, count_cpu_time, noise, workplace
+
+from cswap_deploy import budget, data, export, metering, model, planning, progress, prune
+from cswap_deploy.artifacts import ImageSet
+from cswap_deploy.budget import design, staircase
+from cswap_deploy.budget.staircase import Observation, Steps
+from cswap_deploy.metering import Meter
+from cswap_deploy.recipe import CalibrationSettings, LatencySettings, ModelSettings, OnnxSettings, Recipe
+from cswap_deploy.samples import Ratio
+from cswap_deploy.stage import Workdir
+
+DESIGNS = "4:24,2:24,1:24,0:24,1:16,0:16,0:32,1:32"
+TESTS = 24
+FLOOR = 0.2
+"""Of the dense latency: below that nothing is asked for, as a rule, and errors are told apart."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
+    parser.add_argument("--work", type=Path, help="work folders, kept between runs; default: a temporary one")
+    parser.add_argument("--nets", default="resnet18,mobilenetv2_100", help="timm networks, with random weights")
+    parser.add_argument(
+        "--designs",
+        default=DESIGNS,
+        help="widths of each kind of group that are measured alone : settings of all groups",
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="for a busy machine: count CPU time, which is no latency"
+    )
+    options = parser.parse_args()
+    report: dict[str, Any] = {"load": [os.getloadavg()[0]], "clock": "CPU time" if options.cpu_time else "wall"}
+    designs = [
+        (int(alone), int(count)) for alone, _, count in (part.partition(":") for part in options.designs.split(","))
+    ]
+    with progress.reporting(Log()), workplace(options.work) as folder:
+        if options.cpu_time:
+            count_cpu_time(folder)
+        report["nets"] = {name: judged(name, folder / name, designs) for name in options.nets.split(",")}
+    report["load"].append(os.getloadavg()[0])
+    options.out.write_text(json.dumps(report, indent=1))
+    print(*table(report), sep="\n")
+
+
+def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Each design's size and its relative errors, with the ratio that each belongs to."""
+    images = noise(folder / "images")
+    recipe = Recipe(
+        name=name.replace("_", "-"),
+        model=ModelSettings(name=name, pretrained=False),
+        calibration=CalibrationSettings(images=images),
+        prune={"target": {"latency_ms": 1e-3}},
+        latency=LatencySettings(duration_s=1.0),
+    )
+    with Workdir(folder / "work").open() as work:
+        source = work.run(model.load, recipe.model, (), 0)
+        groups = work.run(prune.find_groups, source, ())
+        few = ImageSet(data.catalogue(images, None, 2).scoring, images)
+        labels = tuple(f"class {number}" for number in range(source.outputs))
+        exported = work.run(export.to_onnx, source, labels, few, OnnxSettings())
+        dense = work.run(export.simplify, exported, source, few, OnnxSettings()).graph
+        with planning.reached(recipe, work) as (target, probe):
+            meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
+            multiple = planning.alignment(meter)
+            kinds = design.kinds_of(groups)
+            options = design.options(groups, kinds, multiple, exact=False)
+            levels = design.levels(options, design.LEVELS)
+            pools = {
+                alone: measured(meter, design.alone(kinds, design.levels(options, alone)))
+                for alone in sorted({alone for alone, _ in designs})
+            }
+            together = {
+                count: measured(meter, design.together(groups, kinds, levels, count, count // 8 - 1))
+                for count in sorted({count for _, count in designs})
+            }
+            random, tests = Random(17), []
+            for number in range(TESTS):
+                part = (number + random.random()) / TESTS
+                tests.append({})
+                for group in groups.groups:
+                    allowed = (
+                        *options[next(kind for kind, names in kinds.items() if group.name in names)],
+                        group.units,
+                    )
+                    wanted = group.units * min(1.0, max(0.0, part + random.uniform(-0.4, 0.4)))
+                    tests[-1][group.name] = min(allowed, key=lambda width: abs(width - wanted))
+            truth = measured(meter, tuple(tests))
+    rows = []
+    for alone, count in designs:
+        found = Steps(groups, staircase.learn(groups, kinds, options, multiple, pools[alone], together[count]))
+        errors = [(item.ratio.value, found.total(item.widths) / item.ratio.value - 1) for item in truth]
+        rows.append({"alone": alone, "together": count, "networks": len(pools[alone]) + count, "errors": errors})
+    return rows
+
+
+def measured(meter: Meter, settings: tuple[dict[str, int], ...]) -> list[Observation]:
+    found: list[Ratio] = []
+    for start in range(0, len(settings), metering.BATCH):
+        part = settings[start : start + metering.BATCH]
+        found += budget.ratios(meter.timings("pool", part, planning.WIDTHS_S), 50)
+    return [Observation(widths, ratio) for widths, ratio in zip(settings, found, strict=True)]
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    yield f"{report['clock']}; load average {report['load'][0]:.1f} at the beginning, {report['load'][1]:.1f} at the end\n"
+    yield f"| network | alone | all | networks | median error | 95th percentile | the same above {FLOOR} of the dense latency |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    for name, rows in report["nets"].items():
+        for row in rows:
+            every = sorted(abs(error) for _, error in row["errors"])
+            wide = sorted(abs(error) for ratio, error in row["errors"] if ratio >= FLOOR)
+            shown = [f"{part[len(part) // 2]:.1%} | {part[int(0.95 * (len(part) - 1))]:.1%}" for part in (every, wide)]
+            yield f"| {name} | {row['alone']} | {row['together']} | {row['networks']} | {shown[0]} | {shown[1].replace(' |', ',')} |"
+
+
+if __name__ == "__main__":
+    main()
