@@ -82,13 +82,12 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
             multiple = planning.alignment(meter)
             kinds = design.kinds_of(groups)
             options = design.options(groups, kinds, multiple, exact=False)
-            levels = design.levels(options, design.LEVELS)
             pools = {
                 alone: measured(meter, design.alone(kinds, design.levels(options, alone)))
                 for alone in sorted({alone for alone, _ in designs})
             }
             together = {
-                count: measured(meter, design.together(groups, kinds, levels, count, count // 8 - 1))
+                count: measured(meter, design.together(groups, kinds, options, count, count // 8 - 1))
                 for count in sorted({count for _, count in designs})
             }
             random, tests = Random(17), []

@@ -131,10 +131,9 @@ def learned(meter: Meter) -> Staircase:
     multiple = meter.exact or alignment(meter)
     kinds = design.kinds_of(groups)
     options = design.options(groups, kinds, multiple, exact=exact)
-    levels = design.levels(options, design.LEVELS)
     settings = [
         *design.alone(kinds, design.levels(options, wanted.alone)),
-        *design.together(groups, kinds, levels, wanted.together, meter.recipe.seed),
+        *design.together(groups, kinds, options, wanted.together, meter.recipe.seed),
     ]
     for start in range(0, len(settings), meter.batch):
         timings.append(meter.timings("widths", settings[start : start + meter.batch], WIDTHS_S))

@@ -189,8 +189,8 @@ def learned(groups: Groups, step: int, *, noise: float = 0.0, multiple: int | No
     multiple = multiple or design.alignment(FILES, {n: (a, b, c) for n, (a, b, c) in found.items()})
     kinds = design.kinds_of(groups)
     options = design.options(groups, kinds, multiple, exact=False)
-    levels = design.levels(options, design.LEVELS)
-    alone, together = design.alone(kinds, levels), design.together(groups, kinds, levels, FILES.together, 0)
+    levels = design.levels(options, FILES.alone)
+    alone, together = design.alone(kinds, levels), design.together(groups, kinds, options, FILES.together, 0)
     seen = [[Observation(widths, measure(widths)) for widths in part] for part in (alone, together)]
     return learn(groups, kinds, options, multiple, *seen)
 

@@ -15,8 +15,6 @@ PAYS = 0.2
 """A multiple pays when the step in the middle of its double brings at least this part of the double's time; 0.5 is in proportion."""
 CHOICES = 32
 """Widths that a group may have, about."""
-LEVELS = 4
-"""Widths of each kind of group that settings of all groups use, about."""
 MOST_ALONE = 72
 """Settings in which one kind of group alone is narrow, at most."""
 
