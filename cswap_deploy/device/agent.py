@@ -8,10 +8,9 @@ and a runtime: onnxruntime, or TensorRT by its Python module, else by trtexec.
   infer: outcomes of images · layers: where a model's time goes
 
 ~/.cache/cswap-deploy/ (or below XDG_CACHE_HOME) holds files/<sha256>, timing/ (TensorRT's timing caches), lock (held while
-a model is built or run) and engines/<sha256>: an engine is native code, so only one that was built on this board with
-this TensorRT, or that the request trusts by its digest, is loaded. Of passing engines, which are only to be measured, the
-last PASSING stay; passing/<digest of what one was built from> is the answer that it had. What trtexec prints is not read
-here but sent to the host.
+a model is built or run) and engines/<sha256>, a ledger: an engine is native code, so only one that was built on this board
+with this TensorRT, or that the request trusts by its digest, is loaded. Of engines that are only to be measured the last
+PASSING stay. What trtexec prints is not read here but sent to the host.
 """
 
 from __future__ import annotations
@@ -42,14 +41,12 @@ Json = Dict[str, Any]
 LIMIT, SPARE = 4 << 30, 256 << 20  # bytes of files kept here; bytes of disk that stay free
 PASSING, TIMINGS = 24, 64 << 20  # engines kept that are only measured; bytes of a timing cache that is kept
 ABANDONED_S, FRESH_S = 3600, 600  # unfinished files older than this are removed; files used lately stay
-BLOCK_S = 0.05  # how long a model's turn is
-SETTLE_S = 0.005  # what a turn starts with, on caches full of another model, is not kept
+BLOCK_S, SETTLE_S = 0.05, 0.005  # a model's turn; what it starts with, on caches full of another model, is not kept
 ROUNDS, TRTEXEC_ROUNDS, PROFILED_RUNS = 6, 6, 50  # fewer rounds prove nothing
 WATCH_S, IDLE_S = 0.1, 0.5  # how often a board's state is read meanwhile; how long before anything runs
 KEPT_LOGITS, TOP = 64, 5
 ROOT = os.environ.get("CSWAP_DEPLOY_ROOT", "")  # before /proc, /sys, /etc and /var: another board's files
 NEVER_C = -256.0  # what a thermal zone that is off shows
-MEMORY = {"memory_mb": "MemTotal", "memory_free_mb": "MemAvailable"}
 ROOM = "make room there, or, for hold-out images, lower calibration.holdout"
 APT = "on a Jetson: sudo apt install python3-libnvinfer libnvinfer-bin"
 
@@ -98,7 +95,7 @@ class Store:
 
     def __init__(self) -> None:
         self.root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cswap-deploy"
-        for name in ("files", "timing", "engines", "passing", "tmp"):
+        for name in ("files", "timing", "engines", "tmp"):
             (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path(self, sha256: str) -> Path:
@@ -161,23 +158,18 @@ class Store:
             raise Fault("engine", was, "build it again on this target")
         return path, built
 
-    def passed(self, made_from: str) -> Json | None:
+    def passed(self, made_from: list[Any]) -> Json | None:
         """The answer that the build of a passing engine had, while the engine is here; the oldest of them leave."""
-        for _, _, path in self.listed("passing")[: -PASSING + 1]:
-            sha256 = json.loads(path.read_text())["engine"]["sha256"]
-            for place in (self.path(sha256), self.root / "engines" / sha256, path):
-                place.unlink(missing_ok=True)
-        answer = self.root / "passing" / made_from
-        found: Json = json.loads(answer.read_text()) if answer.is_file() else {}
-        if not found or not self.path(found["engine"]["sha256"]).is_file():
-            return None
-        for path in (answer, self.path(found["engine"]["sha256"])):
-            os.utime(str(path))
-        return {**found, "reused": True}
-
-    def write(self, path: Path, document: Json) -> None:
-        (fresh := self.scratch()).write_text(json.dumps(document))
-        fresh.replace(path)
+        entries = [(path, json.loads(path.read_text())) for _, _, path in self.listed("engines")]
+        passing = [(path, entry) for path, entry in entries if "answer" in entry]
+        for path, entry in passing:
+            if entry["made_from"] == made_from and self.path(path.name).is_file():
+                os.utime(str(path))
+                return {**entry["answer"], "reused": True}
+        for path, _ in passing[: -PASSING + 1]:
+            self.path(path.name).unlink(missing_ok=True)
+            path.unlink()
+        return None
 
     def listed(self, folder: str) -> list[tuple[float, int, Path]]:
         """Time of the last change, bytes and path of each file, oldest first; other agents' files come and go."""
@@ -253,11 +245,11 @@ def probe(request: Json, files: Store) -> Json:
 
 
 def machine() -> Json:
-    memory = dict(re.findall(r"(\w+):\s+(\d+) kB", text_of("/proc/meminfo")))
+    memory = {key: int(value) >> 10 for key, value in re.findall(r"(\w+):\s+(\d+) kB", text_of("/proc/meminfo"))}
     system, release, kind = os.uname().sysname, os.uname().release, os.uname().machine
     return {
         **{"python": sys.version.split()[0], "machine": kind, "system": f"{system} {release}"},
-        **{key: int(memory.get(name, 0)) >> 10 for key, name in MEMORY.items()},
+        **{"memory_mb": memory.get("MemTotal", 0), "memory_free_mb": memory.get("MemAvailable", 0)},
         **{"cpu": cpu(), "board": board(), "load": list(os.getloadavg())},
         **state(),
     }
@@ -346,6 +338,13 @@ def text_of(path: str | Path) -> str:
     return ""
 
 
+def taken(path: Path) -> str:
+    """The text of a file that is removed."""
+    text = path.read_text(errors="replace")
+    path.unlink()
+    return text
+
+
 def number_of(path: str | Path) -> int | None:
     text = text_of(path)
     return int(text) if re.fullmatch(r"-?\d{1,18}", text) else None
@@ -391,8 +390,7 @@ def watched(files: Store) -> Iterator[Json]:
         with suppress(OSError):  # it has ended by itself
             os.kill(child, 9)
             os.waitpid(child, 0)
-        text = path.read_text(errors="replace")
-        path.unlink()
+        text = taken(path)
         found["tegrastats"] = text if tool else None
         found["moments"] = [] if tool else [json.loads(line) for line in text.splitlines() if line.endswith("}]")]
 
@@ -461,7 +459,8 @@ def sample(models: Sequence[Any], duration_s: float, block_s: float) -> tuple[An
 
 def block(model: Any, seconds: float, least: int) -> tuple[list[int], list[int]]:
     """ns of each inference, and of its part between two events on the GPU, which only engines have."""
-    clock, run, on_gpu, durations, gpu_durations = time.perf_counter_ns, model.run, model.on_gpu, [], []
+    clock, run, on_gpu = time.perf_counter_ns, model.run, getattr(model, "on_gpu", None)
+    durations, gpu_durations = [], []
     end = clock() + int(seconds * 1e9)
     while True:
         before = clock()
@@ -479,9 +478,8 @@ def after_pauses(run: Callable[[], None], times: int, pause_s: float) -> list[in
     found = []
     for _ in range(times):
         time.sleep(pause_s)
-        before = time.perf_counter_ns()
-        run()
-        found.append(time.perf_counter_ns() - before)
+        call = run_for(run, 0.0)
+        found.append(call["end_ns"] - call["start_ns"])
     return found
 
 
@@ -509,8 +507,6 @@ def peak_memory(request: Json, file: Json | None, files: Store) -> float:
 
 class OnnxModel:
     """An ONNX file in ONNX Runtime on the CPU; input and output buffers are bound once."""
-
-    on_gpu = None
 
     def __init__(self, request: Json, file: Json, files: Store) -> None:
         ort, reason = imported("onnxruntime")
@@ -566,13 +562,11 @@ class OnnxModel:
         return self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
 
     def layers(self) -> Json:
-        written = Path(self.session.end_profiling())
         times: dict[tuple[str, str], list[float]] = {}
-        for event in json.loads(written.read_text()):
+        for event in json.loads(taken(Path(self.session.end_profiling()))):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 key = event["name"][: -len("_kernel_time")], event["args"]["op_name"]
                 times.setdefault(key, []).append(event["dur"] / 1000)
-        written.unlink()
         return {"layers": [{"name": name, "op": op, "ms": median(ms[1:])} for (name, op), ms in times.items()]}
 
 
@@ -591,7 +585,7 @@ def infer(request: Json, files: Store) -> Json:
         model = MODELS[request["runtime"]](request, request["model"], files)
         mean, std = (np.float32(request[key][:channels]).reshape(-1, 1, 1) for key in ("mean", "std"))
         truth = np.array(request.get("labels") or [0] * count)
-        parts: dict[str, list[Any]] = {}
+        parts: dict[str, list[Any]] = {key: [] for key in ("top", "true", "crc32", "finite", "logits")}
         for start in range(0, count, batch):
             images = np.load(path, mmap_mode="r", allow_pickle=False)  # anew: else all pages read count as memory
             some = np.array(images[start : start + batch], np.float32)
@@ -601,25 +595,15 @@ def infer(request: Json, files: Store) -> Json:
                 some /= std
             full = np.concatenate([some, np.repeat(some[-1:], batch - len(some), axis=0)])
             logits = model.logits(full)[: len(some)].astype(np.float32)
-            for key, value in outcomes(logits, truth[start : start + batch], max(0, KEPT_LOGITS - start)).items():
-                parts.setdefault(key, []).append(value)
+            parts["top"] += [np.argsort(-logits, axis=1, kind="stable")[:, :TOP].astype(np.int32)]
+            parts["true"] += [logits[np.arange(len(logits)), truth[start : start + batch]]]
+            parts["crc32"] += [np.array([zlib.crc32(row.tobytes()) for row in logits], np.uint32)]
+            parts["finite"] += [np.isfinite(logits).all(1)]
+            parts["logits"] += [logits[: max(0, KEPT_LOGITS - start)]]
         target = files.scratch(".npz")
         with target.open("wb") as stream:
             np.savez(stream, **{key: np.concatenate(values) for key, values in parts.items()})  # type: ignore[arg-type]
         return {"outcomes": files.keep(target), "images": count}
-
-
-def outcomes(logits: Any, truth: Any, kept: int) -> Json:
-    """What `infer` keeps of one batch."""
-    import numpy as np
-
-    return {
-        "top": np.argsort(-logits, axis=1, kind="stable")[:, :TOP].astype(np.int32),
-        "true": logits[np.arange(len(logits)), truth],
-        "crc32": np.array([zlib.crc32(row.tobytes()) for row in logits], np.uint32),
-        "finite": np.isfinite(logits).all(1),
-        "logits": logits[:kept],
-    }
 
 
 def layers(request: Json, files: Store) -> Json:
@@ -687,8 +671,7 @@ class Cuda:
         if code:
             raise Fault("engine", f"{name} failed on the target with CUDA error {code}")
 
-    def forget(self) -> None:
-        """An error that was answered: else TensorRT finds it after its next launch."""
+    def forget(self) -> None:  # an error that was answered: else TensorRT finds it after its next launch
         getattr(self.library, "cudaGetLastError", int)()
 
     def created(self, name: str, *arguments: Any) -> ctypes.c_void_p:
@@ -743,7 +726,9 @@ class EngineModel:
         self.run()
         self.facts: Json = {"runtime": f"tensorrt {trt.__version__}", "load_s": time.perf_counter() - start}
         note = self.capture() if request.get("graph", True) else "not asked for"
-        self.facts.update({"graph_note": note, "cuda_graph": self.graph is not None, "device_mb": self.size() / 2**20})
+        made = self.engine  # from 10 on the first
+        size = made.device_memory_size_v2 if hasattr(made, "device_memory_size_v2") else made.device_memory_size
+        self.facts.update({"graph_note": note, "cuda_graph": self.graph is not None, "device_mb": size / 2**20})
         self.facts.update({"host_waits": waits, "cuda": self.cuda.device(None)["cuda"]})
 
     def place(self, name: str, batch: int) -> tuple[Any, int | None]:
@@ -760,11 +745,6 @@ class EngineModel:
         self.cuda.copy(address, array.ctypes.data, array.nbytes, self.stream)
         self.context.set_tensor_address(name, address)
         return array, address
-
-    def size(self) -> int:
-        """Bytes of activations that it takes on the device."""
-        made = self.engine
-        return int(made.device_memory_size_v2 if hasattr(made, "device_memory_size_v2") else made.device_memory_size)
 
     def run(self) -> None:
         self.cuda.call("cudaEventRecord", self.events[0], self.stream)
@@ -821,18 +801,16 @@ class EngineModel:
 
 
 def build(request: Json, files: Store) -> Json:
-    """Settings are those of the recipe's `engine`; `input`: name and (channels, height, width); `dynamic`: open batch.
-
-    `passing`: the engine is only to be measured; one that was built from the same is taken in its place. `beside`: files that
-    the model refers to by their digests. What TensorRT says meanwhile goes to standard error, which the host keeps.
+    """`settings`: the recipe's `engine`; `input`: name and (channels, height, width); `dynamic`: open batch; `passing`: the engine
+    is only to be measured, one built from the same may take its place; `beside`: files that the model refers to by their digests.
     """
     with files.alone(request):
         facts = tensorrt_facts()
         here, model = place_of(facts), files.find(request["model"])
         weights = sum(files.find(file).stat().st_size for file in request.get("beside", ()))
-        asked = [digest_of(model), *(request[key] for key in ("settings", "input", "dynamic")), here]
-        made_from = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        if request.get("passing") and (known := files.passed(made_from)):
+        made_from = [digest_of(model), *(request[key] for key in ("settings", "input", "dynamic")), here]
+        passing = request.get("passing")
+        if passing and (known := files.passed(made_from)):
             return known
         files.make_room(4 * (model.stat().st_size + weights) + (64 << 20))
         place = re.sub(r"[^\w.-]+", "_", " ".join(str(here[key]) for key in (*BOUND_TO, "power_mode")))[:150]
@@ -843,11 +821,11 @@ def build(request: Json, files: Store) -> Json:
         built = {**here, **told, "seconds": time.monotonic() - start}
         kept = files.keep(target)
         settings = {key: request["settings"][key] for key in ("precision", "batch", "dla_core")}
-        entry = {**built, **settings, "input": request["input"], "dynamic": request["dynamic"]}
-        files.write(files.root / "engines" / kept["sha256"], entry)  # the ledger of the engines that were built here
-        if request.get("passing"):
-            files.write(files.root / "passing" / made_from, {"engine": kept, **built})
-        return {"engine": kept, **built}
+        entry = {**built, **settings, "input": request["input"], "dynamic": request["dynamic"], "made_from": made_from}
+        answer = {"engine": kept, **built}  # below: the ledger of the engines that were built here
+        (fresh := files.scratch()).write_text(json.dumps({**entry, **({"answer": answer} if passing else {})}))
+        fresh.replace(files.root / "engines" / kept["sha256"])
+        return answer
 
 
 def build_with_module(path: Path, target: Path, timing: Path, request: Json) -> Json:
@@ -993,14 +971,11 @@ def trtexec_in_turn(request: Json, files: Store) -> Json:
     exported, seconds = files.scratch(".json"), request["duration_s"] / TRTEXEC_ROUNDS
     options = ["--noDataTransfers", "--useSpinWait", "--useCudaGraph", "--avgRuns=1000", f"--exportTimes={exported}"]
     options += [f"--warmUp={1000 * request['warmup_s']:.0f}", f"--duration={max(1, seconds):.0f}"]
-    times: list[list[str]] = []
-    for number in range(TRTEXEC_ROUNDS):
-        blocks = [""] * len(engines)
+    times = [[""] * len(engines) for _ in range(TRTEXEC_ROUNDS)]
+    for number, blocks in enumerate(times):
         for index in range(len(engines))[:: -1 if number % 2 else 1]:
             run_trtexec([*engines[index], *options])
-            blocks[index] = exported.read_text()
-        times.append(blocks)
-    exported.unlink()
+            blocks[index] = taken(exported)
     return {"times": times, "models": [{"runtime": "trtexec"} for _ in engines], "overhead": None, "memory": None}
 
 
@@ -1008,15 +983,12 @@ def trtexec_layers(request: Json, files: Store) -> Json:
     profile, info = files.scratch(".profile"), files.scratch(".layers")
     options = ["--dumpProfile", "--separateProfileRun", f"--exportProfile={profile}", f"--exportLayerInfo={info}"]
     run_trtexec([*trtexec_engine(request, request["model"], files), *options, "--profilingVerbosity=detailed"])
-    texts = {"profile": profile.read_text(), "layer_info": info.read_text()}
-    for path in (profile, info):
-        path.unlink()
-    return {"layers": [], **texts}
+    return {"layers": [], "profile": taken(profile), "layer_info": taken(info)}
 
 
 BOUND_TO = ("tensorrt", "board", "gpu", "compute_capability")  # what an engine that was built here must find again
 CLOCKS = {"mhz": "cur_freq", "min_mhz": "min_freq", "max_mhz": "max_freq"}
-# made of (request, file, files): objects with `run()` on fixed buffers, `on_gpu`, `logits(images)`, `layers()` and `facts`
+# made of (request, file, files): objects with `run()` on fixed buffers, `logits(images)`, `layers()`, `facts`; engines: `on_gpu`
 MODELS: dict[str, Any] = {"onnxruntime": OnnxModel, "tensorrt": EngineModel}
 VERBS = {verb.__name__: verb for verb in (probe, missing, store, fetch, build, measure, infer, layers)}
 
