@@ -4,31 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cswap_deploy.artifacts import Group, Groups, InputSpec, Refusal
 from cswap_deploy.errors import PruningError
 from cswap_deploy.prune.costs import cost_terms
+from cswap_deploy.prune.head_dims import Inner, within_heads
 from cswap_deploy.prune.proof import proven
-from cswap_deploy.prune.proposals import propose
+from cswap_deploy.prune.proposals import Proposals, overlap, propose
 from cswap_deploy.prune.tracing import traced
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = ()) -> Groups:
+HeadsMode: TypeAlias = Literal["whole", "dims"]
+
+
+def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = (), heads: HeadsMode = "whole") -> Groups:
     """Groups of `module` in the order of its layers, with what each unit costs and what is not prunable, and why.
 
     A group is kept only if cutting a random half of its units gives the same logits as masking them.
     `skip`: shell patterns of module names; a group with a member that matches is left alone. A pattern that matches
-    nothing is a PruningError. `module` is not changed.
+    nothing is a PruningError. `module` is not changed. `heads`: whether attention loses whole heads, or where that is possible
+    dimensions within them.
     """
     _require_matches(module, skip)
     trace = traced(module, spec)
     proposed = propose(module, trace)
+    inner = Inner()
+    if heads == "dims":
+        inner = within_heads(module, trace, spec, lambda group: _skipped(group, skip) or _shared(module, group))
+        proposed = _beside(proposed, inner)
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
-    candidates, refused = [], list(proposed.refused)
+    candidates, refused = [], [*proposed.refused, *inner.refused]
     for group in sorted(proposed.groups, key=lambda group: order[group.members[0].module]):
         reason = _skipped(group, skip) or _shared(module, group)
         candidates += [] if reason else [group]
@@ -36,6 +45,23 @@ def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = ()) -> Groups
     groups, disproven = proven(module, candidates, spec)
     terms = cost_terms(module, spec, trace, groups, proposed.atoms)
     return Groups(groups, (*refused, *disproven), terms)
+
+
+def _beside(proposed: Proposals, inner: Inner) -> Proposals:
+    """What is left of the proposals where some heads lose dimensions, and these."""
+    owned = {(member.tensor, member.axis) for group in inner.groups for member in group.members}
+    taken = [(member, group.units) for group in inner.groups for member in group.members]
+
+    def free(group: Group) -> bool:
+        return not any(
+            (member.tensor, member.axis) == (other.tensor, other.axis) and overlap(member, group.units, other, units)
+            for member in group.members
+            if (member.tensor, member.axis) in owned
+            for other, units in taken
+        )
+
+    groups = (*filter(free, proposed.groups), *inner.groups)
+    return Proposals(groups, proposed.refused, {**proposed.atoms, **inner.atoms})
 
 
 def _skipped(group: Group, skip: Sequence[str]) -> str | None:
