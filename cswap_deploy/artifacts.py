@@ -191,9 +191,9 @@ class HeadDims(Group):
     def silenced(self, units: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Per module that makes queries or keys the rows of these units."""
         found: dict[str, set[int]] = {}
-        for rows in (self.queries, self.keys):
-            if rows:
-                found.setdefault(rows.last, set()).update(offset + unit for offset in rows.offsets for unit in units)
+        for rows in filter(None, (self.queries, self.keys)):
+            for name in rows.modules:
+                found.setdefault(name, set()).update(offset + unit for offset in rows.offsets for unit in units)
         return {name: tuple(sorted(own)) for name, own in found.items()}
 
 

@@ -35,8 +35,8 @@ from cswap_deploy.recipe import CurvesAllocation, Recipe, Variant, to_yaml
 from cswap_deploy.stage import Workdir, WouldRun
 
 STAGES = (
-    "source", "split", "groups", "scores", "curves", "staircase", "plan", "pruned", "exported", "simplified", "variants",
-    "engine", "accuracy", "latency", "bundle",
+    "source", "split", "groups", "rotated", "scores", "curves", "staircase", "plan", "pruned", "exported", "simplified",
+    "variants", "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
 FAILED = "engine.failed.log"
@@ -124,7 +124,7 @@ def load(recipe: Recipe, work: Workdir) -> Network:
 
 def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
     """What can leave it."""
-    return work.run(prune.find_groups, source, recipe.prune.skip)
+    return work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
 
 
 def choose_plan(
@@ -168,7 +168,8 @@ def _made(
 ) -> tuple[Network, OnnxModel, dict[str, OnnxModel], list[Reason]]:
     """The pruned network, its exported file, and the simplified one with its variants."""
     fit = ImageSet(split.fit, recipe.calibration.images)
-    pruned = work.run(prune.apply, source, groups, plan, fit, recipe.prune.compensate, recipe.device)
+    turned = planning.rotated(recipe, source, split, groups, work)
+    pruned = work.run(prune.apply, turned, groups, plan, fit, recipe.prune.compensate, recipe.device)
     pruned = _located(pruned, recipe)
     exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx.graph)
     return pruned, exported, *_models(recipe, exported, pruned, split, work, wanted)
@@ -181,6 +182,7 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
     groups = find_groups(recipe, source, work)
+    source = planning.rotated(recipe, source, split, groups, work)
     scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
     curves = None
     if isinstance(settings.allocation, CurvesAllocation):
@@ -397,6 +399,7 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     """Names of the stages that this recipe runs, in order."""
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
+    wanted |= {"rotated"} if "plan" in wanted and recipe.prune.heads == "dims" else set()
     wanted |= {"staircase"} if planning.goal_ms(recipe) else set()
     wanted |= {"variants"} if recipe.wanted_variants or _wanted_forms(recipe) else set()
     wanted |= {"engine"} if recipe.engine else set()
@@ -411,7 +414,7 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
     dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
     before = [*names[: names.index("exported")]]
     if planning.goal_ms(recipe):
-        order = ("groups", "staircase", "scores", "curves", "plan", "pruned")
+        order = ("groups", "staircase", "rotated", "scores", "curves", "plan", "pruned")
         before, made, dense = [*before[:2], *dense, *(name for name in order if name in names)], [*made, "latency"], []
     return (
         *before,

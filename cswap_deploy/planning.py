@@ -80,16 +80,25 @@ def choose(
 
     `dense`: the dense network in the precision that ships; `ship` makes the file that would ship from a plan.
     """
-    groups = work.run(prune.find_groups, source, recipe.prune.skip)
+    groups = work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
     with reached(recipe, work) as (target, probe):
         meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
         first = begun(meter)
         if first.verdict != "met":
             return Groups((), (), ()), PruningPlan({}, (), None), first
         staircase = learned(meter)
-        planner = _Planner(recipe, source, split, groups, work, staircase)
+        turned = rotated(recipe, source, split, groups, work)
+        planner = _Planner(recipe, turned, split, groups, work, staircase)
         trials, plan, verdict = planner.settled(meter, first.ratio, ship)
         return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict)
+
+
+def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work: Workdir) -> Network:
+    """What is pruned: the dense network, where dimensions within heads may leave with other weights for the same function."""
+    if recipe.prune.heads != "dims" or not groups.groups:
+        return source
+    fit = ImageSet(split.fit, recipe.calibration.images)
+    return replace(source, weights=work.run(prune.rotate, source, groups, fit, recipe.device))
 
 
 @dataclass

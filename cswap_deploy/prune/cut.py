@@ -9,7 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.artifacts import Architecture, File, Group, HeadDims, HeadRows, Network, PruningPlan, Slice, UnitAttribute
+from cswap_deploy.artifacts import (
+    Architecture,
+    File,
+    Group,
+    HeadDims,
+    HeadRows,
+    Network,
+    PruningPlan,
+    Slice,
+    UnitAttribute,
+)
 from cswap_deploy.checkpoint import load_state, read_checkpoint
 from cswap_deploy.errors import ModelError, PruningError
 from cswap_deploy.model import build
@@ -175,7 +185,15 @@ def _group(item: dict[str, Any]) -> Group:
     queries, keys, values = (_rows(item[name]) for name in ("queries", "keys", "values"))
     scales = tuple((owner, name) for owner, name in item["scales"])
     return HeadDims(
-        item["name"], "dims", item["units"], members, attributes, queries=queries, keys=keys, values=values, scales=scales
+        item["name"],
+        "dims",
+        item["units"],
+        members,
+        attributes,
+        queries=queries,
+        keys=keys,
+        values=values,
+        scales=scales,
     )
 
 

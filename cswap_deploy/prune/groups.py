@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group, Groups, InputSpec, Refusal
 from cswap_deploy.errors import PruningError
 from cswap_deploy.prune.costs import cost_terms
 from cswap_deploy.prune.head_dims import Inner, within_heads
 from cswap_deploy.prune.proof import proven
-from cswap_deploy.prune.proposals import Proposals, overlap, propose
+from cswap_deploy.prune.proposals import SUMMED, Proposals, overlap, propose
 from cswap_deploy.prune.tracing import traced
+from cswap_deploy.recipe import HeadsMode
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-HeadsMode: TypeAlias = Literal["whole", "dims"]
 
 
 def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = (), heads: HeadsMode = "whole") -> Groups:
@@ -32,12 +30,11 @@ def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = (), heads: He
     _require_matches(module, skip)
     trace = traced(module, spec)
     proposed = propose(module, trace)
-    inner = Inner()
     if heads == "dims":
         inner = within_heads(module, trace, spec, lambda group: _skipped(group, skip) or _shared(module, group))
         proposed = _beside(proposed, inner)
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
-    candidates, refused = [], [*proposed.refused, *inner.refused]
+    candidates, refused = [], list(proposed.refused)
     for group in sorted(proposed.groups, key=lambda group: order[group.members[0].module]):
         reason = _skipped(group, skip) or _shared(module, group)
         candidates += [] if reason else [group]
@@ -60,8 +57,10 @@ def _beside(proposed: Proposals, inner: Inner) -> Proposals:
             for other, units in taken
         )
 
+    makers = {member.module for group in inner.groups for member in group.members if member.axis == 0}
+    refused = (item for item in proposed.refused if item.reason != SUMMED or item.name.partition("[")[0] not in makers)
     groups = (*filter(free, proposed.groups), *inner.groups)
-    return Proposals(groups, proposed.refused, {**proposed.atoms, **inner.atoms})
+    return Proposals(groups, (*refused, *inner.refused), {**proposed.atoms, **inner.atoms})
 
 
 def _skipped(group: Group, skip: Sequence[str]) -> str | None:

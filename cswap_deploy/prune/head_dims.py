@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +38,7 @@ class Inner:
     refused: tuple[Refusal, ...] = ()
 
 
-def within_heads(
-    module: nn.Module, trace: Trace, spec: InputSpec, leave: Callable[[HeadDims], str | None]
-) -> Inner:
+def within_heads(module: nn.Module, trace: Trace, spec: InputSpec, leave: Callable[[HeadDims], str | None]) -> Inner:
     """`leave`: why a group is left alone, None where it is not.
 
     Queries and keys are one group, values another, unless one layer's layout or a number that forward code reads binds them: then they
@@ -68,7 +68,9 @@ def _tried(module: nn.Module, trace: Trace, spec: InputSpec, leave: Callable[[He
     candidates = named_apart(candidates)
     counted = attributes(module, trace, {atom: group.name for atom, group in candidates.items()})
     layouts = {
-        group.name: list(_layouts(module, replace(group, attributes=counted[group.name], scales=_scales(module, trace, atom)), atom))
+        group.name: list(
+            _layouts(module, replace(group, attributes=counted[group.name], scales=_scales(module, trace, atom)), atom)
+        )
         for atom, group in candidates.items()
     }
     turned = _turnable(module, spec, layouts)
@@ -114,7 +116,7 @@ def _scales(module: nn.Module, trace: Trace, atom: Dim) -> tuple[tuple[str, str]
 def _layouts(module: nn.Module, group: HeadDims, atom: Dim) -> Iterator[HeadDims]:
     """Which rows may be queries, keys and values, likeliest first; one without values that are turned last where none has to be."""
     chains = _chains(module, group.members)
-    columns = [member for member in group.consumers]
+    columns = group.consumers
     rows = sum(len(offsets) for offsets in chains.values())
     fused, alone = bool(columns) and "dims" in atom.roles, "dims" not in atom.roles
     heads = len(columns) if columns else rows // 2
@@ -122,7 +124,10 @@ def _layouts(module: nn.Module, group: HeadDims, atom: Dim) -> Iterator[HeadDims
     tidy = all(member.repeat == 1 for member in group.members) and len({member.module for member in columns}) <= 1
     for side_by_side in (True, False) if whole and tidy else ():
         slots = [
-            HeadRows(chain, offsets[part * heads : (part + 1) * heads] if side_by_side else offsets[part :: len(offsets) // heads])
+            HeadRows(
+                chain,
+                offsets[part * heads : (part + 1) * heads] if side_by_side else offsets[part :: len(offsets) // heads],
+            )
             for chain, offsets in chains.items()
             for part in range(len(offsets) // heads)
         ]
@@ -130,7 +135,7 @@ def _layouts(module: nn.Module, group: HeadDims, atom: Dim) -> Iterator[HeadDims
             continue
         for place in (2, 0, 1) if fused else (0,):
             values = slots[place] if fused or alone else None
-            queries, keys = [slot for slot in slots if slot is not values] or [None, None]
+            queries, keys = (None, None) if alone else (slot for slot in slots if slot is not values)
             yield replace(group, queries=queries, keys=keys, values=values)
     if alone:
         yield group
@@ -152,7 +157,12 @@ def _chains(module: nn.Module, members: Sequence[Slice]) -> dict[tuple[str, ...]
         layer = module.get_submodule(name)
         if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
             chains.append((name,))
-        elif isinstance(layer, _BatchNorm) and chains and layer.affine and rows[chains[-1][0]] == offsets[: len(offsets) // 2]:
+        elif (
+            isinstance(layer, _BatchNorm)
+            and chains
+            and layer.affine
+            and rows[chains[-1][0]] == offsets[: len(offsets) // 2]
+        ):
             chains[-1] = (chains[-1][0], name)
         else:
             return {}
@@ -163,13 +173,11 @@ def _turnable(module: nn.Module, spec: InputSpec, layouts: dict[str, list[HeadDi
     """Per group the first layout that may be turned by any matrices: all groups at once, those that fail one by one."""
     found: dict[str, HeadDims] = {}
     first = [tried[0] for tried in layouts.values() if tried]
-    if first and same_function(module, spec, lambda network: _turned(network, first)):
+    if first and same_function(module, spec, partial(_turned, groups=first)):
         return {group.name: group for group in first}
     for name, tried in layouts.items():
-        for group in tried:
-            if same_function(module, spec, lambda network, group=group: _turned(network, [group])):
-                found[name] = group
-                break
+        right = (group for group in tried if same_function(module, spec, partial(_turned, groups=[group])))
+        found.update((name, group) for group in islice(right, 1))
     return found
 
 
@@ -183,7 +191,10 @@ def _turned(module: nn.Module, groups: Sequence[HeadDims]) -> None:
             if rows is None:
                 continue
             shape = len(rows.offsets), group.units, group.units
-            matrices: Tensor = torch.eye(group.units).double() + 0.5 * torch.rand(shape, generator=generator, dtype=torch.float64) / group.units
+            matrices: Tensor = (
+                torch.eye(group.units).double()
+                + 0.5 * torch.rand(shape, generator=generator, dtype=torch.float64) / group.units
+            )
             other: Any = torch.linalg.inv(matrices)
             turn_rows(module, rows, matrices)
             if rows is group.queries:

@@ -18,6 +18,7 @@ MOST_SLICES = 4096
 """Of one group; beyond it its units lie too scattered to be of use."""
 
 
+SUMMED = "a product of two activations sums over it"
 AnyGroup = TypeVar("AnyGroup", bound=Group)
 Role = Literal["makes", "reads", "regroups", "columns", "carries"]
 """What a slice is to its layer: rows of a weight, its columns, those of a grouped one or of another layer; or it only goes along."""
@@ -127,7 +128,7 @@ def _unfit(atom: Dim, places: Sequence[Place], *, within: bool = False) -> str |
     if any(place.role == "regroups" for place in places):
         return "a grouped convolution reads it by its place in each group"
     if "dims" in atom.roles and not within:
-        return "a product of two activations sums over it"
+        return SUMMED
     if any(place.role == "columns" for place in places):
         return "it is coupled to the columns of a layer that is neither linear nor a convolution"
     if not any(place.role == "reads" for place in places) and not (within and "dims" in atom.roles):

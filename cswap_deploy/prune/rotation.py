@@ -11,7 +11,7 @@ keys). With C the covariance of a head's part of what the projection reads, W it
 
     values: S^1/2 V' C^-1/2,     columns: W C^1/2 V S^-1/2
 
-does the same for what the projection gives. All in float64; moments that vanish count as `FLOOR` of the largest.
+does the same for what the projection gives. All in float64.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FLOOR = 1e-6
+"""Of the largest moment, or of that about 0 in place of the mean: what vanishes counts as much, so that every matrix has an inverse."""
+BALANCE = 1e-4
+"""Of the largest singular value: smaller ones are not scaled up to it."""
 
 
 def rotated(module: nn.Module, groups: Sequence[Group], batches: Batches) -> nn.Module:
@@ -121,7 +124,7 @@ def _heads(group: HeadDims) -> list[int]:
 
 @dataclass
 class _Moments:
-    """(heads, units, units) each, in float64: of queries; of keys and values about their means."""
+    """(heads, units, units) each, in float64, summed: of queries; of keys and values about their means."""
 
     queries: Any = 0.0
     keys: Any = 0.0
@@ -143,7 +146,8 @@ def _moments(module: nn.Module, groups: Sequence[HeadDims], batches: Batches) ->
         def keys(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
             assert group.keys
             heads = _split(output, channel_last(module, group.keys), group.keys.offsets, group.units)
-            own.keys = own.keys + _gram((heads - heads.mean(1, keepdim=True)).flatten(0, 1))
+            centred = heads - heads.mean(1, keepdim=True)
+            own.keys = own.keys + _gram(centred.flatten(0, 1)) + FLOOR * _gram(heads.flatten(0, 1))
 
         def values(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             heads = _split(inputs[0], channel_axis(layer) == -1, _heads(group), group.units).flatten(0, 1)
@@ -165,7 +169,7 @@ def _moments(module: nn.Module, groups: Sequence[HeadDims], batches: Batches) ->
         for images, _ in batches:
             module(images)
     for name, (total, count) in sums.items():
-        found[name].values -= total[:, :, None] * total[:, None, :] / count
+        found[name].values -= (1 - FLOOR) * total[:, :, None] * total[:, None, :] / count
     return found
 
 
@@ -180,7 +184,8 @@ def _split(tensor: Tensor, last: bool, offsets: Sequence[int], units: int) -> Te
     flat = tensor if last else tensor.movedim(1, -1)
     flat = flat.reshape(len(flat), -1, flat.shape[-1])
     index = torch.tensor(offsets, device=flat.device)[:, None] + torch.arange(units, device=flat.device)
-    return flat[..., index].double()
+    found: Tensor = flat[..., index].double()
+    return found
 
 
 def _gram(heads: Tensor) -> Tensor:
@@ -197,9 +202,7 @@ def _balanced(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
     below, above = _root(queries), _root(keys)
     _, values, right = torch.linalg.svd(below @ above)
-    values = values.clamp_min(FLOOR * values[:, :1])
-    # values grow with the number of images: only their ratios between dimensions and between queries and keys matter
-    turn = values.rsqrt()[..., None] * (right @ above)
+    turn = _level(_floored(values).rsqrt()[..., None] * (right @ above), queries)
     return turn, torch.linalg.inv(turn).mT
 
 
@@ -209,15 +212,34 @@ def _carrying(moments: Tensor, columns: Tensor) -> Tensor:
     root = _root(moments)
     _, values, right = torch.linalg.svd(columns @ root, full_matrices=False)
     if right.shape[1] < right.shape[2]:  # a projection with fewer outputs than a head has dimensions
-        _, values, right = torch.linalg.svd(torch.nn.functional.pad(columns @ root, (0, 0, 0, right.shape[2])), full_matrices=False)
-    values = values.clamp_min(FLOOR * values[:, :1])
-    return values.sqrt()[..., None] * (right @ torch.linalg.inv(root))
+        _, values, right = torch.linalg.svd(
+            torch.nn.functional.pad(columns @ root, (0, 0, 0, right.shape[2])), full_matrices=False
+        )
+    return _level(_floored(values).sqrt()[..., None] * (right @ torch.linalg.inv(root)), moments)
+
+
+def _level(turn: Tensor, moments: Tensor) -> Tensor:
+    """Each head's matrix times a number that leaves the power of its vectors as it is; the identity for heads without any."""
+    import torch
+
+    power = moments.diagonal(0, 1, 2).sum(1)
+    after = (turn @ moments @ turn.mT).diagonal(0, 1, 2).sum(1)
+    alive = (power > 0) & (after > 0)
+    scale = torch.where(alive, power / after.where(alive, 1.0), 1.0).sqrt()
+    one = torch.eye(turn.shape[1], dtype=turn.dtype, device=turn.device)
+    return torch.where(alive[:, None, None], scale[:, None, None] * turn, one)
+
+
+def _floored(values: Tensor) -> Tensor:
+    largest = values[:, :1].clamp_min(1e-30)
+    return values.clamp_min(BALANCE * largest)
 
 
 def _root(moments: Tensor) -> Tensor:
-    """The symmetric root; what vanishes counts as `FLOOR` of the largest."""
+    """The symmetric one."""
     import torch
 
     values, vectors = torch.linalg.eigh(moments)
     largest = values[:, -1:].clamp_min(1e-30)
-    return (vectors * values.clamp_min(FLOOR * largest).sqrt()[:, None, :]) @ vectors.mT
+    root: Tensor = (vectors * values.clamp_min(FLOOR * largest).sqrt()[:, None, :]) @ vectors.mT
+    return root
