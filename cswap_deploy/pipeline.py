@@ -67,8 +67,8 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
     dense, more = _dense(recipe, source, split, work) if planning.goal_ms(recipe) else ({}, [])
-    groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work)
-    pruned, exported, models, reasons = _made(recipe, source, split, groups, plan, work, recipe.wanted_variants)
+    pruning, groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work)
+    pruned, exported, models, reasons = _made(recipe, pruning, split, groups, plan, work, recipe.wanted_variants)
     reasons += _further(recipe, models, pruned, fit, work)
     if not dense:
         dense, more = _dense(recipe, source, split, work)
@@ -129,8 +129,8 @@ def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
 
 def choose_plan(
     recipe: Recipe, source: Network, split: Split, dense: Mapping[str, OnnxModel], work: Workdir
-) -> tuple[Groups, PruningPlan, Budget | None, list[Reason]]:
-    """What leaves, what came of a latency that is asked for, and why nothing leaves where the target was lost.
+) -> tuple[Network, Groups, PruningPlan, Budget | None, list[Reason]]:
+    """What is pruned, what leaves it, what came of a latency that is asked for, and why nothing leaves where the target was lost.
 
     `dense`: the dense network's files, where a latency is asked for. Errors: PruningError, ExportError.
     """
@@ -138,9 +138,9 @@ def choose_plan(
         return *_plan(recipe, source, split, work), None, []
     name = recipe.shipped_file
 
-    def ship(groups: Groups, plan: PruningPlan) -> File:
+    def ship(pruning: Network, groups: Groups, plan: PruningPlan) -> File:
         wanted = [variant for variant in recipe.wanted_variants if variant == name]
-        _, _, models, reasons = _made(recipe, source, split, groups, plan, work, wanted)
+        _, _, models, reasons = _made(recipe, pruning, split, groups, plan, work, wanted)
         if name not in models:
             raise ExportError(reasons[0].text, "choose another ship")
         return models[name].graph
@@ -154,7 +154,7 @@ def choose_plan(
     except DeviceError as error:
         progress.warn(f"{error}; the dense network takes the place of the pruned one")
         text = f"target: {error.public}. Nothing was pruned for the latency. To go on: the same command again"
-        return Groups((), (), ()), PruningPlan({}, (), None), None, [Reason(error.exit_code, text)]
+        return source, Groups((), (), ()), PruningPlan({}, (), None), None, [Reason(error.exit_code, text)]
 
 
 def _made(
@@ -168,17 +168,16 @@ def _made(
 ) -> tuple[Network, OnnxModel, dict[str, OnnxModel], list[Reason]]:
     """The pruned network, its exported file, and the simplified one with its variants."""
     fit = ImageSet(split.fit, recipe.calibration.images)
-    turned = planning.rotated(recipe, source, split, groups, work)
-    pruned = work.run(prune.apply, turned, groups, plan, fit, recipe.prune.compensate, recipe.device)
+    pruned = work.run(prune.apply, source, groups, plan, fit, recipe.prune.compensate, recipe.device)
     pruned = _located(pruned, recipe)
     exported = work.run(export.to_onnx, pruned, split.labels, fit, recipe.onnx.graph)
     return pruned, exported, *_models(recipe, exported, pruned, split, work, wanted)
 
 
-def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Groups, PruningPlan]:
+def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Network, Groups, PruningPlan]:
     settings, device, seed = recipe.prune, recipe.device, recipe.seed
     if settings.target is None:
-        return Groups((), (), ()), PruningPlan({}, (), None)
+        return source, Groups((), (), ()), PruningPlan({}, (), None)
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
     groups = find_groups(recipe, source, work)
@@ -194,7 +193,7 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
     plan = work.run(
         prune.choose, source, groups, scores, curves, fit, selection, settings, round_to(recipe), device, seed
     )
-    return groups, plan
+    return source, groups, plan
 
 
 def _models(

@@ -38,7 +38,7 @@ ATTEMPTS, PAUSE_S = 3, 2.0
 """At a measurement whose connection ends, or that another one keeps waiting; seconds before the second, twice as many before the third."""
 
 Widths = dict[str, int]
-Ship = Callable[[Groups, PruningPlan], File]
+Ship = Callable[[Network, Groups, PruningPlan], File]
 Measured = TypeVar("Measured")
 
 
@@ -75,8 +75,8 @@ def reached(recipe: Recipe, work: Workdir) -> Iterator[tuple[Target, Probe]]:
 
 def choose(
     recipe: Recipe, source: Network, split: Split, dense: File, work: Workdir, ship: Ship
-) -> tuple[Groups, PruningPlan, Budget]:
-    """The plan with the least damage that meets the recipe's latency, and what was measured on the way. Errors: DeviceError.
+) -> tuple[Network, Groups, PruningPlan, Budget]:
+    """What is pruned, the plan with the least damage that meets the recipe's latency, and what was measured. Errors: DeviceError.
 
     `dense`: the dense network in the precision that ships; `ship` makes the file that would ship from a plan.
     """
@@ -85,12 +85,12 @@ def choose(
         meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
         first = begun(meter)
         if first.verdict != "met":
-            return Groups((), (), ()), PruningPlan({}, (), None), first
+            return source, Groups((), (), ()), PruningPlan({}, (), None), first
         staircase = learned(meter)
         turned = rotated(recipe, source, split, groups, work)
         planner = _Planner(recipe, turned, split, groups, work, staircase)
         trials, plan, verdict = planner.settled(meter, first.ratio, ship)
-        return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict)
+        return turned, groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict)
 
 
 def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work: Workdir) -> Network:
@@ -253,7 +253,7 @@ class _Planner:
         while True:
             best = loop.best(trials, lambda widths: damage_at(approach.curves, widths), shift)
             plan = self._settle(scores, curves, approach, best.widths)
-            shipped = meter.shipped(ship(self.groups, plan))
+            shipped = meter.shipped(ship(self.source, self.groups, plan))
             progress.note(
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"

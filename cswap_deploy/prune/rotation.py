@@ -56,7 +56,7 @@ def rotated(module: nn.Module, groups: Sequence[Group], batches: Batches) -> nn.
 
 
 def logit_scores(module: nn.Module, groups: Sequence[HeadDims], batches: Batches) -> tuple[GroupScores, ...]:
-    """keep_value: the mean square of a unit's part of the logits, before their scale, summed over heads; for groups with queries."""
+    """keep_value: the mean square of a unit's part of the logits, before their scale, over heads; for groups with queries."""
     import torch
 
     with torch.no_grad():
@@ -64,7 +64,7 @@ def logit_scores(module: nn.Module, groups: Sequence[HeadDims], batches: Batches
     found = []
     for group in groups:
         own = moments[group.name]
-        power = (own.queries.diagonal(0, 1, 2) * own.keys.diagonal(0, 1, 2)).sum(0)
+        power = (own.queries.diagonal(0, 1, 2) * own.keys.diagonal(0, 1, 2)).mean(0) / own.rows[0] / own.rows[1]
         found.append(GroupScores(group.name, tuple(range(group.units)), tuple(power.tolist())))
     return tuple(found)
 
@@ -129,6 +129,8 @@ class _Moments:
     queries: Any = 0.0
     keys: Any = 0.0
     values: Any = 0.0
+    rows: tuple[int, int] = 0, 0
+    """Of queries and keys."""
 
 
 def _moments(module: nn.Module, groups: Sequence[HeadDims], batches: Batches) -> Mapping[str, _Moments]:
@@ -142,12 +144,14 @@ def _moments(module: nn.Module, groups: Sequence[HeadDims], batches: Batches) ->
             assert group.queries
             heads = _split(output, channel_last(module, group.queries), group.queries.offsets, group.units)
             own.queries = own.queries + _gram(heads.flatten(0, 1))
+            own.rows = own.rows[0] + len(heads.flatten(0, 1)), own.rows[1]
 
         def keys(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
             assert group.keys
             heads = _split(output, channel_last(module, group.keys), group.keys.offsets, group.units)
             centred = heads - heads.mean(1, keepdim=True)
             own.keys = own.keys + _gram(centred.flatten(0, 1)) + FLOOR * _gram(heads.flatten(0, 1))
+            own.rows = own.rows[0], own.rows[1] + len(heads.flatten(0, 1))
 
         def values(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             heads = _split(inputs[0], channel_axis(layer) == -1, _heads(group), group.units).flatten(0, 1)
