@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from typing_extensions import assert_never
 
-from cswap_deploy.artifacts import Group, GroupScores, HeadDims
+from cswap_deploy.artifacts import Group, GroupScores
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.criteria.causal import CausalEffect
+from cswap_deploy.prune.criteria.logits import BesideLogits
 from cswap_deploy.prune.criteria.magnitude import Magnitude
 from cswap_deploy.prune.criteria.random import Random
 from cswap_deploy.prune.criteria.taylor import Taylor
 from cswap_deploy.prune.criteria.variance import Variance
-from cswap_deploy.prune.rotation import logit_scores
 from cswap_deploy.recipe import (
     CausalCriterion,
     CriterionSettings,
@@ -36,24 +35,7 @@ class Scorer(Protocol):
 
 def scorer(settings: CriterionSettings, seed: int) -> Scorer:
     """The criterion that the recipe names; `seed` is for the one that draws. Dimensions of queries are scored by their logits."""
-    return _Divided(_criterion(settings, seed))
-
-
-@dataclass(frozen=True)
-class _Divided:
-    """No layer reads queries and keys through weights, which is where units are scored."""
-
-    of_the_others: Scorer
-
-    def score(self, module: nn.Module, groups: Sequence[Group], batches: Batches) -> tuple[GroupScores, ...]:
-        own = [group for group in groups if isinstance(group, HeadDims) and group.queries]
-        others = [group for group in groups if group not in own]
-        scores = [
-            *self.of_the_others.score(module, others, batches),
-            *(logit_scores(module, own, batches) if own else ()),
-        ]
-        found = {item.group: item for item in scores}
-        return tuple(found[group.name] for group in groups)
+    return BesideLogits(_criterion(settings, seed))
 
 
 def _criterion(settings: CriterionSettings, seed: int) -> Scorer:
