@@ -42,6 +42,7 @@ NETS: dict[str, tuple[dict[str, Any] | str, str, str]] = {
     "vit-jpeg-dims": (VIT, "cifar10jpeg_vit", "cifar10-jpeg"),
     "quickstart": ("quickstart.yaml", "", ""),
     "quickstart-vit": ("quickstart-vit.yaml", "", ""),
+    "quickstart-vit-dims": ("quickstart-vit.yaml", "", ""),
 }
 """Settings, weights below `--weights` and images below `--images`; or a recipe that comes with both. Attention loses whole heads, in a
 network called `-dims` dimensions within them."""
