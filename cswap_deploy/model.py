@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,10 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops},
+    )
     parameter = next(module.parameters())
     image = torch.zeros(1, *spec.shape, dtype=parameter.dtype, device=parameter.device)
     with torch.no_grad(), counter:
@@ -120,6 +124,11 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
         if name.startswith(f"{root}."):
             totals[name.removeprefix(f"{root}.")] = sum(operators.values()) // 2
     return totals
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of shapes (batch, heads, tokens, dims): PyTorch counts this operator on other devices only."""
+    return 2 * math.prod((*query[:-1], key[-2], query[-1] + value[-1]))
 
 
 # --- building

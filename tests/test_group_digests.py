@@ -39,10 +39,10 @@ NETWORKS = {
         lambda: build(Architecture("timm", "vit_tiny_patch16_224", VIT, "")),
         12,
         "f60070809dd739fa",
-        "bbde96157cbc18b7",
+        "ea9ed4d2a88e3e85",
     ),
     "quickstart": (lambda: _recipe("quickstart.yaml"), 14, "9ba2dd8682c41186", "b0eba7b1d8a1a8aa"),
-    "quickstart-vit": (lambda: _recipe("quickstart-vit.yaml"), 8, "05e59fe57c89b934", "5ed588fcb65de474"),
+    "quickstart-vit": (lambda: _recipe("quickstart-vit.yaml"), 8, "05e59fe57c89b934", "c896cf4a89dfce22"),
 }
 
 

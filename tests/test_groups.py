@@ -341,6 +341,52 @@ class Own(nn.Module):
         return out
 
 
+class Halves(nn.Module):
+    """Splits by a list that it stores, into parts of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.parts = nn.Conv2d(3, 8, 1), (4, 4)
+        self.first, self.second = nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)
+        self.head = zoo.pooled(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.stem(x).split(self.parts, 1)
+        out: Tensor = self.head(self.first(first) * self.second(second))
+        return out
+
+
+def test_a_list_of_equal_sizes_belongs_to_the_parts_in_their_order() -> None:
+    found = find(zoo.randomised(Halves()).eval(), zoo.spec(8))
+    named = {group.name: [a.name for a in group.attributes] for group in found.groups}
+    assert named == {"stem": ["parts.0"], "stem[4:]": ["parts.1"], "first": []}
+
+
+class SharedKeys(nn.Module):
+    """Attention whose heads share one key and one value, of which the value alone may lose dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(3, 8), nn.Linear(3, 4), nn.Linear(3, 4)
+        self.head = nn.Linear(8, zoo.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).mT
+        query = self.query(tokens).unflatten(-1, (2, 4)).transpose(1, 2)
+        key, value = self.key(tokens).unsqueeze(1), self.value(tokens).unsqueeze(1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.head(mixed.transpose(1, 2).flatten(2)).mean(1)
+        return out
+
+
+def test_an_attention_whose_values_grow_narrower_costs_what_is_counted() -> None:
+    module = zoo.randomised(SharedKeys()).eval()
+    found = find(module, zoo.spec(8))
+    assert widths(found) == {"value": 4}
+    for keep in ({}, {"value": (0, 3)}):
+        assert tuple(map(round, found.cost(keep))) == count(cut_copy(module, found.groups, keep), zoo.spec(8))
+
+
 class Double(torch.autograd.Function):
     """Without a backward."""
 

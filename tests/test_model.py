@@ -18,7 +18,7 @@ from conftest import run
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cswap_deploy.artifacts import InputSpec, Network
+from cswap_deploy.artifacts import Architecture, InputSpec, Network
 from cswap_deploy.checkpoint import load_state, read_checkpoint, reason
 from cswap_deploy.errors import ModelError
 from cswap_deploy.factory import code_files
@@ -215,6 +215,15 @@ def test_count_is_what_one_counts_by_hand() -> None:
     macs = {"0": 4 * 3 * 9 * 36, "1": 4 * 2 * 9 * 9, "3": 36 * 5}
     assert count(module, spec) == ((4 * 27 + 4) + 4 * 2 * 9 + (36 * 5 + 5), sum(macs.values()))
     assert count_by_module(module, spec) == macs | {"": sum(macs.values())}
+
+
+def test_count_holds_both_products_of_an_attention() -> None:
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 5}
+    module = build(Architecture("timm", "vit_tiny_patch16_224", settings, ""))
+    spec = InputSpec((3, 32, 32), (0, 0, 0), (1, 1, 1), "bilinear", 1.0)
+    tokens, width = 17, 24
+    weights = sum(module.get_submodule(f"blocks.0.attn.{name}").weight.numel() for name in ("qkv", "proj"))  # type: ignore[operator]
+    assert count_by_module(module, spec)["blocks.0.attn"] == tokens * weights + 2 * tokens**2 * width
 
 
 @pytest.mark.parametrize("size", [4, 9])

@@ -131,6 +131,7 @@ def _split(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None
         own[axis] = _part(trace, dims[axis], start, start + part.shape[axis])
         start += part.shape[axis]
         trace.give(part, own)
+    trace.splits.setdefault(trace.module, []).append(tuple(trace.dims(part)[axis] for part in result))
 
 
 def split_equally(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> None:

@@ -27,7 +27,7 @@ def attributes(module: nn.Module, trace: Trace, groups: Mapping[Dim, str]) -> di
     made: dict[str, dict[UnitAttribute, None]] = {name: {} for name in groups.values()}
     for name, layer in module.named_modules():
         if not _repaired_by_shape(layer):
-            for group, attribute in _counting(name, layer, trace.handled.get(name, ()), groups):
+            for group, attribute in _counting(name, layer, trace, groups):
                 made[group][attribute] = None
     for weight, dim in trace.fixed_groups.items():
         owner = weight.rpartition(".")[0]
@@ -47,21 +47,36 @@ def owners(dim: Dim, groups: Mapping[Dim, str]) -> Iterator[tuple[str, int]]:
 
 
 def _counting(
-    name: str, layer: nn.Module, handled: Sequence[Dim], groups: Mapping[Dim, str]
+    name: str, layer: nn.Module, trace: Trace, groups: Mapping[Dim, str]
 ) -> Iterator[tuple[str, UnitAttribute]]:
-    """Integers, also in tuples and lists, that are the size of an axis to which a group's units belong in one way."""
+    """Integers, also in tuples and lists, that are the size of an axis to which a group's units belong in one way.
+
+    A list of the sizes by which the module has split an axis belongs to its parts, in their order.
+    """
     ways: dict[tuple[int, str], set[tuple[int, bool]]] = {}
-    for dim in {found(dim) for dim in handled}:
+    for dim in {found(dim) for dim in trace.handled.get(name, ())}:
         for group, repeat in owners(dim, groups):
             ways.setdefault((dim.size, group), set()).add((repeat, "heads" in dim.roles))
     sizes = {size for size, _ in ways}
-    for key, value in _integers(layer) if ways else ():
+    by_place = dict(_split_by(layer, trace.splits.get(name, ())))
+    for key, part in by_place.items():
+        yield from ((group, UnitAttribute(name, key, repeat)) for group, repeat in owners(part, groups))
+    for key, value in ((key, value) for key, value in _integers(layer) if ways and key not in by_place):
         for group in dict.fromkeys(groups.values()) if value in sizes else ():
             known = ways.get((value, group), set())
             if "head" in key or "dim" in key:
                 known = {(repeat, heads) for repeat, heads in known if heads == ("dim" not in key)}
             if len(known) == 1:
                 yield group, UnitAttribute(name, key, next(iter(known))[0])
+
+
+def _split_by(layer: nn.Module, splits: Sequence[tuple[Dim, ...]]) -> Iterator[tuple[str, Dim]]:
+    """The items of stored lists that are the sizes of a split, with the parts of it."""
+    for key, value in vars(layer).items():
+        if not isinstance(value, tuple | list):
+            continue
+        parts = next((parts for parts in splits if [part.size for part in parts] == [*value]), ())
+        yield from ((f"{key}.{place}", part) for place, part in enumerate(parts))
 
 
 def _integers(layer: nn.Module) -> Iterator[tuple[str, int]]:

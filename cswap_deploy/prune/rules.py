@@ -264,8 +264,9 @@ def _attention(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> 
     give_role(q[-1], "dims")
     give_role(v[-1], "values")
     trace.give(result, [*batch, q[-2], v[-1]])
+    weights = prod(query.shape[:-1]) * key.shape[-2]
     for inner in (q[-1], v[-1]):
-        trace.note("", prod(query.shape[:-1]) * key.shape[-2] * inner.size, [*batch, inner])
+        trace.note("", weights * inner.size, [*batch, inner])
 
 
 def _uneven(own: Dim, other: Dim) -> Dim:

@@ -50,6 +50,8 @@ class Trace:
     """Per convolution the axis that its `groups` counts."""
     handled: dict[str, list[Dim]] = field(default_factory=dict)
     """Per module the axes, and their parts, of what its own forward has split or reshaped by numbers."""
+    splits: dict[str, list[tuple[Dim, ...]]] = field(default_factory=dict)
+    """Per module the parts of each axis that its own forward has split by a list of sizes, in their order."""
     modules: list[str] = field(default_factory=lambda: [""])
     kinds: dict[str, str] = field(default_factory=dict)
     known: Any = None
