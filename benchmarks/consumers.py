@@ -2,7 +2,7 @@
 
 onnx's ReferenceEvaluator, OpenVINO and tract share no kernel with ONNX Runtime. onnxruntime-node does, and shows that another
 version of it reads the file; onnxruntime-web is WebAssembly, in Node and in Chromium. None is a dependency of the package:
-`pip install "cswap-deploy[consumers]"`, `ONNXRUNTIME_NODE_INSTALL=skip npm install --prefix benchmarks`, Debian's chromium.
+`pip install "cswap-deploy[consumers]"`, `npm ci --prefix benchmarks --ignore-scripts`, Debian's chromium.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def missing(name: str) -> str:
         return "Node.js is not installed: apt-get install nodejs npm"
     package = "onnxruntime-node" if name == "node" else "onnxruntime-web"
     if not (MODULES / package).is_dir():
-        return f"{package} is not installed: ONNXRUNTIME_NODE_INSTALL=skip npm install --prefix benchmarks"
+        return f"{package} is not installed: npm ci --prefix benchmarks --ignore-scripts"
     if name == "chromium" and shutil.which("chromium") is None:
         return "Chromium is not installed: apt-get install chromium"
     return (

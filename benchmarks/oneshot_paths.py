@@ -85,13 +85,11 @@ class Passing(Search):
     def criterion(self) -> Scorer:
         return self.peer or scorer(between_steps(self.bench.criterion), self.seed)
 
-    def _by_curves(
-        self, state: State, scores: tuple[GroupScores, ...], kind: CostKind, fraction: float, damage: Damage
-    ) -> tuple[Kept, tuple[Curve, ...]]:
+    def _curves(self, state: State, scores: tuple[GroupScores, ...], damage: Damage) -> tuple[Curve, ...]:
         if self.anew and state.steps:
             gauge = self.bench.gauge(state.module, state.systems, state.keep, scores, damage)
-            state = replace(state, curves=gauge.curves(self.bench.round_to), steps=())
-        return super()._by_curves(state, scores, kind, fraction, damage)
+            return gauge.curves(self.bench.round_to)
+        return super()._curves(state, scores, damage)
 
     def through(self, kind: CostKind, stride: float, cuts: Sequence[float]) -> Iterator[tuple[float, State]]:
         """(cut, state) of each cut in turn. Errors: PruningError."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import AccuracyReport, Engine, Evaluation, File, ImageSet, InputSpec, Network, OnnxModel
@@ -88,8 +88,10 @@ def on_engine(
     answer = target.ask(
         "infer",
         120 + len(labels) / IMAGES_PER_SECOND,
-        runtime="tensorrt", model=model, images=images, labels=labels, mean=spec.mean, std=spec.std, batch=batch,
-    )  # fmt: skip
+        model=model,
+        images=images,
+        **order(labels, spec, batch),
+    )
     with np.load(target.get(answer["outcomes"], out / "outcomes.npz").path, allow_pickle=False) as found:
         best, finite = found["top"], found["finite"]
     if best.ndim != 2 or finite.shape != (len(labels),) or len(best) != len(labels):
@@ -98,6 +100,11 @@ def on_engine(
     predicted = best[:, 0].tolist()
     _warn_of_lost("the engine", predicted)
     return Evaluation(tuple(predicted), tuple((best == np.array(labels)[:, None]).any(1).tolist()))
+
+
+def order(labels: tuple[int, ...], spec: InputSpec, batch: int) -> dict[str, Any]:
+    """What the agent's `infer` is told beside engine and images."""
+    return {"runtime": "tensorrt", "labels": labels, "mean": spec.mean, "std": spec.std, "batch": batch}
 
 
 def evaluate(

@@ -8,7 +8,8 @@ from typing import Any
 
 Facts = dict[str, Any]
 SPEC = "1.6"
-PROVED = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "torch_pruning", "numpy")
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "numpy")
+"""Of the manifest's `environment`: what made the files."""
 
 
 def bill(manifest: Facts) -> Facts:
@@ -37,12 +38,13 @@ def bill(manifest: Facts) -> Facts:
 
 
 def _model(m: Facts, shipped: Facts, root: str) -> Facts:
+    pruned = "structurally pruned without fine-tuning" if m["pruned"]["units_removed"] else "not pruned"
     component: Facts = {
         "type": "machine-learning-model",
         "bom-ref": root,
         "name": m["name"],
         "version": shipped["sha256"][:16],
-        "description": f"{m['model']['name']}, structurally pruned without fine-tuning; what ships is {m['shipped']}",
+        "description": f"{m['model']['name']}, {pruned}; what ships is {m['shipped']}",
         "hashes": _hashes(shipped),
         "pedigree": {
             "ancestors": [{"type": "machine-learning-model", "name": m["model"]["name"], **_licenses(m)}],
@@ -103,15 +105,14 @@ def _files(m: Facts, by_name: dict[str, Facts]) -> Iterator[Facts]:
 
 def _libraries(m: Facts) -> Iterator[Facts]:
     """What made it."""
-    for name in PROVED:
+    for name in LIBRARIES:
         if version := m["environment"].get(name):
-            package = name.replace("_", "-")
             yield {
                 "type": "library",
-                "bom-ref": f"pypi/{package}",
-                "name": package,
+                "bom-ref": f"pypi/{name}",
+                "name": name,
                 "version": version,
-                "purl": f"pkg:pypi/{package}@{version.replace('+', '%2B')}",
+                "purl": f"pkg:pypi/{name}@{version.replace('+', '%2B')}",
                 "scope": "excluded",
             }
 

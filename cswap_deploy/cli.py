@@ -100,15 +100,16 @@ def prepare(
 ) -> None:
     """The host's half: prune, export, make variants, judge them. `deploy` goes on, here or on the device."""
     with session("prepare", as_json) as answer:
-        from cswap_deploy import pipeline
+        from cswap_deploy import errands, pipeline
         from cswap_deploy.console import prepared_lines
 
         settings, folder = running.load(recipe, work, overrides, on)
         with running.opened(settings, folder, force, quiet or as_json) as work_folder:
             ready = pipeline.prepare(settings, work_folder)
+            for_board = errands.lay(settings, ready, work_folder)
         answer.document = {"work": str(folder), "onnx": str(ready.models["fp32"].graph.path), "macs": ready.pruned.macs}
         answer.document["reasons"] = [reason.text for reason in ready.reasons]
-        answer.lines = [*prepared_lines(ready, folder)]
+        answer.lines = [*prepared_lines(ready, folder, for_board)]
 
 
 @app.command()
@@ -119,10 +120,14 @@ def deploy(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """The device's half: build the engine, measure, make the bundle. From what `prepare` has made; needs no PyTorch."""
+    """The device's half: build the engine, measure, make the bundle. From what `prepare` has made; needs no PyTorch.
+
+    Without --on, where a board without a network has answered (python3 device/agent.py there), from its answers.
+    """
     with session("deploy", as_json) as answer:
-        from cswap_deploy import pipeline, prepared
+        from cswap_deploy import pipeline, prepared, progress
         from cswap_deploy.console import Console
+        from cswap_deploy.device import recorded
         from cswap_deploy.progress import reporting
         from cswap_deploy.stage import Workdir
 
@@ -136,7 +141,12 @@ def deploy(
             running.require_known_stages(force or [], pipeline.device_stages(recipe))
             console = Console(pipeline.device_lines(recipe), silent=quiet or as_json)
             with closing(console), reporting(console):
-                bundle = pipeline.deploy(recipe, ready, opened)
+                by_answers = on is None and recorded.has_answers(work)
+                if by_answers:
+                    progress.note(
+                        f"from the board's answers in {work / recorded.FOLDER}; --on TARGET asks a target anew"
+                    )
+                bundle = pipeline.deploy(recipe, ready, opened, by_answers=by_answers)
         _answer_bundle(answer, bundle)
 
 

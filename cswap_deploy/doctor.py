@@ -15,6 +15,7 @@ from typing import Any
 
 from cswap_deploy import doctor_host
 from cswap_deploy.device import needs
+from cswap_deploy.device.jetpack import jetpack_of
 from cswap_deploy.device.target import APT_TENSORRT, SCHEMA
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.findings import Finding, ok, or_unknown, release, size_text
@@ -57,12 +58,6 @@ def _wanted(recipe: Recipe, probe: Mapping[str, Any]) -> Iterator[Finding]:
 
 # --- a target
 
-JETPACKS = {
-    "35.1": "5.0.2", "35.2": "5.1", "35.3": "5.1", "35.4": "5.1", "35.5": "5.1", "35.6": "5.1",
-    "36.3": "6.0", "36.4.0": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "36.4.7": "6.2.1", "36.5": "6.2.2",
-    "38.2": "7.0", "38.4": "7.1", "39.2": "7.2",
-}  # fmt: skip
-"""L4T, or how it begins → JetPack."""
 FASTEST = {"AGX Orin": "0", "Orin Nano .*Super": "2"}
 """Pattern of a board's name → its MAXN mode, where it is known; on others 0 is not always the fastest."""
 MAJORS = {35: "5", 36: "6", 38: "7", 39: "7"}
@@ -90,7 +85,7 @@ PROBE: Schema = {
         "numpy": nullable(TEXT),
         "onnxruntime": _some(version=TEXT, providers={"type": "array", "items": TEXT}, reason=TEXT),
         "tensorrt": _some(
-            version=TEXT, module=FLAG, trtexec=TEXT, gpu=TEXT, compute_capability=TEXT,
+            version=TEXT, module=FLAG, trtexec=TEXT, gpu=TEXT, compute_capability=TEXT, cuda=TEXT,
             precision={"enum": ["flags", "typed"]}, dla_cores=INTEGER, reason=TEXT,
         ),
         "board": _some(model=TEXT, l4t=TEXT, power_mode=TEXT, gpu_clocks_locked=FLAG),
@@ -160,14 +155,17 @@ def _jetpack(asked: _Target) -> Iterator[Finding]:
         yield Finding("jetpack", "note", "unknown: /etc/nv_tegra_release cannot be read", mount)
         return
     found = release(asked.l4t)
-    names = [jetpack for prefix, jetpack in JETPACKS.items() if release(prefix) == found[: prefix.count(".") + 1]]
+    name = jetpack_of(asked.l4t)
     if found < (35,):
         text = f"L4T {asked.l4t} is JetPack 4 or older, which is not supported"
         yield Finding(
             "jetpack", "problem", text, "flash JetPack 5 or newer, where the module has it; else take another board"
         )
-    elif names:
-        yield ok("jetpack", f"JetPack {names[0]} (L4T {asked.l4t})")
+    elif found < (36,):
+        text = f"JetPack {name or MAJORS[35]} (L4T {asked.l4t}): over ssh only, and unchecked"
+        yield Finding("jetpack", "note", text, f"from a workstation: --on {asked.name}; JetPack 6 is what is checked")
+    elif name:
+        yield ok("jetpack", f"JetPack {name} (L4T {asked.l4t})")
     else:
         guess = f"JetPack {MAJORS[found[0]]}, exact name unknown" if found[0] in MAJORS else "JetPack unknown"
         fix = "to see its name: dpkg-query --show nvidia-jetpack"
@@ -211,6 +209,7 @@ def _tensorrt(asked: _Target) -> Iterator[Finding]:
     number, gpu = release(version), found.get("gpu") or "GPU's name unknown"
     through = "its Python module" if found.get("module") else "trtexec only"
     about = f"compute capability {or_unknown(found.get('compute_capability'))}, DLA cores {or_unknown(found.get('dla_cores'))}"
+    about += f", CUDA {found['cuda']}" if found.get("cuda") else ""
     text = f"TensorRT {version} through {through}; {gpu}, {about}"
     if number and number < (8, 5):
         yield Finding("tensorrt", "problem", f"{text}; 8.5 is the oldest supported", "update to JetPack 5.1 or newer")

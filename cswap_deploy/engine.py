@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cswap_deploy.artifacts import Engine, File, Groups, InputSpec
 from cswap_deploy.device import layers as parts
@@ -16,6 +18,8 @@ from cswap_deploy.stage import stage
 
 BUILD_S, LAYERS_S, WAIT_S = 7200.0, 600.0, 600.0
 """Engines of transformers take the better part of an hour on a small board."""
+UNCHECKED = [8, 6]
+"""What is older was checked against no list of names of its own, and what it builds is marked so."""
 HINTS = {
     "UNSUPPORTED_NODE_DYNAMIC": "export with onnx.dynamic_batch: false",
     "INT64": "TensorRT 8 has no 64-bit integers: export with another onnx.opset, or update to JetPack 6.1",
@@ -44,34 +48,59 @@ def build(
             "build",
             BUILD_S,
             model=target.put(model)[0],
-            settings=settings.model_dump(mode="json"),
-            input={"name": INPUT, "shape": list(spec.shape)},
-            dynamic=dynamic_batch,
-            wait_s=WAIT_S,
+            **order(spec, settings, dynamic_batch),
         )
     except DeviceError as error:
         raise _explained(error, model) from error
     (out / "build.log").write_text(log, encoding="utf-8")
     file = target.get(answer["engine"], out / "model.engine")
     kept = {"sha256": file.sha256, "name": "the engine"}
-    found = target.ask("layers", LAYERS_S, runtime="tensorrt", model=kept, batch=settings.batch.opt, wait_s=WAIT_S)
+    found = target.ask("layers", LAYERS_S, model=kept, **order_of_layers(settings))
     rows = parts.joined(found, parts.nodes_of(model.path), groups)
     parts.write(
         out / "layers.json", {"layers": rows, "reformats": parts.reformats(rows), "tensorrt": found.get("layer_info")}
     )
-    version = trtexec.banner_version(f"[{answer['tensorrt']}]") or answer["tensorrt"]  # by trtexec its banner
+    by_trtexec = trtexec.banner_version(f"[{answer['tensorrt']}]")  # its banner, in place of a version
+    version = by_trtexec or answer["tensorrt"]
+    beside = tuple(answer["gpu_layers"])
+    if by_trtexec and settings.dla_core is not None:
+        beside = tuple(name for run in trtexec.runs(log, whole=False) for name in run.gpu)
     return Engine(
         file=file,
         layers=File.of(out / "layers.json"),
         tensorrt=version,
         gpu=answer["gpu"],
         seconds=answer["seconds"],
-        note=answer["note"],
+        note=_note(answer["note"], version, len(beside) if by_trtexec else 0),
         compute_capability=answer["compute_capability"],
         board=answer["board"],
         power_mode=answer["power_mode"],
-        gpu_layers=tuple(answer["gpu_layers"]),
+        gpu_layers=beside,
     )
+
+
+def order(spec: InputSpec, settings: EngineSettings, dynamic_batch: bool) -> dict[str, Any]:
+    """What the agent's `build` is told beside the model."""
+    shape = {"name": INPUT, "shape": list(spec.shape)}
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "input": shape,
+        "dynamic": dynamic_batch,
+        "wait_s": WAIT_S,
+    }
+
+
+def order_of_layers(settings: EngineSettings) -> dict[str, Any]:
+    return {"runtime": "tensorrt", "batch": settings.batch.opt, "wait_s": WAIT_S}
+
+
+def _note(told: str, version: str, on_gpu: int) -> str:
+    """With what the agent cannot know: how many layers trtexec says it put on the GPU, and that JetPack 5 is unchecked."""
+    notes = [told, f"{on_gpu} layers run on the GPU, not on the DLA" if on_gpu else ""]
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    if numbers and numbers < UNCHECKED:
+        notes.append(f"TensorRT {version}, that of JetPack 5, is unchecked")
+    return "; ".join(filter(None, notes))
 
 
 def _explained(error: DeviceError, model: File) -> DeviceError:

@@ -152,15 +152,7 @@ def _layers(
     """Where the time of both models goes. The samples count without it, so a target that cannot tell is warned of only."""
     try:
         found = [
-            target.ask(
-                "layers",
-                LOAD_S + WAIT_S,
-                runtime=settings.runtime,
-                model=model,
-                batch=settings.batch,
-                threads=settings.threads,
-                wait_s=WAIT_S,
-            )
+            target.ask("layers", LOAD_S + WAIT_S, model=model, **order_of_layers(settings))
             for model in target.put(*models, names=names)
         ]
         if settings.runtime == "tensorrt":
@@ -189,20 +181,9 @@ def take(
     document, log = target.ask_with_log(
         "measure",
         LOAD_S + WAIT_S + sampling,
-        runtime=settings.runtime,
         models=target.put(*models, names=names),
-        batch=settings.batch,
-        threads=settings.threads,
-        warmup_s=settings.warmup_s,
-        duration_s=settings.duration_s,
-        cold=COLD if thorough else 0,
-        pause_s=min(LONGEST_PAUSE_S, settings.duration_s / 50),
-        energy_s=conditions.LEAST_ENERGY_S + 0.5
-        if thorough and settings.duration_s >= conditions.LEAST_ENERGY_S / 2
-        else 0,
-        wait_s=WAIT_S,
         trust=list(trust),
-        memory=thorough,
+        **order(settings, thorough),
     )
     if "times" in document:
         document |= _by_trtexec(document["times"], log)
@@ -210,6 +191,29 @@ def take(
         return Measurement(Samples.of(document["rounds"]), document)
     except DataError as error:
         raise DeviceError(f"{target.name}: {error.message}", "measure again") from error
+
+
+def order(settings: LatencySettings, thorough: bool = True) -> dict[str, Any]:
+    """What the agent's `measure` is told beside the models."""
+    long_enough = thorough and settings.duration_s >= conditions.LEAST_ENERGY_S / 2
+    return {
+        **order_of_layers(settings),
+        "warmup_s": settings.warmup_s,
+        "duration_s": settings.duration_s,
+        "cold": COLD if thorough else 0,
+        "pause_s": min(LONGEST_PAUSE_S, settings.duration_s / 50),
+        "energy_s": conditions.LEAST_ENERGY_S + 0.5 if long_enough else 0,
+        "memory": thorough,
+    }
+
+
+def order_of_layers(settings: LatencySettings) -> dict[str, Any]:
+    return {
+        "runtime": settings.runtime,
+        "batch": settings.batch,
+        "threads": settings.threads,
+        "wait_s": WAIT_S,
+    }
 
 
 def _by_trtexec(times: Sequence[Sequence[str]], log: str) -> dict[str, Any]:

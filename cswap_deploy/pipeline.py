@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from cswap_deploy import (
     accuracy,
-    bundle,
+    assembling,
     data,
     engine,
     export,
@@ -22,9 +23,10 @@ from cswap_deploy import (
     variants,
 )
 from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, Network, OnnxModel, PruningPlan, Split
+from cswap_deploy.assembling import Deployed, Terms
 from cswap_deploy.budget.values import Budget
-from cswap_deploy.bundle import Bundle, Deployed, Terms
-from cswap_deploy.device import needs
+from cswap_deploy.bundle import Bundle
+from cswap_deploy.device import needs, recorded
 from cswap_deploy.device.target import Probe, Target, reach
 from cswap_deploy.digests import write_atomically
 from cswap_deploy.errors import DeviceError, ExportError, UsageError
@@ -87,7 +89,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
         labels=split.labels,
         pixels=_pixels(holdout, source, work) if recipe.engine else None,
         reasons=(*lost, *reasons, *more),
-        environment=bundle.environment(),
+        environment=assembling.environment(),
         budget=asked,
     )
     if not work.dry:
@@ -95,8 +97,11 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     return ready
 
 
-def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE) -> Bundle:
-    """The device's half: build and measure on the target, then assemble the bundle in the work folder's `folder`. Needs no torch."""
+def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE, *, by_answers: bool = False) -> Bundle:
+    """The device's half: build and measure on the target, then assemble the bundle in the work folder's `folder`. Needs no torch.
+
+    `by_answers`: the board was asked without a network, its answers lie in the work folder (`device.recorded`).
+    """
     if recipe.sign:
         signing.require(recipe.sign)
     asked = recipe.engine or recipe.latency
@@ -105,9 +110,9 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE)
             f"{work.root} was prepared without a measurement: there is no dense model to compare with",
             f"run prepare again with --on TARGET, or with a latency block in the recipe, and --work {work.root}",
         )
-    deployed = _on_target(recipe, ready, work) if asked else Deployed()
+    deployed = _on_target(recipe, ready, work, by_answers) if asked else Deployed()
     created = handoff.creation_date(ready.accuracy)
-    files = work.run(bundle.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
+    files = work.run(assembling.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
     made = Bundle.read(work.publish(files.files, files.manifest.path.parent, folder))
     if recipe.sign and not work.dry:
         signing.sign(made.folder, recipe.sign)
@@ -268,14 +273,21 @@ def _located(network: Network, recipe: Recipe) -> Network:
 Step = Callable[[Recipe, Prepared, Workdir, Target, Probe, Deployed], Deployed]
 
 
-def _on_target(recipe: Recipe, ready: Prepared, work: Workdir) -> Deployed:
+def _on_target(recipe: Recipe, ready: Prepared, work: Workdir, by_answers: bool) -> Deployed:
     """What could be built and measured; what could not is a reason to fail, not the end of the build."""
     try:
-        with planning.reached(recipe, work) as (target, probe):
+        with _reached(recipe, work, by_answers) as (target, probe):
             return _through_steps(recipe, ready, work, target, probe)
     except DeviceError as error:
         progress.warn(str(error))
         return _failing(Deployed(), error, "target")
+
+
+def _reached(recipe: Recipe, work: Workdir, by_answers: bool) -> AbstractContextManager[tuple[Target, Probe]]:
+    if not by_answers:
+        return planning.reached(recipe, work)
+    target = recorded.recorded(work.root, recipe.target)
+    return nullcontext((target, Probe.of(target)))
 
 
 def _through_steps(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, probe: Probe) -> Deployed:
@@ -321,9 +333,9 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     if recipe.latency.runtime == "tensorrt" and done.engine:
         with progress.part("dense"):
             dense = _engine(recipe, ready.dense, ready, work, target, probe)
-        files, name = (dense.file, done.engine.file), _built_from(recipe, probe)
+        files, name = (dense.file, done.engine.file), built_from(recipe, probe.typed)
     elif recipe.latency.runtime == "onnxruntime" and name in ready.dense and name in ready.models:
-        files = _alone(ready.dense[name]), _alone(ready.models[name])
+        files = alone(ready.dense[name]), alone(ready.models[name])
     else:
         return done
     facts, graphs = probe.facts(recipe.latency.runtime), (ready.dense[name].graph, ready.models[name].graph)
@@ -336,7 +348,7 @@ def _compare_files(
 ) -> Deployed:
     """Every ONNX file that ONNX Runtime runs as it is, beside the float32 one; nothing where there is but that."""
     assert recipe.latency
-    files = {name: _alone(model) for name, model in ready.models.items() if name in latency.COMPARED}
+    files = {name: alone(model) for name, model in ready.models.items() if name in latency.COMPARED}
     if recipe.latency.runtime != "onnxruntime" or len(files) < 2:
         return done
     facts = probe.facts("onnxruntime")
@@ -349,11 +361,11 @@ def _engine(
 ) -> Engine:
     """A failed build leaves TensorRT's log in the work folder."""
     assert recipe.engine
-    name = _built_from(recipe, probe)
+    name = built_from(recipe, probe.typed)
     if name not in models:
         missing = f"an engine of precision {recipe.engine.precision} needs the variant {name}, which could not be made"
         raise DeviceError(missing, "see why above", public=missing)
-    spec, facts, model = ready.source.input, probe.facts("tensorrt"), _alone(models[name])
+    spec, facts, model = ready.source.input, probe.facts("tensorrt"), alone(models[name])
     try:
         return work.run(
             engine.build, model, spec, recipe.engine, recipe.onnx.dynamic_batch, ready.groups, facts, target
@@ -365,7 +377,7 @@ def _engine(
         raise
 
 
-def _alone(model: OnnxModel) -> File:
+def alone(model: OnnxModel) -> File:
     """The file that goes to a target, which takes no weights beside it. Errors: DeviceError."""
     if model.beside:
         missing = "the model is beyond 2 GB, so that its weights lie in a file beside it, which is not sent to a target"
@@ -373,10 +385,10 @@ def _alone(model: OnnxModel) -> File:
     return model.graph
 
 
-def _built_from(recipe: Recipe, probe: Probe) -> str:
+def built_from(recipe: Recipe, typed: bool) -> str:
     """The file that carries the precision for this version of TensorRT: by flags to 10.x, in its own types from 11."""
     assert recipe.engine
-    return "fp32" if recipe.engine.precision == "fp16" and not probe.typed else recipe.engine_file
+    return "fp32" if recipe.engine.precision == "fp16" and not typed else recipe.engine_file
 
 
 def _warn_if_away(recipe: Recipe) -> None:

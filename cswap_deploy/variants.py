@@ -69,7 +69,7 @@ def make(
         return replace(found, quantised=quantised)
 
 
-@stage("variants", returns=OnnxModel, libraries=(*LIBRARIES,))
+@stage("variants", returns=OnnxModel, libraries=LIBRARIES)
 def to_ort(out: Path, model: OnnxModel, network: Network, images: ImageSet) -> OnnxModel:
     """The same file in ORT format, with the list of operators that a minimal build of ONNX Runtime needs for it."""
     with _named("ort"), tempfile.TemporaryDirectory(dir=out) as scratch, _quiet_tools(Path(scratch)):
@@ -91,7 +91,7 @@ def with_image_input(
     out: Path, model: OnnxModel, network: Network, images: ImageSet, settings: OnnxSettings
 ) -> OnnxModel:
     """The same file with the preprocessing inside: pixels in, probabilities out; its parity is that of probabilities."""
-    with _named("image"), tempfile.TemporaryDirectory(dir=out):
+    with _named("image"):
         original = onnx_file.read(model.graph.path)
         _require_small(original)
         graph = image_input.wrapped(original, network.input)

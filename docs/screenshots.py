@@ -34,7 +34,7 @@ def main(bundle: Path) -> None:
                 page.evaluate("(place) => document.querySelector(place).scrollIntoView()", BEGINS[name])
             _save(page, f"report-{name}.png")
         with consumers.serving(bundle) as address:
-            page = browser.new_context(viewport={"width": 720, "height": 760}).new_page()
+            page = browser.new_context(viewport={"width": 720, "height": 830}).new_page()
             page.goto(f"{address}/web/index.html?ort=/node_modules/onnxruntime-web/dist/")
             page.evaluate("window.ready")
             page.click("#time")

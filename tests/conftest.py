@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import getpass
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ import sshd
 from PIL import Image
 
 from cswap_deploy import export, pipeline, progress
-from cswap_deploy.artifacts import Network
+from cswap_deploy.artifacts import File, Network
 from cswap_deploy.bundle import Bundle
+from cswap_deploy.digests import sealed
 from cswap_deploy.recipe import OnnxSettings, Recipe, load
 from cswap_deploy.stage import Workdir
 
@@ -172,6 +175,29 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], sec
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def traces(built: Built) -> dict[str, list[str]]:
+    """Files of a bundle that tell about this machine, its user or a fault of a program, and by which words."""
+    places = {str(ROOT), str(built.work), str(built.recipe.parent), str(Path.home()), tempfile.gettempdir(), sys.prefix}
+    user = getpass.getuser()
+    words = [place for place in places if len(place) > 3] + [f"/home/{user}", f"/{user}/", os.uname().nodename]
+    words += ["Traceback", "site-packages", "stack_trace", "pkg.torch", 'File "']
+    told = {
+        name: [word for word in words if word.encode() in content]
+        for name, content in tree(built.bundle.folder).items()
+    }
+    return {name: found for name, found in told.items() if found}
+
+
+def reseal(folder: Path) -> None:
+    """The manifest of someone who wants a changed file to be believed."""
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text("utf-8"))
+    for entry in document["files"]:
+        content = folder / entry["path"]
+        entry.update(sha256=File.of(content).sha256, bytes=content.stat().st_size)
+    path.write_text(json.dumps(sealed(document)), "utf-8")
 
 
 def faults(value: Any, schema: dict[str, Any], place: str = "$") -> Iterator[str]:

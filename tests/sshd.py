@@ -133,7 +133,7 @@ MaxStartups 100
 SetEnv {given}
 """
 
-    def python(self, name: str, interpreter: Path, **environment: Path) -> Path:
+    def python(self, name: str, interpreter: Path, **environment: Path | str) -> Path:
         """A folder for PATH with a python3 that runs `interpreter` with these variables."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
@@ -141,6 +141,17 @@ SetEnv {given}
         (folder / "python3").write_text(f'#!/bin/sh\nexec /usr/bin/env {shlex.join(words)} "$@"\n')
         (folder / "python3").chmod(0o755)
         return folder
+
+    @property
+    def interpreter(self) -> Path:
+        """What its python3 runs; `packages` is where that finds onnxruntime and numpy."""
+        return (
+            self.folder / "python/bin/python{}.{}".format(*sys.version_info) if self.own_user else Path(sys.executable)
+        )
+
+    @property
+    def packages(self) -> Path:
+        return self.folder / "packages" if self.own_user else Path(str(distribution("onnxruntime").locate_file("")))
 
     def client(self, folder: Path, *, key: str = "user_key", known: bool = True) -> Path:
         """A folder for PATH whose ssh never sees the ~/.ssh of whoever runs the tests; it notes them in `calls`."""
@@ -271,7 +282,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 def give(source: Path, target: Path) -> None:
     """A file for everyone to read: a hard link where that does."""
-    if not source.is_file():
+    if not source.is_file() or target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):

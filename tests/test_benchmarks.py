@@ -26,13 +26,14 @@ from cswap_deploy.progress import Recording, reporting
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import masked_copy
 from cswap_deploy.prune.groups import find
+from cswap_deploy.prune.search import Search
 
 SPEC = zoo.spec(32)
 
 
 paired, peers, cifar_resnet = (benchmark(name) for name in ("paired", "peers", "cifar_resnet"))
 oneshot_cells, oneshot_nets = (benchmark(name) for name in ("oneshot_cells", "oneshot_nets"))
-_, _, oneshot, cost = (benchmark(name) for name in ("oneshot_paths", "oneshot_table", "oneshot", "cost"))
+oneshot_paths, _, oneshot, cost = (benchmark(name) for name in ("oneshot_paths", "oneshot_table", "oneshot", "cost"))
 
 
 # --- statistics
@@ -422,3 +423,15 @@ def test_every_case_of_costs_is_a_recipe(tmp_path: Path) -> None:
         for case in cost.cases(name, None):
             (tmp_path / "recipe.yaml").write_text(json.dumps(case.recipe(tmp_path)))
             assert recipe.load(tmp_path / "recipe.yaml", []).prune.steps == case.steps
+
+
+def test_what_a_path_changes_of_the_search_is_there_to_be_changed() -> None:
+    """An ablation whose method the search no longer calls would measure the default under another name."""
+    own = {
+        name for name, value in vars(oneshot_paths.Passing).items() if callable(value) or isinstance(value, property)
+    }
+    assert (
+        {name for name in own if not name.startswith("__")} - {"through"}
+        == {"_curves", "criterion"}
+        <= set(vars(Search))
+    )

@@ -14,6 +14,7 @@ from test_agent import Agent, here
 
 from cswap_deploy import manifest
 from cswap_deploy.device import conditions, protocol
+from cswap_deploy.report import words
 
 NANO = "Orin Nano, JetPack 6"
 
@@ -102,6 +103,9 @@ def test_conditions_of_a_board_that_is_as_it_should_be(measured: dict[str, Any])
         and found["hottest_c"] == 49.593
     )
     assert found["power_w"] == found["idle_power_w"] == pytest.approx(6.048)
+    assert found["rails_w"] == pytest.approx({"VDD_IN": 6.048, "VDD_CPU_GPU_CV": 1.66056, "VDD_SOC": 2.31472})
+    assert words.fact(found["rails_w"]) == "VDD_CPU_GPU_CV 1.661, VDD_IN 6.048, VDD_SOC 2.315", "as the report shows it"
+    assert (found["jetpack"], found["cuda"]) == ("6.2", None), "ONNX Runtime on the CPU takes no CUDA"
     assert conditions.energy_mj(longer(measured)) == (pytest.approx(6.048 * 20 / 400 * 1000),)
     assert found["gpu_load_before_percent"] == pytest.approx(3.7)
     assert list(conditions.faults(found, "tensorrt")) == []

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import onnx
 import pytest
-from conftest import Built, Project, build, faults, make_project, run, start_build, tree, wait_until
+from conftest import Built, Project, build, faults, make_project, run, start_build, traces, tree, wait_until
 from onnx import helper
 from typer.testing import CliRunner
 
@@ -156,6 +156,11 @@ def test_latency_is_that_of_the_dense_and_of_the_shipped_model(measured):
     assert len(latency["conditions"]["load"]) == len(latency["conditions"]["mhz"]) == 2
     assert "times as fast as the dense model" in (measured.work / "bundle" / "report.html").read_text("utf-8")
     assert "times as fast as the dense model" in (measured.work / "bundle" / "README.md").read_text("utf-8")
+
+
+def test_what_was_measured_tells_nothing_about_the_machine_but_its_kind(measured):
+    assert measured.manifest["latency"]["conditions"]["device"]
+    assert traces(measured) == {}
 
 
 def test_layers_of_both_models_are_timed(measured):

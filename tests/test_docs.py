@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ NEEDS = {
     r"ssh://|--on TARGET": "a board at that address",
     r"cswap-deploy (build|deploy) .*--on local": "seconds of measuring; test_deploy measures",
     r"cswap-deploy build .*prune\.": "a minute of pruning anew; test_pipeline and test_a_criterion_can_be_added prune",
-    r"untrained-224\.yaml|runs/mobilenetv2/": "minutes of exporting at 224 pixels, and what that leaves",
+    r"untrained-224\.yaml|runs/(resnet18|mobilenetv2_100)/": "minutes of exporting at 224 pixels, and what that leaves",
     r"^cswap-deploy sweep": "minutes of measuring; test_planning sweeps on a simulated device",
     r"--trust-engine": "an engine of TensorRT; test_agent_tensorrt has a double",
     r"recipes/cifar10-(resnet56|vit)\.yaml": "images and weights that are not in the repository",
@@ -41,6 +41,8 @@ NEEDS = {
     r"^(\.venv/bin/)?python3? benchmarks/": "images, weights and hours; its options are looked up in its source",
     r"^(\.venv/bin/)?python3? calibration/": "minutes of training; it is there",
     r"^\.ci/": "minutes; it is there",
+    r"^python3 device/agent\.py$": "what prepare has laid there; test_engine carries it out",
+    r"^python3 -m http\.server$": "a visitor; test_web_page is one",
     r"^(trtexec|git|ssh|ssh-copy-id|docker|openssl|npm) ": "a program of somebody else's",
 }
 """Commands that do not run here (a pattern) and what they need that is absent here. They are still looked up."""
@@ -135,7 +137,7 @@ def _installed(line: str) -> bool:
 def commands(path: Path) -> Iterator[Command]:
     for block in blocks(path):
         if block.language in ("", "sh", "bash", "console"):
-            lines = block.text.replace("\\\n", " ").splitlines()
+            lines = [*unrolled(block.text.replace("\\\n", " ").splitlines())]
             prompts = any(line.startswith("$ ") for line in lines)
             for line in lines:
                 if line.startswith("$ ") if prompts else _program(line) or _installed(line):
@@ -143,6 +145,16 @@ def commands(path: Path) -> Iterator[Command]:
     for place, text in spans(path):
         if _program(text) and len(text.split()) > 1 and "..." not in text:
             yield Command(place, text)
+
+
+def unrolled(lines: Iterable[str]) -> Iterator[str]:
+    """`for x in a b; do one $x && two $x; done` as the lines that it stands for."""
+    for line in lines:
+        if found := re.fullmatch(r"for (\w+) in ([^;]+); do (.+); done", line):
+            for value in found[2].split():
+                yield from found[3].replace(f"${found[1]}", value).split(" && ")
+        else:
+            yield line
 
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
@@ -177,9 +189,10 @@ def test_a_command_of_another_program_is_listed_and_its_parts_exist(command: Com
         targets = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text())
         asked = [word for word in words[1:] if "=" not in word]
         assert set(asked) <= set(targets), f"{command}: no such target"
-    if command.program.startswith(("python", ".ci/")) and "-c" not in words:
+    if command.program.startswith(("python", ".ci/")) and not {"-c", "-m"} & set(words):
         script = next(word for word in words if "/" in word and not word.endswith("python"))
-        assert (ROOT / script).is_file(), f"{command}: no such file"
+        laid_by_prepare = ROOT / "cswap_deploy" / script  # into the work folder, where it has the same name
+        assert (ROOT / script).is_file() or laid_by_prepare.is_file(), f"{command}: no such file"
         source = "".join(path.read_text() for path in (ROOT / script).parent.glob("*.py"))
         for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
             assert option in source, f"{command}: {script} has no option {option}"

@@ -1,4 +1,7 @@
-"""A whole build with an engine, on a local target whose TensorRT is the double: built, judged, measured, shipped, verified."""
+"""A whole build with an engine, on targets whose TensorRT is a double: built, judged, measured, shipped, verified.
+
+The target is this machine, another one over a real sshd, with the module and with trtexec alone, or a board without a network.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,23 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import boards
 import pytest
-from conftest import Built, build, events, make_project
+import sshd
+from conftest import SHARED, Built, build, events, make_project, run
+from sshd import Device
 from test_agent_tensorrt import DOUBLE, NEW, OLD, cudart  # noqa: F401 - a fixture
+from typer.testing import CliRunner
 
-from cswap_deploy import manifest, pipeline, recipe
+from cswap_deploy import cli, engine, manifest, pipeline, recipe
+from cswap_deploy.artifacts import File, Groups, InputSpec, sha256_of
+from cswap_deploy.bundle import Bundle
 from cswap_deploy.console import bundle_lines
+from cswap_deploy.device import recorded
+from cswap_deploy.recipe import EngineSettings
 from cswap_deploy.verify import verify
 
 SURROUNDINGS: dict[str, str] = {}
@@ -143,3 +155,255 @@ def test_a_failed_build_keeps_its_log(shipped: Built, on_the_device: pytest.Monk
     )
     assert built.manifest["exit_code"] == 5 and built.manifest["engine"]["built"] is False
     assert "[E] Error Code 10" in (project / "work" / "engine.failed.log").read_text()
+
+
+# --- on another machine, over ssh
+
+
+@dataclass(frozen=True)
+class Board:
+    """The other machine with the doubles, in the files of /proc and /sys an Orin Nano."""
+
+    device: Device
+    files: Path
+    """Where the doubles lie, for everyone to read."""
+
+    @property
+    def libraries(self) -> str:
+        return f"{self.device.folder}/python/lib:{self.files}/lib"
+
+    def with_module(self) -> Path:
+        """A folder for PATH."""
+        search = f"{self.files}/fake_tensorrt:{self.files}:{self.device.packages}"
+        return self.device.python(
+            "bin-module", self.device.interpreter, PYTHONPATH=search, LD_LIBRARY_PATH=self.libraries
+        )
+
+    def with_trtexec(self) -> Path:
+        path = self.device.python(
+            "bin-trtexec",
+            self.device.interpreter,
+            PYTHONPATH=f"{without_module(self.files)}:{self.device.packages}",
+            LD_LIBRARY_PATH=self.libraries,
+        )
+        trtexec_of(path, path / "python3", self.files / "fake_tensorrt")
+        return path
+
+    def build(self, project: Path, path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+        """The command, with a target whose sessions find `path`."""
+        surroundings = {
+            "PATH": str(path),
+            "CSWAP_DEPLOY_ROOT": str(self.files / "root"),
+            "FAKE_TENSORRT_RECORD": str(self.device.home / "record.jsonl"),
+        }
+        client = self.device.client(folder / "client")
+        with self.device.serving(**surroundings) as server:
+            sets = [f"--set={text}" for text in SETTINGS]
+            command = ["build", project / "recipe.yaml", "--work", project / "work", "--on", server.name, *sets]
+            return run("-m", "cswap_deploy", *command, PATH=f"{client}:{os.environ['PATH']}")
+
+
+def without_module(folder: Path) -> Path:
+    """For PYTHONPATH: a module of TensorRT that cannot be imported."""
+    (folder / "broken").mkdir(exist_ok=True)
+    (folder / "broken" / "tensorrt.py").write_text(
+        "raise ImportError('libnvinfer.so.10: cannot open shared object file')\n"
+    )
+    return folder / "broken"
+
+
+def trtexec_of(folder: Path, python: Path, double: Path) -> None:
+    (folder / "trtexec").write_text(f'#!/bin/sh\nexec {python} {double}/trtexec.py "$@"\n')
+    (folder / "trtexec").chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def board(device: Device, cudart: Path) -> Board:  # noqa: F811
+    files = device.folder / "tensorrt"
+    for part in ("fake_tensorrt", "facts"):
+        sshd.copy_tree(DOUBLE.parent / part, files / part)
+    sshd.give(cudart / "libcudart.so", files / "lib" / "libcudart.so")
+    boards.lay_out(NANO, files / "root")
+    if device.own_user:
+        sshd.copy_packages("onnx", device.packages)
+    return Board(device, files)
+
+
+NANO = "Orin Nano, JetPack 6"
+
+
+@pytest.fixture
+def project(shipped: Built, tmp_path: Path) -> Path:
+    """A copy whose host half is up to date: what runs is the device's."""
+    return shutil.copytree(shipped.recipe.parent, tmp_path / "project")
+
+
+def test_a_build_over_ssh_brings_the_engine_its_accuracy_and_its_latency(
+    shipped: Built, project: Path, board: Board, tmp_path: Path
+) -> None:
+    done = board.build(project, board.with_module(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.read(project / "work" / "bundle")
+    found, engine = bundle.manifest, bundle.manifest["engine"]
+    assert (found["verdict"], found["shipped"], engine["tensorrt"]) == ("pass", "engine/model.engine", OLD)
+    assert (engine["board"], engine["power_mode"]) == (boards.FACTS[NANO]["board"]["model"], "MAXN_SUPER")
+    [listed] = [entry for entry in found["files"] if entry["path"] == "engine/model.engine"]
+    assert listed["sha256"] == sha256_of(bundle.folder / "engine/model.engine")
+    ledger = {path.name for path in (board.device.store / "engines").iterdir()}
+    assert listed["sha256"] in ledger, "it was built there"
+    assert found["accuracy"]["shipped"] == found["accuracy"]["engine"] == shipped.manifest["accuracy"]["engine"]
+    latency = found["latency"]
+    assert (
+        latency["runtime"] == "tensorrt"
+        and latency["pruned"]["samples"] > 10
+        and latency["gpu"]["pruned"]["p50_ms"] > 0
+    )
+    conditions = latency["conditions"]
+    assert (conditions["device"], conditions["l4t"], conditions["throttled"]) == (engine["board"], "36.4.3", False)
+    assert (conditions["jetpack"], conditions["cuda"], conditions["rails_w"]["VDD_IN"]) == (
+        "6.2",
+        "12.6",
+        pytest.approx(6.048),
+    )
+    assert conditions["power_w"] == pytest.approx(6.048)
+    for path in (path for path in bundle.folder.rglob("*") if path.is_file()):
+        text = path.read_bytes()
+        assert b"127.0.0.1" not in text and board.device.user.encode() not in text, path
+
+
+def test_a_build_over_ssh_by_trtexec_alone_is_measured_and_not_judged(
+    project: Path, board: Board, tmp_path: Path
+) -> None:
+    done = board.build(project, board.with_trtexec(), tmp_path)
+    assert done.returncode == 5, done.stderr
+    bundle = Bundle.read(project / "work" / "bundle")
+    found, engine = bundle.manifest, bundle.manifest["engine"]
+    assert (found["verdict"], found["shipped"], engine["built"], engine["tensorrt"]) == (
+        "fail",
+        "model.fp16.onnx",
+        True,
+        OLD,
+    )
+    assert "keep_fp32 was not applied" in engine["note"]
+    assert any("TensorRT's Python module cannot be used" in reason for reason in found["reasons"]), found["reasons"]
+    assert found["accuracy"]["engine"] is None and (bundle.folder / "engine/model.engine").is_file()
+    assert found["latency"]["pruned"]["p50_ms"] == 0.873472, "the double's own"
+    assert list(manifest.faults(found, manifest.schema())) == []
+
+
+# --- a board without a network
+
+
+def command(*arguments: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return done.exit_code, done.output
+
+
+def prepared(project: Path) -> Path:
+    code, text = command(
+        "prepare", project / "recipe.yaml", "--work", project / "work", *(f"--set={s}" for s in SETTINGS)
+    )
+    assert code == 0 and "there: python3 device/agent.py" in " ".join(text.split()), text
+    return project / "work"
+
+
+def carried_out(work: Path, python: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The work folder on the board, and what came of it back in its place."""
+    there = shutil.copytree(work, work.with_name("on the board"), symlinks=True)
+    done = subprocess.run(
+        [python, "device/agent.py"],
+        cwd=there,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    shutil.copytree(there / "device", work / "device", dirs_exist_ok=True)
+    return done
+
+
+def test_a_board_without_a_network_answers_and_the_workstation_makes_the_bundle(
+    shipped: Built, project: Path, tmp_path: Path
+) -> None:
+    work = prepared(project)
+    done = carried_out(work, sys.executable, **{**SURROUNDINGS, "XDG_CACHE_HOME": str(tmp_path / "board")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^(.*) \.\.\. [\d.]+ s$", done.stdout, re.M) == [
+        "this board", "the engine", "layers of the engine", "24 hold-out images", "the dense engine",
+        "layers of the dense engine", "latency, in turn", "its layers", "its layers",
+    ]  # fmt: skip
+    code, text = command("deploy", work)
+    assert code == 0 and "from the board's answers" in " ".join(text.split()), text
+    bundle = Bundle.read(work / "bundle")
+    assert bundle.manifest["accuracy"]["engine"] == shipped.manifest["accuracy"]["engine"]
+    assert bundle.manifest["shipped"] == "engine/model.engine" and bundle.manifest["latency"]["gpu"]
+    built = sha256_of(bundle.folder / "engine/model.engine")
+    assert (tmp_path / "board/cswap-deploy/engines" / built).is_file(), "the ledger of the board"
+    (work / "device/files" / built).write_bytes(b"another engine")
+    code, text = command("deploy", work, "--force", "engine")
+    assert code == 5 and "missing or changed" in text
+
+
+def test_answers_to_another_errand_are_refused(project: Path) -> None:
+    work = prepared(project)
+    (work / "device/answers.json").write_text(json.dumps({"errand": "0" * 64, "answers": []}))
+    code, text = command("deploy", work)
+    assert code == 5 and "answers another errand" in " ".join(text.split())
+    prepared(project)
+    assert not (work / "device/answers.json").exists(), "prepare removes answers to other requests"
+
+
+def test_jetpack_5_s_python_carries_out_the_errand_with_its_trtexec(project: Path, tmp_path: Path) -> None:
+    """Python 3.8 with nothing installed, and the flags that trtexec 8.5 has. What it built is marked as unchecked."""
+    interpreter = sshd.python38()
+    if interpreter is None:
+        pytest.skip("there is no Python 3.8 on this machine")
+    work, programs = prepared(project), tmp_path / "bin"
+    programs.mkdir()
+    trtexec_of(programs, Path(sys.executable), DOUBLE)
+    done = carried_out(
+        work,
+        interpreter,
+        PATH=f"{programs}:{os.environ['PATH']}",
+        PYTHONPATH=str(without_module(tmp_path)),
+        FAKE_TRTEXEC_VERSION="8.5",
+        FAKE_TENSORRT_RECORD=str(tmp_path / "record.jsonl"),
+        XDG_CACHE_HOME=str(tmp_path / "board"),
+    )
+    assert done.returncode == 1 and re.search(r"^24 hold-out images \.\.\. .*numpy", done.stdout, re.M), done.stdout
+    assert "latency, in turn ... " in done.stdout and done.stdout.count(" s\n") == 8, done.stdout
+    code, text = command("deploy", work)
+    assert code == 5, text
+    found = Bundle.read(work / "bundle").manifest
+    assert found["engine"]["built"] and found["engine"]["tensorrt"] == "8.5.2"
+    assert "TensorRT 8.5.2, that of JetPack 5, is unchecked" in found["engine"]["note"]
+    assert found["latency"]["pruned"]["p50_ms"] == 0.873472, "the double's own"
+
+
+def test_layers_beside_the_dla_are_counted_from_trtexec_s_log(tmp_path: Path) -> None:
+    """The agent does not read trtexec's text; a real log of TensorRT 8.4 names what went to the GPU."""
+    log = SHARED / "trtexec-logs" / "v8.4-orin-dla-many-fallbacks.txt"
+    if not log.is_file():
+        pytest.skip("the collected logs are not beside this checkout")
+    settings = EngineSettings(precision="fp16", dla_core=0, dla_fallback=True)
+    model, blob = File.of(sshd.classifier(tmp_path / "model.onnx", batch=1)), tmp_path / "files"
+    blob.mkdir()
+    (blob / "0").write_bytes(b"an engine of nobody")
+    built = File.of(blob / "0")
+    (blob / "0").rename(blob / built.sha256)
+    spec = InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
+    answer = {
+        "engine": {"sha256": built.sha256, "bytes": built.bytes}, "tensorrt": "TensorRT v8400", "note": "", "gpu_layers": [],
+        "seconds": 1.0, "gpu": None, "compute_capability": None, "board": None, "power_mode": None,
+    }  # fmt: skip
+    build_key = recorded.key_of(
+        {"verb": "build", "model": {"sha256": model.sha256}, **engine.order(spec, settings, False)}
+    )
+    layers_key = recorded.key_of(
+        {"verb": "layers", "model": {"sha256": built.sha256}, **engine.order_of_layers(settings)}
+    )
+    answers = {build_key: (answer, log.read_text()), layers_key: ({"layers": []}, "")}
+    target = recorded.Recorded("a board", (), answers, blob)
+    found = engine.build(tmp_path, model, spec, settings, False, Groups((), (), ()), {}, target)
+    assert len(found.gpu_layers) == 6 and "6 layers run on the GPU, not on the DLA" in found.note
+    assert "TensorRT 8.4.0, that of JetPack 5, is unchecked" in found.note

@@ -21,7 +21,7 @@ from conftest import Built, run
 from cswap_deploy import details
 from cswap_deploy.digests import sealed
 from cswap_deploy.errors import UsageError, VerifyError
-from cswap_deploy.report import FORMATS, render, render_html, render_junit, render_markdown, render_readme
+from cswap_deploy.report import FORMATS, render, render_card, render_html, render_junit, render_markdown, render_readme
 from cswap_deploy.samples import Samples
 
 HOSTILE = "<script>alert(1)</script>\"'`|{{ 7 * 7 }}"
@@ -84,6 +84,34 @@ def test_a_hostile_class_folder_stays_text_from_the_folder_to_the_page(project, 
     page = Page(render_html(built.bundle.manifest))
     assert page.tags.count("script") == 1 and "<script>alert(1)<" in page.text
     assert "<script>alert(1)<" in (built.bundle.folder / "labels.txt").read_text("utf-8").splitlines()
+
+
+def test_what_is_for_and_against_a_file_is_on_the_page_the_card_and_the_readme(manifest):
+    made = reports.of(manifest, "net", reports.resnet56()[:3])
+    mark = "slower than model.onnx on the target: 0.67 (0.66 to 0.68) times as fast"
+    chosen = {"method": "percentile", "in_float": ["node_7"], "nodes": 20, "images": 256, "drop_pp": 0.39}
+    made["onnx"]["variants"]["int8"] |= {
+        "note": "in float: node_7",
+        "marks": [mark],
+        "quantised": {**chosen, "divergence": 0.01, "tried": 24, "met": True},
+    }
+    text = Page(render_html(made)).text
+    assert (
+        "in float: node_7 ranges from the 99.99th percentile, 1 of 20 weighted nodes in float; of 24 files tried"
+        in text
+    )
+    assert "drop +0.39 points from float32 on 256 selection images" in text
+    assert all(mark in written for written in (text, render_card(made), render_readme(made), render_markdown(made)))
+    for coverage in manifest["onnx"]["coverage"]:
+        assert f"{coverage['provider']} {coverage['supported']} of {coverage['nodes']}" in text
+    assert len(manifest["onnx"]["coverage"]) == 4 and "No phone was measured" in text
+
+
+def test_a_network_that_was_not_pruned_is_not_called_so(manifest):
+    manifest["pruned"] |= {"units_removed": 0, "compensation": "none"}
+    card = render_card(manifest)
+    assert "not pruned: exported and checked" in card and "- **Pruned:** no\n" in card
+    assert "structured" not in card and "fitted" not in card
 
 
 def test_page_asks_for_nothing_from_elsewhere(quickstart):
@@ -274,10 +302,10 @@ def test_names_mean_nothing_in_markdown(large, name):
     plain = [len(row) for row in cells(render_markdown(large))]
     hostile = {**strings(large), "verdict": "fail", "reasons": [name], "name": name}
     hostile["accuracy"]["worst_classes"] = [{"label": name, "drop_pp": 3.0, "images": 9} for _ in range(4)]
-    hostile["onnx"]["variants"], hostile["accuracy"]["variants"] = (
-        large["onnx"]["variants"],
-        large["accuracy"]["variants"],
-    )
+    hostile["onnx"]["variants"] = {
+        key: {**found, "file": name, "marks": [name, name]} for key, found in large["onnx"]["variants"].items()
+    }
+    hostile["accuracy"]["variants"] = large["accuracy"]["variants"]
     text = render_markdown(hostile)
     assert [len(row) for row in cells(text)] == plain
     outside = re.sub(r"(?s)(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", text)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import sshd
+from conftest import ROOT
 from sshd import Device, Server
 from test_ssh import MB, assert_whole, cut, fresh_file, is_locked, measure, ssh_processes, use
 
@@ -344,8 +345,9 @@ def test_fault(
     (device.store / "files" / file.sha256).unlink()
 
 
-def test_there_are_thirty() -> None:
+def test_there_are_thirty_and_the_page_says_how_many() -> None:
     assert len(FAULTS) >= 30
+    assert f"[{len(FAULTS)} faults](#faults-on-the-way)" in (ROOT / "docs" / "jetson.md").read_text("utf-8")
 
 
 def test_two_hosts_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,53 @@ def test_a_runtime_of_another_origin_is_not_taken(address: str, browser: Any, pl
     opened.close()
 
 
+DIST = consumers.MODULES / "onnxruntime-web" / "dist"
+FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+
+
+def test_by_itself_it_takes_the_runtime_from_the_cdn(address: str, browser: Any) -> None:
+    """Nothing answers there but for the module, which is the npm package's and so has the digest that the page knows."""
+    opened, asked = browser.new_page(), []
+
+    def serve(route: Any) -> None:
+        asked.append(route.request.url)
+        if asked[-1].endswith(".mjs"):
+            route.fulfill(path=DIST / FILES[0], headers={"Access-Control-Allow-Origin": "*"})
+        else:
+            route.abort()
+
+    opened.route(re.compile("^https://"), serve)
+    opened.goto(f"{address}/web/index.html")
+    assert opened.evaluate("window.ready") is False
+    version = json.loads((DIST.parent / "package.json").read_text("utf-8"))["version"]
+    place = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{version}/dist/"
+    assert sorted(asked) == sorted(f"{place}{name}" for name in FILES)
+    said = opened.text_content("#verdict")
+    assert said.startswith(f"cannot run: {FILES[1]} of ONNX Runtime Web cannot be had from {place}, or is not the file")
+    opened.close()
+
+
+@pytest.mark.parametrize("changed", ["", *FILES])
+def test_a_runtime_beside_the_bundle_is_run_unless_it_was_changed(
+    quickstart: Built, browser: Any, tmp_path: Path, changed: str
+) -> None:
+    (tmp_path / "bundle").symlink_to(quickstart.bundle.folder)
+    (tmp_path / "dist").mkdir()
+    for name in FILES:
+        content = bytearray((DIST / name).read_bytes())
+        if name == changed:
+            content[-1] ^= 1
+        (tmp_path / "dist" / name).write_bytes(content)
+    with consumers.serving(tmp_path) as address:
+        opened = browser.new_page()
+        opened.goto(f"{address}/bundle/web/?ort=/dist/")
+        assert opened.evaluate("window.ready") is not bool(changed)
+        if changed:
+            assert opened.text_content("#verdict").startswith(f"cannot run: {changed} of ONNX Runtime Web cannot")
+            assert opened.is_disabled("#time") and opened.is_disabled("#file")
+        opened.close()
+
+
 def test_opened_as_a_file_it_says_what_to_do(quickstart: Built, browser: Any) -> None:
     opened = browser.new_page()
     opened.goto((quickstart.bundle.folder / "web" / "index.html").resolve().as_uri())
@@ -152,5 +200,6 @@ def test_the_page_may_load_nothing_but_the_runtime(tmp_path: Path) -> None:
         and "default-src 'none'" in policy[1]
         and "unsafe-inline" not in policy[1]
         and "unsafe-eval'" not in policy[1].replace("wasm-unsafe-eval'", "")
+        and "https:" not in policy[1].partition("script-src")[2].partition(";")[0]
     )
     assert set(re.findall(r"https://[\w.]+", html)) == {"https://cdn.jsdelivr.net"}

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from cswap_deploy.verify import Check
 
 
-def prepared_lines(ready: Prepared, work: Path) -> Iterator[str]:
+def prepared_lines(ready: Prepared, work: Path, for_board: Path | None) -> Iterator[str]:
     share, file = ready.pruned.macs / ready.source.macs, ready.models["fp32"].graph
     yield from wrapped(f"pruned to {percent(share, 1)} of the MACs: {file.path} ({size_text(file.bytes)})")
     for reason in ready.reasons:
         yield from wrapped(f"failed: {reason.text}")
     yield f"next     {shlex.join([*program(), 'deploy', str(work)])}"
+    if for_board:
+        yield from wrapped(f"or copy {work} to a board without a network, and there: python3 {for_board.name}/agent.py")
 
 
 def measured_lines(document: dict[str, Any]) -> Iterator[str]:

@@ -70,7 +70,7 @@ def next_commands(bundle: Bundle) -> Iterator[str]:
 
 def file_lines(bundle: Bundle) -> Iterator[str]:
     for entry in bundle.manifest["files"]:
-        yield f"{entry['path']:<28} {size_text(entry['bytes']):>9}  sha256 {entry['sha256'][:16]}"
+        yield f"{entry['path']:<31} {size_text(entry['bytes']):>9}  sha256 {entry['sha256'][:16]}"
 
 
 def left_lines(bundle: Bundle) -> Iterator[str]:

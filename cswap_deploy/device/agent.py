@@ -47,6 +47,7 @@ KEPT_LOGITS, TOP = 64, 5
 ROOT = os.environ.get("CSWAP_DEPLOY_ROOT", "")  # before /proc, /sys, /etc and /var: another board's files
 NEVER_C = -256.0  # what a thermal zone that is off shows
 MEMORY = {"memory_mb": "MemTotal", "memory_free_mb": "MemAvailable"}
+ROOM = "make room there, or, for hold-out images, lower calibration.holdout"
 APT = "on a Jetson: sudo apt install python3-libnvinfer libnvinfer-bin"
 
 
@@ -135,7 +136,7 @@ class Store:
         can_go = sum(entry[1] for entry in old)
         if used - can_go + size > LIMIT or self.free() + can_go < size + SPARE:
             have = f"{self.free() >> 20} MiB are free, {SPARE >> 20} stay free, {LIMIT >> 20} are kept at most"
-            raise Fault("disk", f"{size >> 20} MiB do not fit on the target: {have}", "make room there")
+            raise Fault("disk", f"{size >> 20} MiB do not fit on the target: {have}", ROOM)
         for _, bytes_of_it, path in old:
             if used + size > LIMIT or self.free() < size + SPARE:
                 path.unlink(missing_ok=True)
@@ -581,10 +582,9 @@ def infer(request: Json, files: Store) -> Json:
             logits = model.logits(full)[: len(some)].astype(np.float32)
             for key, value in outcomes(logits, truth[start : start + batch], max(0, KEPT_LOGITS - start)).items():
                 parts.setdefault(key, []).append(value)
-        joined: Json = {key: np.concatenate(values) for key, values in parts.items()}
         target = files.scratch(".npz")
         with target.open("wb") as stream:
-            np.savez(stream, **joined)
+            np.savez(stream, **{key: np.concatenate(values) for key, values in parts.items()})  # type: ignore[arg-type]
         return {"outcomes": files.keep(target), "images": count}
 
 
@@ -620,15 +620,12 @@ def layers(request: Json, files: Store) -> Json:
 
 
 def tensorrt_facts() -> Json:
-    """`precision`: `flags` set FP16 and INT8 on the builder (to 10.x), `typed` graphs carry them (from 11).
-
-    Without the module `banner` is trtexec's own name of its version, which the host can read.
-    """
+    """`precision`: by `flags` (to 10.x) or `typed` graphs (from 11); `banner`: trtexec's version, read on the host."""
     trt, reason = imported("tensorrt")
     cards = [text_of(path) for path in found_at("/proc/driver/nvidia/gpus/*/information")]
     card = re.search(r"Model:\s+(.+)", "\n".join(cards))
     facts: Json = {"module": False, "trtexec": trtexec(), "gpu": card.group(1) if card else None, "reason": reason}
-    facts.update(dict.fromkeys(("version", "precision", "compute_capability", "dla_cores", "banner")))
+    facts.update(dict.fromkeys(("version", "precision", "compute_capability", "cuda", "dla_cores", "banner")))
     try:
         if trt:
             facts["dla_cores"] = trt.Runtime(trt.Logger(trt.Logger.ERROR)).num_DLA_cores
@@ -680,15 +677,16 @@ class Cuda:
         return handle
 
     def device(self, name: str | None) -> Json:
-        """Name and compute capability of GPU 0."""
-        numbers = [ctypes.c_int(), ctypes.c_int()]
+        """Name and compute capability of GPU 0, and CUDA's version."""
+        numbers = [ctypes.c_int() for _ in range(3)]
         for number, attribute in zip(numbers, (75, 76)):  # major and minor
             self.call("cudaDeviceGetAttribute", ctypes.byref(number), attribute, 0)
+        self.call("cudaRuntimeGetVersion", ctypes.byref(numbers[2]))  # 12060 is 12.6
         told = ctypes.create_string_buffer(1 << 16)  # the name comes first in every version of a struct of 1 KB
         with suppress(Fault):
             self.call("cudaGetDeviceProperties", told, 0)
-        shown = told.value.decode(errors="replace") or name
-        return {"gpu": shown, "compute_capability": ".".join(str(number.value) for number in numbers)}
+        shown, (major, minor, cuda) = told.value.decode(errors="replace") or name, (number.value for number in numbers)
+        return {"gpu": shown, "compute_capability": f"{major}.{minor}", "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}"}
 
     def copy(self, to: Any, source: Any, size: int, stream: ctypes.c_void_p) -> None:
         """In the stream's order; 4: the direction follows from the addresses."""
@@ -705,7 +703,8 @@ class EngineModel:
         start = time.perf_counter()
         path, built = files.engine(request, file)
         self.trt, self.cuda, self.logger = trt, Cuda(), trt.Logger(trt.Logger.ERROR)
-        spins = getattr(self.cuda.library, "cudaSetDeviceFlags", int)(1) == 0  # Jetson's own choice may be to sleep
+        spins = getattr(self.cuda.library, "cudaSetDeviceFlags", int)(1) == 0
+        waits = "spinning" if spins else "as the driver chooses"  # on a Jetson this may be to sleep
         self.cuda.forget()
         self.runtime = trt.Runtime(self.logger)
         if built.get("dla_core") is not None:
@@ -722,9 +721,9 @@ class EngineModel:
         self.graph: ctypes.c_void_p | None = None
         self.run()
         self.facts: Json = {"runtime": f"tensorrt {trt.__version__}", "load_s": time.perf_counter() - start}
-        self.facts["graph_note"] = self.capture() if request.get("graph", True) else "not asked for"
-        self.facts.update({"cuda_graph": self.graph is not None, "device_mb": self.size() / 2**20})
-        self.facts["host_waits"] = "spinning" if spins else "as the driver chooses"
+        note = self.capture() if request.get("graph", True) else "not asked for"
+        self.facts.update({"graph_note": note, "cuda_graph": self.graph is not None, "device_mb": self.size() / 2**20})
+        self.facts.update({"host_waits": waits, "cuda": self.cuda.device(None)["cuda"]})
 
     def place(self, name: str, batch: int) -> tuple[Any, int | None]:
         """Array on the host and address on the device of one tensor; an input's open batch is fixed first."""
@@ -867,7 +866,8 @@ def configure(trt: Any, builder: Any, network: Any, config: Any, request: Json) 
     """The recipe's settings, in the dialect of the TensorRT that is there."""
     settings, flags = request["settings"], {"fp32": "", "fp16": "FP16", "int8": "INT8 FP16"}
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings["workspace_mib"] << 20)
-    config.builder_optimization_level = settings["optimization_level"]
+    if hasattr(trt.IBuilderConfig, "builder_optimization_level"):  # from 8.6 on
+        config.builder_optimization_level = settings["optimization_level"]
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings["precision"] == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default: ten bits of mantissa are no fp32
@@ -893,8 +893,7 @@ def configure(trt: Any, builder: Any, network: Any, config: Any, request: Json) 
 
 def keep_in_fp32(trt: Any, network: Any, config: Any, patterns: Any) -> None:
     """Layers that half precision ruins: `auto` are normalisations, softmax and reductions, else patterns of names."""
-    names = ("NORMALIZATION", "SOFTMAX", "REDUCE")
-    kinds = [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
+    kinds = [getattr(trt.LayerType, n) for n in ("NORMALIZATION", "SOFTMAX", "REDUCE") if hasattr(trt.LayerType, n)]
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     for layer in map(network.get_layer, range(network.num_layers)):
         wanted = layer.type in kinds if patterns == "auto" else any(fnmatchcase(layer.name, p) for p in patterns)
@@ -918,8 +917,7 @@ def run_trtexec(options: Sequence[str]) -> str:
     process = subprocess.Popen([program, *options], stdin=-3, stdout=-1, stderr=-2, preexec_fn=die_with_agent)
     text = process.communicate()[0].decode(errors="replace")
     if options != ["--help"]:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        print(text, end="", file=sys.stderr, flush=True)
     if process.returncode:
         raise Fault("engine", f"trtexec ended with {process.returncode}", "its log is above")
     return text
@@ -927,17 +925,16 @@ def run_trtexec(options: Sequence[str]) -> str:
 
 def build_with_trtexec(path: Path, target: Path, timing: Path, request: Json) -> Json:
     """As `build_with_module`."""
-    settings, known = request["settings"], run_trtexec(["--help"])
-    options = [f"--onnx={path}", f"--saveEngine={target}", f"--timingCacheFile={timing}", "--skipInference"]
+    known, settings, dla = run_trtexec(["--help"]), request["settings"], request["settings"]["dla_core"]
+    options = [f"--onnx={path}", f"--saveEngine={target}", f"--timingCacheFile={timing}"]
     options += [f"--memPoolSize=workspace:{settings['workspace_mib']}", "--profilingVerbosity=detailed"]
-    options += [f"--builderOptimizationLevel={settings['optimization_level']}"]
+    options += [flag for flag in ("--skipInference", "--buildOnly") if flag in known][:1]  # 8.5 has the second only
+    if "--builderOptimizationLevel" in known:  # from 8.6 on
+        options += [f"--builderOptimizationLevel={settings['optimization_level']}"]
     wanted = {"fp32": ["--noTF32"], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[settings["precision"]]
     options += [flag for flag in wanted if flag in known]  # from 11 on the graph's own types decide
-    if settings["dla_core"] is not None:
-        options += [
-            f"--useDLACore={settings['dla_core']}",
-            *(["--allowGPUFallback"] if settings.get("dla_fallback") else []),
-        ]
+    if dla is not None:
+        options += [f"--useDLACore={dla}", *(["--allowGPUFallback"] if settings.get("dla_fallback") else [])]
     if request["dynamic"]:
         rest, name, batch = "x".join(map(str, request["input"]["shape"])), request["input"]["name"], settings["batch"]
         options += [f"--{key}Shapes={name}:{batch[key]}x{rest}" for key in ("min", "opt", "max")]
@@ -995,4 +992,7 @@ MODELS: dict[str, Any] = {"onnxruntime": OnnxModel, "tensorrt": EngineModel}
 VERBS = {verb.__name__: verb for verb in (probe, missing, store, fetch, build, measure, infer, layers)}
 
 if __name__ == "__main__":
+    errand = Path(sys.argv[0]).with_name("errand.json")  # beside a copy in a work folder, as errand.py is
+    if sys.argv[0] != "-c" and len(sys.argv) == 1 and errand.is_file():
+        os.execv(sys.executable, [sys.executable, str(errand.with_suffix(".py"))])
     sys.exit(main())

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from cswap_deploy.device import tegrastats
+from cswap_deploy.device.jetpack import jetpack_of
 
 LEAST_ENERGY_S = 10.0
 """The sensors are refreshed every few tens of milliseconds: below this a mean power is not known well enough."""
@@ -37,6 +38,8 @@ def describe(document: Mapping[str, Any]) -> dict[str, Any]:
         "power_mode": board.get("power_mode"),
         "gpu_clocks_locked": board.get("gpu_clocks_locked"),
         "l4t": board.get("l4t"),
+        "jetpack": jetpack_of(board.get("l4t")),
+        "cuda": document["models"][0].get("cuda"),
         "load": [before["load"][0], after["load"][0]],
         "temperature_c": [before["temperature_c"], after["temperature_c"]],
         "system": f"{after['system']} {after['machine']}",
@@ -50,6 +53,7 @@ def _of_a_board(document: Mapping[str, Any], gpu: Mapping[str, Any]) -> dict[str
     lines = tegrastats.read(watch["tegrastats"]) if watch.get("tegrastats") else []
     during = _within(moments, *document.get("sampling_ns", (0, 0)))
     clocks = [state["gpu"]["mhz"] for _, state in during if state["gpu"] and state["gpu"]["mhz"] is not None]
+    rails = _rails_w(during) or {rail: mw / 1000 for rail, mw in tegrastats.mean_rails_mw(lines).items()}
     hottest = [state["temperature_c"] for _, state in moments if state["temperature_c"] is not None]
     by_lines = _total(tegrastats.mean_rails_mw(lines))
     power = _power_w(during) if during else None if by_lines is None else by_lines / 1000
@@ -63,6 +67,7 @@ def _of_a_board(document: Mapping[str, Any], gpu: Mapping[str, Any]) -> dict[str
         "throttled": _throttled(during),
         "hottest_c": max(hottest, default=None),
         "power_w": power,
+        "rails_w": rails or None,
         "idle_power_w": _power_w(_idle(document)),
     }
 
@@ -122,6 +127,14 @@ def _power_w(moments: Sequence[Moment]) -> float | None:
     totals = [_total(state["rails_mw"]) for _, state in moments]
     known = [total for total in totals if total is not None]
     return mean(known) / 1000 if known and len(known) == len(totals) else None
+
+
+def _rails_w(moments: Sequence[Moment]) -> dict[str, float]:
+    """Of each rail that could be read all the time, the mean."""
+    if not moments:
+        return {}
+    shared = set.intersection(*(set(state["rails_mw"]) for _, state in moments))
+    return {rail: mean(state["rails_mw"][rail] for _, state in moments) / 1000 for rail in sorted(shared)}
 
 
 def _total(rails_mw: Mapping[str, float]) -> float | None:

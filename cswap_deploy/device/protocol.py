@@ -130,6 +130,7 @@ def _probe() -> dict[str, Schema]:
         version=nullable(TEXT),
         precision={"enum": ["flags", "typed", None]},
         compute_capability=nullable(TEXT),
+        cuda=nullable(TEXT),
         dla_cores=nullable(COUNT),
         banner=nullable(TEXT),
     )
@@ -149,7 +150,14 @@ def _measurement() -> tuple[dict[str, Schema], dict[str, Schema]]:
     durations: Schema = {"type": "array", "items": COUNT, "minItems": 1}
     rounds: Schema = {"type": "array", "items": {"type": "array", "items": durations, "minItems": 1}, "minItems": 1}
     memory = record(peak_mb=NUMBERS, runtime_mb=NUMBER, agent_mb=NUMBER)
-    facts = {"load_s": SECONDS, "device_mb": SECONDS, "cuda_graph": BOOLEAN, "graph_note": TEXT, "host_waits": TEXT}
+    facts = {
+        "load_s": SECONDS,
+        "device_mb": SECONDS,
+        "cuda_graph": BOOLEAN,
+        "graph_note": TEXT,
+        "host_waits": TEXT,
+        "cuda": TEXT,
+    }
     moment: Schema = {"type": "array", "items": {"anyOf": [COUNT, {"type": "object"}]}, "minItems": 2}
     watch = record(moments={"type": "array", "items": moment}, tegrastats=nullable(TEXT))
     demanded: dict[str, Schema] = {

@@ -140,7 +140,7 @@ class Target:
         if document is None:
             raise self._silent(request["verb"], code, text)
         if error := document.get("error"):
-            raise _refusal(self.name, error, text)
+            raise refusal(self.name, error, text)
         return document, text
 
     def _silent(self, verb: str, code: int, log: str) -> DeviceError:
@@ -349,7 +349,7 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
         size -= len(some)
 
 
-def _refusal(name: str, error: dict[str, Any], log: str) -> DeviceError:
+def refusal(name: str, error: dict[str, Any], log: str) -> DeviceError:
     """The agent's error, with what TensorRT said about a failed build: its error lines, else the last ones."""
     public = error["message"] if error["kind"] == "runtime" else PUBLIC.get(error["kind"], PUBLIC["internal"])
     message, shown = f"{name}: {error['message']}", ""

@@ -23,7 +23,6 @@ ANDROID = "1.24.3"
 class Snippet:
     """Literals of the README's code; `python_resize` are whole lines."""
 
-    order: str
     color: str
     classes: int | str
     pictures: int
@@ -50,7 +49,6 @@ class Snippet:
         squash = spec.get("crop_mode") == "squash"
         pictures = [file for file in manifest.get("files", ()) if file["path"].startswith("test_vectors/image_")]
         return Snippet(
-            order="channels",
             color="RGB" if channels == 3 else "L",
             classes=manifest["model"].get("outputs", "classes"),
             pictures=len(pictures),

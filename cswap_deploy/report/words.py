@@ -62,7 +62,9 @@ def budget(found: Facts) -> str:
 
 
 def fact(value: Any) -> str:
-    """A condition of a measurement; of two values, the one before and the one after."""
+    """A condition of a measurement; of two values, the one before and the one after; of several by name, each."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {fact(item)}" for name, item in value.items())
     if isinstance(value, list):
         return "unknown" if None in value else " before, ".join(map(fact, value)) + " after"
     return "unknown" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

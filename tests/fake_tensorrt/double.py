@@ -21,6 +21,8 @@ from typing import Any
 from facts.versions import FACTS, Facts, members, overloads, takes
 
 VERSION = os.environ.get("FAKE_TENSORRT_VERSION", "10.3.0")
+LACKS = os.environ.get("FAKE_TENSORRT_LACKS", "").split()
+"""Members that an older version does not have: there are no facts of TensorRT 8.5."""
 UNRECORDED = ("execute_async_v3", "get_", "num_", "report_layer_time", "name", "type", "log")
 PLAIN = {"int": "__index__", "float": "__float__"}
 
@@ -49,7 +51,8 @@ def module(version: str = VERSION) -> dict[str, Any]:
 
 def enum_of(name: str, facts: Facts) -> Any:
     """Like pybind11's enums: `int()` works; the numbers are none that NVIDIA gave, so nobody can rely on those."""
-    numbered = {text: number + 3 for number, text in enumerate(members("enums", name, facts.version))}
+    known = [text for text in members("enums", name, facts.version) if f"{name}.{text}" not in LACKS]
+    numbered = {text: number + 3 for number, text in enumerate(known)}
     made = Enum(name.rpartition(".")[2], numbered)
     made.__int__ = made.__index__ = lambda member: member.value
     return made
@@ -68,6 +71,8 @@ class Pybind(type):
 def class_of(name: str, facts: Facts, names: dict[str, Any], behaviour: Any, severity: Any) -> Any:
     body: dict[str, Any] = {"__slots__": ("_",), "__init__": no_constructor(name)}
     for member, text in facts.members(name).items():
+        if f"{name}.{member}" in LACKS:
+            continue
         known = vars(behaviour).get(member) if behaviour else None
         if text.startswith("= "):
             body[member] = getattr(severity, member)
