@@ -22,6 +22,7 @@ from cswap_deploy.digests import digest_of
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.prune.refit import Structure
+from cswap_deploy.prune.rotation import rotated
 from cswap_deploy.prune.select import Kept
 
 HERE = Path(__file__).parent
@@ -38,10 +39,13 @@ NETS: dict[str, tuple[dict[str, Any] | str, str, str]] = {
     "resnet56-lossless": (RESNET56, "cifar10_resnet56", "cifar10-lossless"),
     "resnet20-lossless": (RESNET20, "cifar10_resnet20", "cifar10-lossless"),
     "vit-jpeg": (VIT, "cifar10jpeg_vit", "cifar10-jpeg"),
+    "vit-jpeg-dims": (VIT, "cifar10jpeg_vit", "cifar10-jpeg"),
     "quickstart": ("quickstart.yaml", "", ""),
     "quickstart-vit": ("quickstart-vit.yaml", "", ""),
+    "quickstart-vit-dims": ("quickstart-vit.yaml", "", ""),
 }
-"""Settings, weights below `--weights` and images below `--images`; or a recipe that comes with both."""
+"""Settings, weights below `--weights` and images below `--images`; or a recipe that comes with both. Attention loses whole heads, in a
+network called `-dims` dimensions within them."""
 KINDS = {"mlp": "channels", "heads": "heads"}
 """Targets that count units of one kind rather than cost."""
 
@@ -66,7 +70,8 @@ class Net:
             catalogue = data.catalogue(folder, None, network.outputs)
         else:
             catalogue = reserved(data.catalogue(folder / "scoring", None, network.outputs))
-        return Net.of(name, judge, network, prune.find_groups(scratch, network, ()), catalogue)
+        heads: recipe.HeadsMode = "dims" if name.endswith("-dims") else "whole"
+        return Net.of(name, judge, network, prune.find_groups(scratch, network, (), heads), catalogue)
 
     @staticmethod
     def of(name: str, judge: str, network: Network, groups: Groups, catalogue: Catalogue) -> Net:
@@ -132,6 +137,8 @@ class Case:
     """A network with what one seed prunes it with, towards a target."""
 
     net: Net
+    dense: nn.Module
+    """The network, its heads rotated where dimensions within them may leave."""
     seed: int
     target: str
     groups: Groups
@@ -150,7 +157,9 @@ class Case:
             Batches.read(ImageSet(part, net.catalogue.folder), net.network.input, "cpu")
             for part in (split.fit, split.selection)
         )
-        return Case(net, seed, target, counted(net.groups, target), fit, selection, Structure(), Structure())
+        inner = any(group.kind == "dims" for group in net.groups.groups)
+        dense = rotated(net.dense, net.groups.groups, fit) if inner else net.dense
+        return Case(net, dense, seed, target, counted(net.groups, target), fit, selection, Structure(), Structure())
 
     def macs(self, cut: float) -> float:
         """The fraction of the MACs that is kept when all groups keep this part of their units, for a target in units."""

@@ -113,7 +113,7 @@ def passing(case: Case, how: How) -> Passing:
     fit = case.fit.first(how.fit)
     structure = _structure(case, how, fit.first(SEARCH_IMAGES), case.structure)
     bench = Bench(
-        case.net.dense,
+        case.dense,
         case.groups,
         fit,
         ORDERED if how.peer else how.criterion,
@@ -148,7 +148,7 @@ def shipped(case: Case, how: How, kept: Kept) -> nn.Module:
     """What ships with these units: fitted on all images, and cut."""
     fit, groups = case.fit.first(how.fit), case.groups.groups
     structure = _structure(case, how, fit, case.shipped)
-    return cut_copy(compensated(case.net.dense, groups, kept, fit, how.compensate, structure), groups, kept)
+    return cut_copy(compensated(case.dense, groups, kept, fit, how.compensate, structure), groups, kept)
 
 
 def _structure(case: Case, how: How, fit: Batches, whole: Structure) -> Structure:
@@ -156,7 +156,7 @@ def _structure(case: Case, how: How, fit: Batches, whole: Structure) -> Structur
     if how.fit >= len(case.fit) and not how.without:
         return whole
     structure = Structure(reads=whole.reads)
-    examine(case.net.dense, structure, fit, ())
+    examine(case.dense, structure, fit, ())
     match how.without:
         case "all layers":
             consumers = {member.module for group in case.groups.groups for member in group.consumers}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
@@ -146,7 +146,7 @@ class Group:
     """Units that can only leave together with all that is coupled to them: coupled structure as data."""
 
     name: str
-    kind: Literal["channels", "heads"]
+    kind: Literal["channels", "heads", "dims"]
     units: int
     members: tuple[Slice, ...]
     attributes: tuple[UnitAttribute, ...] = ()
@@ -155,6 +155,46 @@ class Group:
     def consumers(self) -> tuple[Slice, ...]:
         """The slices through which the rest of the network reads the units: input axes of weights."""
         return tuple(member for member in self.members if member.axis == 1 and member.parameter == "weight")
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Where the vectors of an attention's heads are made: head h owns the group's units from row `offsets[h]` on.
+
+    `modules`: a linear layer or convolution and, where there is one, the BatchNorm behind it.
+    """
+
+    modules: tuple[str, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def last(self) -> str:
+        """What leaves this module is what the attention reads."""
+        return self.modules[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadDims(Group):
+    """Dimensions within the heads of one attention: unit j is index j of every head.
+
+    Where `queries` and `keys` are given the units are theirs: nothing reads those through weights, so that a mask holds their rows at
+    0, and `cut` multiplies the queries by sqrt(kept / units), for a softmax that divides by the root of the dimensions. `values`: where
+    they can be rotated.
+    """
+
+    queries: HeadRows | None
+    keys: HeadRows | None
+    values: HeadRows | None
+    scales: tuple[tuple[str, str], ...]
+    """(module, attribute) of numbers that are the inverse root of the dimensions: they stay so."""
+
+    def silenced(self, units: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Per module that makes queries or keys the rows of these units."""
+        found: dict[str, set[int]] = {}
+        for rows in filter(None, (self.queries, self.keys)):
+            for name in rows.modules:
+                found.setdefault(name, set()).update(offset + unit for offset in rows.offsets for unit in units)
+        return {name: tuple(sorted(own)) for name, own in found.items()}
 
 
 @dataclass(frozen=True)
@@ -193,7 +233,7 @@ class Refusal:
 class Groups:
     """What can leave the network, what cannot and why, and what everything costs."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[HeadDims | Group, ...]
     refused: tuple[Refusal, ...]
     terms: tuple[CostTerm, ...]
 

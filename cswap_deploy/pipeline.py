@@ -36,8 +36,8 @@ from cswap_deploy.recipe import CurvesAllocation, Recipe, Variant, to_yaml
 from cswap_deploy.stage import Workdir, WouldRun
 
 STAGES = (
-    "source", "split", "groups", "scores", "curves", "staircase", "plan", "pruned", "exported", "simplified", "variants",
-    "engine", "accuracy", "latency", "bundle",
+    "source", "split", "groups", "rotated", "scores", "curves", "staircase", "plan", "pruned", "exported", "simplified",
+    "variants", "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
 BUNDLE = "bundle"
@@ -66,8 +66,8 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
     dense, more = _dense(recipe, source, split, work) if planning.goal_ms(recipe) else ({}, [])
-    groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work)
-    pruned, exported, models, reasons = _made(recipe, source, split, groups, plan, work, recipe.wanted_variants)
+    pruning, groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work)
+    pruned, exported, models, reasons = _made(recipe, pruning, split, groups, plan, work, recipe.wanted_variants)
     reasons += _further(recipe, models, pruned, fit, work)
     if not dense:
         dense, more = _dense(recipe, source, split, work)
@@ -126,22 +126,22 @@ def load(recipe: Recipe, work: Workdir) -> Network:
 
 def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
     """What can leave it."""
-    return work.run(prune.find_groups, source, recipe.prune.skip)
+    return work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
 
 
 def choose_plan(
     recipe: Recipe, source: Network, split: Split, dense: Mapping[str, OnnxModel], work: Workdir
-) -> tuple[Groups, PruningPlan, Budget | None, list[Reason]]:
-    """What leaves, what came of a latency that is asked for, and why nothing leaves where the target was lost.
+) -> tuple[Network, Groups, PruningPlan, Budget | None, list[Reason]]:
+    """What is pruned, what leaves it, what came of a latency that is asked for, and why nothing leaves where the target was lost.
 
     `dense`: the dense network's files, where a latency is asked for. Errors: PruningError, ExportError.
     """
     if planning.goal_ms(recipe) is None:
         return *_plan(recipe, source, split, work), None, []
 
-    def ship(groups: Groups, plan: PruningPlan, name: str) -> dict[str, OnnxModel]:
+    def ship(pruning: Network, groups: Groups, plan: PruningPlan, name: str) -> dict[str, OnnxModel]:
         wanted = [variant for variant in recipe.wanted_variants if variant in (name, recipe.shipped_file)]
-        _, _, models, reasons = _made(recipe, source, split, groups, plan, work, wanted)
+        _, _, models, reasons = _made(recipe, pruning, split, groups, plan, work, wanted)
         if name not in models:
             raise ExportError(reasons[0].text, "choose another ship")
         return models
@@ -156,7 +156,7 @@ def choose_plan(
     except DeviceError as error:
         progress.warn(f"{error}; the dense network takes the place of the pruned one")
         text = f"target: {error.public}. Nothing was pruned for the latency. To go on: the same command again"
-        return Groups((), (), ()), PruningPlan({}, (), None), None, [Reason(error.exit_code, text)]
+        return source, Groups((), (), ()), PruningPlan({}, (), None), None, [Reason(error.exit_code, text)]
 
 
 def _made(
@@ -176,13 +176,14 @@ def _made(
     return pruned, exported, *_models(recipe, exported, pruned, split, work, wanted)
 
 
-def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Groups, PruningPlan]:
+def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Network, Groups, PruningPlan]:
     settings, device, seed = recipe.prune, recipe.device, recipe.seed
     if settings.target is None:
-        return Groups((), (), ()), PruningPlan({}, (), None)
+        return source, Groups((), (), ()), PruningPlan({}, (), None)
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
     groups = find_groups(recipe, source, work)
+    source = planning.rotated(recipe, source, split, groups, work)
     scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
     curves = None
     if isinstance(settings.allocation, CurvesAllocation):
@@ -194,7 +195,7 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
     plan = work.run(
         prune.choose, source, groups, scores, curves, fit, selection, settings, round_to(recipe), device, seed
     )
-    return groups, plan
+    return source, groups, plan
 
 
 def _models(
@@ -377,6 +378,7 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     """Names of the stages that this recipe runs, in order."""
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
+    wanted |= {"rotated"} if "plan" in wanted and recipe.prune.heads == "dims" else set()
     wanted |= {"staircase"} if planning.goal_ms(recipe) else set()
     wanted |= {"variants"} if recipe.wanted_variants or _wanted_forms(recipe) else set()
     wanted |= {"engine"} if recipe.engine else set()
@@ -392,7 +394,7 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
     before = [*names[: names.index("exported")]]
     if planning.goal_ms(recipe):
         engine = recipe.ships_engine
-        order = ("staircase", "scores", "curves", "plan", "pruned")
+        order = ("staircase", "rotated", "scores", "curves", "plan", "pruned")
         before = [*before[:2], *dense, "groups", *([progress.spelt("engine", "dense")] if engine else ())]
         before += [name for name in order if name in names]
         made, dense = [*made, *(["engine"] if engine else ()), "latency"], []

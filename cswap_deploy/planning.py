@@ -35,7 +35,7 @@ UNBUILT = "TensorRT on the target builds no engine of narrower groups"
 NARROW_HINT = "prune for macs in place of a latency, or report this network with the warnings above"
 
 Widths = dict[str, int]
-Ship = Callable[[Groups, PruningPlan, str], Mapping[str, OnnxModel]]
+Ship = Callable[[Network, Groups, PruningPlan, str], Mapping[str, OnnxModel]]
 
 
 def goal_ms(recipe: Recipe) -> float | None:
@@ -71,12 +71,12 @@ def reached(recipe: Recipe, work: Workdir) -> Iterator[tuple[Target, Probe]]:
 
 def choose(
     recipe: Recipe, source: Network, split: Split, dense: Mapping[str, OnnxModel], work: Workdir, ship: Ship
-) -> tuple[Groups, PruningPlan, Budget]:
-    """The plan with the least damage that meets the recipe's latency, and what was measured on the way. Errors: DeviceError.
+) -> tuple[Network, Groups, PruningPlan, Budget]:
+    """What is pruned, the plan with the least damage that meets the recipe's latency, and what was measured. Errors: DeviceError.
 
     `dense`: the dense network's files; `ship` makes those of a plan that a file which ships or becomes the engine needs.
     """
-    groups = work.run(prune.find_groups, source, recipe.prune.skip)
+    groups = work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
     with reached(recipe, work) as (target, probe):
         if recipe.ships_engine:
             meter = of_engines(recipe, work, dense, source.input, groups, target, probe)
@@ -85,12 +85,22 @@ def choose(
             meter = Meter(recipe, work, file, groups, probe.facts("onnxruntime"), target)
         first = begun(meter)
         if first.verdict != "met":
-            return Groups((), (), ()), PruningPlan({}, (), None), first
+            return source, Groups((), (), ()), PruningPlan({}, (), None), first
         staircase = learned(meter)
-        planner = _Planner(recipe, source, split, groups, work, staircase)
+        turned = rotated(recipe, source, split, groups, work)
+        planner = _Planner(recipe, turned, split, groups, work, staircase)
         trials, plan, verdict = planner.settled(meter, first.ratio, ship)
         unbuilt = len(meter.unbuilt)
-        return groups, plan, replace(first, trials=trials, staircase=staircase, verdict=verdict, unbuilt=unbuilt)
+        found = replace(first, trials=trials, staircase=staircase, verdict=verdict, unbuilt=unbuilt)
+        return turned, groups, plan, found
+
+
+def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work: Workdir) -> Network:
+    """What is pruned: the dense network, where dimensions within heads may leave with other weights for the same function."""
+    if recipe.prune.heads != "dims" or not groups.groups:
+        return source
+    fit = ImageSet(split.fit, recipe.calibration.images)
+    return replace(source, weights=work.run(prune.rotate, source, groups, fit, recipe.device))
 
 
 # --- before anything is pruned
@@ -207,7 +217,7 @@ class _Planner:
         while True:
             best = loop.best(trials, lambda widths: damage_at(approach.curves, widths), shift)
             plan = self._settle(scores, curves, approach, best.widths)
-            shipped = meter.shipped(ship(self.groups, plan, meter.file))
+            shipped = meter.shipped(ship(self.source, self.groups, plan, meter.file))
             progress.note(
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"

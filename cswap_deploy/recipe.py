@@ -399,6 +399,9 @@ AllocationSettings: TypeAlias = Annotated[
 ]
 
 
+HeadsMode: TypeAlias = Literal["whole", "dims"]
+
+
 class PruneSettings(Settings):
     """What to remove, how to rank it, and how the rest makes up for it."""
 
@@ -432,6 +435,10 @@ class PruneSettings(Settings):
         "auto: TensorRT fp16 8, TensorRT int8 32, a latency target: from the staircase, else 1",
     )
     skip: Names = Field(default=(), description="patterns of module names to leave alone")
+    heads: HeadsMode = Field(
+        default="whole",
+        description="what attention loses: whole heads; dims: dimensions within all its heads, where that can be proven",
+    )
 
 
 # --- what ships ------------------------------------------------------------------------------------------------------
@@ -686,6 +693,11 @@ class Recipe(Settings):
         timed = isinstance(self.prune.target, LatencyTarget | FpsTarget)
         if timed and not isinstance(self.prune.allocation, CurvesAllocation):
             yield "prune.allocation", "a latency is weighed against measured damage: leave allocation out"
+        if self.prune.heads == "dims" and not isinstance(self.prune.allocation, CurvesAllocation):
+            yield (
+                "prune.heads",
+                "dimensions within heads have no place in one ranking of all units: leave allocation out",
+            )
         if self.latency and self.latency.runtime == "tensorrt":
             yield from self._engine_conflicts(self.latency)
         if self.latency and self.latency.runtime == "onnxruntime":

@@ -73,6 +73,8 @@ def describe(plan: Plan, pruned: Facts, wanted: str) -> Facts:
     dense, last = (_facts(plan.get(key), name, index) for key in ("dense_scores", "scores"))
     allocation, refitted = pruned.get("allocation", ""), pruned.get("compensation") == "least_squares"
     elimination = allocation == "curves" and refitted and dense is not None and dense["intervention"] == "surgery"
+    rotated = bool(group.get("queries"))
+    elimination = elimination and not rotated
     step = _step(plan, name, size, index)
     if step and step["scores"] and not elimination:  # those that leave are then the lowest of all
         step["scores"]["among"] = step["width_before"]
@@ -88,6 +90,7 @@ def describe(plan: Plan, pruned: Facts, wanted: str) -> Facts:
         "steps": len(plan["steps"]),
         "allocation": allocation,
         "by_elimination": elimination,
+        "rotated": rotated,
         "turn": _turn(plan, name, size, index),
         "dense": dense,
         "step": step,
@@ -98,7 +101,8 @@ def describe(plan: Plan, pruned: Facts, wanted: str) -> Facts:
 def schema() -> Schema:
     """Effects in nats; `interval` at 1 - alpha, of this unit alone; `rank` from 1, the lowest keep value first, among the units of
     the group that were still there (`by_elimination`: of a unit that left, among those that left in that step); `turn` from 1, in
-    the order in which the group's units would leave the dense network.
+    the order in which the group's units would leave the dense network. `rotated`: dimensions of queries and keys, whose keep value is
+    their part of the logits and whose order the rotation of their heads has made.
     """
     facts: Schema = record(
         **scored_schema()["properties"],
@@ -132,6 +136,7 @@ def schema() -> Schema:
         steps=INTEGER,
         allocation=TEXT,
         by_elimination=BOOLEAN,
+        rotated=BOOLEAN,
         turn=nullable(POSITIVE),
         dense=nullable(facts),
         step=nullable(step),

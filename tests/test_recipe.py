@@ -72,6 +72,7 @@ def test_defaults(write: Callable[[str], Path], tmp_path: Path) -> None:
             "steps": 8,
             "round_to": "auto",
             "skip": (),
+            "heads": "whole",
         },
         "ship": "fp32",
         "accuracy": {"max_drop": 1.0, "rule": "point", "confidence": 0.95},

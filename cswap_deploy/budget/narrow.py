@@ -64,8 +64,8 @@ class Template:
                         f"{path.name} has no tensor {member.tensor!r} that group {group.name!r} could be narrowed in",
                         "prune for macs in place of a latency, or report this network",
                     )
-        heads = {group.units for group in groups.groups if group.kind == "heads"}
-        _open_reshapes(model, graph, heads)
+        heads, inner = ({group.units for group in groups.groups if group.kind == kind} for kind in ("heads", "dims"))
+        _open_reshapes(model, graph, heads, inner)
         return Template(model, {group.name: group.units for group in groups.groups}, owners, graph.depthwise())
 
     def shared(self, folder: Path) -> SharedWeights:
@@ -213,8 +213,9 @@ def _along(owners: Sequence[Owner], axis: int) -> Iterator[Owner]:
     return ((name, replace(member, axis=0)) for name, member in owners if member.axis == axis)
 
 
-def _open_reshapes(model: onnx.ModelProto, graph: _Graph, heads: Collection[int]) -> None:
-    """One size of a constant shape follows from the rest: the number of heads where it has one, else the last, as behind a pooling."""
+def _open_reshapes(model: onnx.ModelProto, graph: _Graph, heads: Collection[int], inner: Collection[int]) -> None:
+    """One size of a constant shape follows from the rest: that of what may leave within heads where it has one, the number of
+    heads where it has one, else the last, as behind a pooling."""
     import onnx
 
     shapes = {node.input[1] for node in model.graph.node if node.op_type == "Reshape"} & set(graph.shapes)
@@ -224,8 +225,9 @@ def _open_reshapes(model: onnx.ModelProto, graph: _Graph, heads: Collection[int]
         if sizes[0] == -1:
             sizes[0] = 0  # as it was: the batch
         if -1 not in sizes:
+            within = [place for place, size in enumerate(sizes) if size in inner]
             of_heads = [place for place, size in enumerate(sizes[:-1]) if size in heads]
-            sizes[of_heads[-1] if of_heads else -1] = -1
+            sizes[(within or of_heads or [-1])[-1]] = -1
             tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, onnx.TensorProto.INT64, [len(sizes)], sizes))
 
 

@@ -27,7 +27,8 @@ def unit_lines(unit: dict[str, Any]) -> Iterator[str]:
     if later and not (first and found):
         those = " that left" if step and unit["by_elimination"] else ""
         found["when it left" if step else "before the last step"] = {**later, "among": f"{later['among']}{those}"}
-    rows = [[label, *map(show, found.values())] for label, show in UNIT_ROWS.items()]
+    hidden = ("estimator", "intervention") if unit["rotated"] else ()
+    rows = [[label, *map(show, found.values())] for label, show in UNIT_ROWS.items() if label not in hidden]
     yield from table(["", *found], [row for row in rows if any(row[1:])], "") if found else [""]
     yield from wrapped(_widths(unit))
     if unit["turn"]:
@@ -57,7 +58,13 @@ def _widths(unit: dict[str, Any]) -> str:
 
 def _explained(unit: dict[str, Any], found: list[dict[str, Any]]) -> Iterator[str]:
     """What the figures mean and how they decided, as far as they did."""
-    if unit["by_elimination"]:
+    if unit["rotated"]:
+        yield (
+            "The heads were rotated before anything left, so that the first dimensions of queries and keys carry most of the logits; "
+            "the last leave first, in all heads of the attention."
+        )
+        yield "Keep value: the mean square of what a dimension adds to a logit, before the softmax's scale; no effect is measured."
+    elif unit["by_elimination"]:
         yield (
             "Of a group those units leave first that the layers behind can best do without, one after the other; the keep value "
             "is not that order, and verdicts do not decide."
@@ -66,6 +73,8 @@ def _explained(unit: dict[str, Any], found: list[dict[str, Any]]) -> Iterator[st
         yield "Of a group the units with the lowest keep values leave first; verdicts do not decide."
     if unit["allocation"] == "curves":
         yield "How many leave follows from the damage that narrowing does, measured group by group."
+    if unit["rotated"]:
+        return
     if found and found[0]["effect"] is None:
         yield printable(f"Criterion {found[0]['criterion']} gives no effect, error or verdict.")
     elif found:

@@ -6,6 +6,7 @@ Units leave progressively: measure what narrowing costs, remove a little, let th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from typing_extensions import assert_never
 
@@ -19,6 +20,7 @@ from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.criteria import between_steps, images_used, scorer
 from cswap_deploy.prune.cut import cut_copy, restore, write_plan
 from cswap_deploy.prune.groups import find
+from cswap_deploy.prune.rotation import rotated
 from cswap_deploy.prune.search import Bench, Search, State, correct
 from cswap_deploy.recipe import (
     CausalCriterion,
@@ -26,6 +28,7 @@ from cswap_deploy.recipe import (
     CriterionSettings,
     CurvesAllocation,
     FpsTarget,
+    HeadsMode,
     LatencyTarget,
     MacsTarget,
     MaxDropTarget,
@@ -34,13 +37,24 @@ from cswap_deploy.recipe import (
 )
 from cswap_deploy.stage import stage
 
+if TYPE_CHECKING:
+    from torch import nn
+
 LIBRARIES = ("torch", "timm", "numpy", "pillow")
 
 
 @stage("groups", returns=Groups, libraries=LIBRARIES)
-def find_groups(out: Path, source: Network, skip: tuple[str, ...]) -> Groups:
+def find_groups(out: Path, source: Network, skip: tuple[str, ...], heads: HeadsMode = "whole") -> Groups:
     """Coupled groups of units that can leave, each proven; what cannot leave, and why."""
-    return find(restore(source), source.input, skip)
+    return find(restore(source), source.input, skip, heads)
+
+
+@stage("rotated", returns=File, libraries=(*LIBRARIES, "safetensors"))
+def rotate(out: Path, source: Network, groups: Groups, fit: ImageSet, device: str) -> File:
+    """Other weights for the same function: the dimensions of its heads are in the order of what they carry."""
+    batches = Batches.read(fit, source.input, resolve_device(device))
+    module = rotated(restore(source).to(batches.device), groups.groups, batches).cpu()
+    return _saved(module, out)
 
 
 @stage("scores", returns=Scores, libraries=(*LIBRARIES, "scipy"))
@@ -215,22 +229,27 @@ def apply(
     device: str,
 ) -> Network:
     """The smaller network: units cut, consumers compensated; weights and a plan.json from which it is rebuilt."""
-    from safetensors.torch import save_file
-
     batches = Batches.read(fit, source.input, resolve_device(device))
     dense = restore(source).to(batches.device)
     masked = compensated(dense, groups.groups, plan.keep, batches, compensate)
     pruned = cut_copy(masked, groups.groups, plan.keep).cpu()
     write_plan(out / "plan.json", dense, pruned, source, groups.groups, plan)
-    save_file({name: tensor.contiguous() for name, tensor in pruned.state_dict().items()}, out / "weights.safetensors")
     params, macs = count(pruned, source.input)
     return Network(
         architecture=source.architecture,
         plan=File.of(out / "plan.json"),
-        weights=File.of(out / "weights.safetensors"),
+        weights=_saved(pruned, out),
         input=source.input,
         outputs=source.outputs,
         params=params,
         macs=macs,
         license=source.license,
     )
+
+
+def _saved(module: nn.Module, out: Path) -> File:
+    from safetensors.torch import save_file
+
+    path = out / "weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+    return File.of(path)

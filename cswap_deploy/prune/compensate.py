@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import assert_never
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import Group
+from cswap_deploy.artifacts import Group, HeadDims
 from cswap_deploy.prune.ablation import channel_axis, taps
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import Keep, add_bias, masked_copy, positions
@@ -65,7 +65,8 @@ def with_systems(
             case LeastSquaresCompensation():
                 examine(dense, structure, batches, gone)
                 producers = partners(groups, structure.sites)
-                systems = refit(dense, module, gone, batches, structure, producers, settings.producer_steps)
+                silent = _silent(groups, keep)
+                systems = refit(dense, module, gone, batches, structure, producers, settings.producer_steps, silent)
             case _ if not any(gone.values()):
                 pass
             case NoCompensation():
@@ -87,6 +88,17 @@ def _gone_inputs(groups: Sequence[Group], keep: Keep) -> dict[str, list[int]]:
         for member in group.consumers:
             gone.setdefault(member.module, set()).update(positions(member, removed))
     return {name: sorted(indices) for name, indices in gone.items()}
+
+
+def _silent(groups: Sequence[Group], keep: Keep) -> dict[str, list[int]]:
+    """Per layer the rows of queries and keys that a mask holds at 0."""
+    found: dict[str, set[int]] = {}
+    for group in groups:
+        if isinstance(group, HeadDims):
+            removed = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
+            for name, rows in group.silenced(removed).items():
+                found.setdefault(name, set()).update(rows)
+    return {name: sorted(rows) for name, rows in found.items()}
 
 
 # --- mean: b += W_gone mean(a_gone)

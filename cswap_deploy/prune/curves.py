@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import Curve, Group, Slice
-from cswap_deploy.prune.cut import add_bias, positions
+from cswap_deploy.artifacts import Curve, Group, HeadDims, Slice
+from cswap_deploy.prune.cut import add_bias, positions, silence
 from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.elimination import Consumer, leaving_costs
 from cswap_deploy.prune.refit import Structure
@@ -27,7 +27,12 @@ SHARES = (0.06, 0.15, 0.3, 0.55)
 
 
 def leaving_order(module: nn.Module, group: Group, kept: Sequence[int], systems: Systems) -> tuple[int, ...] | None:
-    """The kept units of a group, first to leave first, as its re-fitted consumers miss them; None where none is re-fitted."""
+    """The kept units of a group, first to leave first, as its re-fitted consumers miss them; None where none is re-fitted.
+
+    Dimensions of queries leave last to first: rotation has put them in the order of what they carry.
+    """
+    if isinstance(group, HeadDims) and group.queries:
+        return tuple(sorted(kept, reverse=True))
     consumers = []
     for name, members in _readers(group).items():
         if name in systems:
@@ -70,12 +75,14 @@ class Gauge:
             walk = Walk(module, self.damage.batches, self.structure.reads)
             inside = [(first, group) for first, group in self._in_order if asked.get(group.name)]
             for number, (first, group) in enumerate(inside, 1):
-                trials = _trials(module, group, self.orders[group.name], asked[group.name], self.systems)
+                widths = asked[group.name]
+                trials = _trials(module, group, self.orders[group.name], widths, self.systems)
                 losses = [0.0] * len(trials)
                 visits = walk.visit(first, as_far_as_sum=False)
                 for batch, (_, (images, _labels)) in enumerate(zip(visits, self.damage.batches, strict=True)):
                     for at, trial in enumerate(trials):
-                        with _tried(module, trial, self.systems), walk.rest(batch):
+                        silent = _silent(group, self.orders[group.name], widths[at])
+                        with _tried(module, trial, self.systems, silent), walk.rest(batch):
                             losses[at] += self.damage.batch(batch, module(images))
                 found[group.name] = tuple(loss - begun for loss in losses)
                 progress.advance("curves measured", number, len(inside))
@@ -100,11 +107,11 @@ class Gauge:
 
     @cached_property
     def _in_order(self) -> list[tuple[str, Group]]:
-        """Each group with its first consumer, in a forward's order."""
-        readers = [name for group in self.groups for name in _readers(group)]
+        """Each group with the first layer that changes with it, in a forward's order: a consumer, or what makes queries."""
+        readers = [name for group in self.groups for name in _changing(group)]
         order = in_order(self._measured, readers, next(iter(self.damage.batches.first(1)))[0])
         place = {name: number for number, name in enumerate(order)}
-        first = [(min(_readers(group), key=lambda name: place[name]), group) for group in self.groups]
+        first = [(min(_changing(group), key=lambda name: place[name]), group) for group in self.groups]
         return sorted(first, key=lambda pair: place[pair[0]])
 
 
@@ -161,6 +168,21 @@ def _readers(group: Group) -> dict[str, list[Slice]]:
     return found
 
 
+def _changing(group: Group) -> list[str]:
+    """The layers whose weights change with a group's width."""
+    queries = (
+        [group.queries.modules[0], group.keys.modules[0]]
+        if isinstance(group, HeadDims) and group.queries and group.keys
+        else []
+    )
+    return [*queries, *_readers(group)]
+
+
+def _silent(group: Group, order: Sequence[int], width: int) -> dict[str, tuple[int, ...]]:
+    """The rows of queries and keys that are 0 at a width."""
+    return group.silenced(order[: len(order) - width]) if isinstance(group, HeadDims) else {}
+
+
 def _with_biases(module: nn.Module, systems: Systems) -> nn.Module:
     """A copy in which every layer that will have to hold a bias has one."""
     module = copy.deepcopy(module)
@@ -171,9 +193,11 @@ def _with_biases(module: nn.Module, systems: Systems) -> nn.Module:
 
 
 @contextmanager
-def _tried(module: nn.Module, weights: Mapping[str, Tensor], systems: Systems) -> Iterator[None]:
-    """Inside the block the consumers have these weights."""
-    names = {*weights, *(systems[name].norm for name in weights if name in systems and systems[name].norm)}
+def _tried(
+    module: nn.Module, weights: Mapping[str, Tensor], systems: Systems, silent: Mapping[str, Sequence[int]]
+) -> Iterator[None]:
+    """Inside the block the consumers have these weights, and these rows of layers give 0."""
+    names = {*weights, *silent, *(systems[name].norm for name in weights if name in systems and systems[name].norm)}
     before = [
         (tensor, tensor.detach().clone())
         for name in sorted(names)
@@ -186,6 +210,7 @@ def _tried(module: nn.Module, weights: Mapping[str, Tensor], systems: Systems) -
             else:
                 layer: Any = module.get_submodule(name)
                 layer.weight.copy_(own)
+        silence(module, silent)
         yield
     finally:
         for tensor, value in before:

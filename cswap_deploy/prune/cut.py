@@ -9,7 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.artifacts import Architecture, File, Group, Network, PruningPlan, Slice, UnitAttribute
+from cswap_deploy.artifacts import (
+    Architecture,
+    File,
+    Group,
+    HeadDims,
+    HeadRows,
+    Network,
+    PruningPlan,
+    Slice,
+    UnitAttribute,
+)
 from cswap_deploy.checkpoint import load_state, read_checkpoint
 from cswap_deploy.errors import ModelError, PruningError
 from cswap_deploy.model import build
@@ -26,6 +36,9 @@ Keep = Mapping[str, Sequence[int]]
 def cut_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
     """A copy of `module` with only the kept units of each group; groups that `keep` does not name stay whole."""
     module = fresh_copy(module)
+    for group in groups:
+        if isinstance(group, HeadDims) and group.queries and group.name in keep:
+            _keep_temperature(module, group, len(keep[group.name]))
     for (owner, parameter, axis), indices in _kept_indices(module, groups, keep).items():
         _select(module.get_submodule(owner), parameter, axis, indices)
     for group in groups:
@@ -57,7 +70,18 @@ def masked_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Mo
             for member in group.consumers:
                 weight: Any = module.get_submodule(member.module).weight
                 weight[:, positions(member, gone)] = 0
+            if isinstance(group, HeadDims):
+                silence(module, group.silenced(gone))
     return module
+
+
+def silence(module: nn.Module, rows: Mapping[str, Sequence[int]]) -> None:
+    """Let these rows of layers give 0, in place; of queries and keys: a dimension that is 0 adds nothing to any logit."""
+    for name, own in rows.items():
+        layer: Any = module.get_submodule(name)
+        for tensor in (layer.weight, layer.bias):
+            if tensor is not None:
+                tensor[list(own)] = 0
 
 
 def positions(member: Slice, units: Sequence[int]) -> list[int]:
@@ -156,7 +180,25 @@ def rebuild(dense: nn.Module, architecture: Architecture, plan: File | None, wei
 def _group(item: dict[str, Any]) -> Group:
     members = tuple(Slice(**member) for member in item["members"])
     attributes = tuple(UnitAttribute(**attribute) for attribute in item["attributes"])
-    return Group(item["name"], item["kind"], item["units"], members, attributes)
+    if item["kind"] != "dims":
+        return Group(item["name"], item["kind"], item["units"], members, attributes)
+    queries, keys, values = (_rows(item[name]) for name in ("queries", "keys", "values"))
+    scales = tuple((owner, name) for owner, name in item["scales"])
+    return HeadDims(
+        item["name"],
+        "dims",
+        item["units"],
+        members,
+        attributes,
+        queries=queries,
+        keys=keys,
+        values=values,
+        scales=scales,
+    )
+
+
+def _rows(item: dict[str, Any] | None) -> HeadRows | None:
+    return HeadRows(tuple(item["modules"]), tuple(item["offsets"])) if item else None
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -210,6 +252,26 @@ def _require_inside(module: nn.Module, group: Group) -> None:
             raise PruningError(
                 f"{member.tensor} has {size} indices on axis {member.axis}, group {group.name!r} owns more"
             )
+
+
+def _keep_temperature(module: nn.Module, group: HeadDims, kept: int) -> None:
+    """The logits of fewer dimensions stay divided by the root of all: the queries take up the difference. Errors: PruningError."""
+    import torch
+
+    assert group.queries
+    layer: Any = module.get_submodule(group.queries.last)
+    rows = [offset + unit for offset in group.queries.offsets for unit in range(group.units)]
+    if max(rows) >= len(layer.weight) or min(rows) < 0:
+        raise PruningError(f"{group.queries.last} has {len(layer.weight)} rows, group {group.name!r} owns more")
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.bias):
+            if tensor is not None:
+                tensor[rows] *= (kept / group.units) ** 0.5
+    for owner, name in group.scales:
+        value = vars(module.get_submodule(owner)).get(name)
+        if type(value) is not float:
+            raise PruningError(f"{owner or 'the network'} has no number {name!r} that could scale logits")
+        setattr(module.get_submodule(owner), name, kept**-0.5)
 
 
 def _has_bias(layer: nn.Module) -> bool:

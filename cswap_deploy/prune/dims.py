@@ -26,8 +26,8 @@ class Dim:
     kind: Literal["atom", "alias", "sum", "product"] = "atom"
     parts: list[Dim] = field(default_factory=list)
     roles: set[str] = field(default_factory=set)
-    """Of an atom: `heads` where it numbers products of two activations, `dims` where such a product sums over it, `groups` where it
-    numbers those of a convolution."""
+    """Of an atom: `heads` where it numbers products of two activations, `dims` where such a product sums over it, `values` where it
+    numbers what that gives, `groups` where it numbers the groups of a convolution."""
 
 
 def found(dim: Dim) -> Dim:

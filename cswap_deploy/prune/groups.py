@@ -9,24 +9,30 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.artifacts import Group, Groups, InputSpec, Refusal
 from cswap_deploy.errors import PruningError
 from cswap_deploy.prune.costs import cost_terms
+from cswap_deploy.prune.head_dims import Inner, within_heads
 from cswap_deploy.prune.proof import proven
-from cswap_deploy.prune.proposals import propose
+from cswap_deploy.prune.proposals import SUMMED, Proposals, overlap, propose
 from cswap_deploy.prune.tracing import traced
+from cswap_deploy.recipe import HeadsMode
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = ()) -> Groups:
+def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = (), heads: HeadsMode = "whole") -> Groups:
     """Groups of `module` in the order of its layers, with what each unit costs and what is not prunable, and why.
 
     A group is kept only if cutting a random half of its units gives the same logits as masking them.
     `skip`: shell patterns of module names; a group with a member that matches is left alone. A pattern that matches
-    nothing is a PruningError. `module` is not changed.
+    nothing is a PruningError. `module` is not changed. `heads`: whether attention loses whole heads, or where that is possible
+    dimensions within them.
     """
     _require_matches(module, skip)
     trace = traced(module, spec)
     proposed = propose(module, trace)
+    if heads == "dims":
+        inner = within_heads(module, trace, spec, lambda group: _skipped(group, skip) or _shared(module, group))
+        proposed = _beside(proposed, inner)
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
     candidates, refused = [], list(proposed.refused)
     for group in sorted(proposed.groups, key=lambda group: order[group.members[0].module]):
@@ -36,6 +42,25 @@ def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = ()) -> Groups
     groups, disproven = proven(module, candidates, spec)
     terms = cost_terms(module, spec, trace, groups, proposed.atoms)
     return Groups(groups, (*refused, *disproven), terms)
+
+
+def _beside(proposed: Proposals, inner: Inner) -> Proposals:
+    """What is left of the proposals where some heads lose dimensions, and these."""
+    owned = {(member.tensor, member.axis) for group in inner.groups for member in group.members}
+    taken = [(member, group.units) for group in inner.groups for member in group.members]
+
+    def free(group: Group) -> bool:
+        return not any(
+            (member.tensor, member.axis) == (other.tensor, other.axis) and overlap(member, group.units, other, units)
+            for member in group.members
+            if (member.tensor, member.axis) in owned
+            for other, units in taken
+        )
+
+    makers = {member.module for group in inner.groups for member in group.members if member.axis == 0}
+    refused = (item for item in proposed.refused if item.reason != SUMMED or item.name.partition("[")[0] not in makers)
+    groups = (*filter(free, proposed.groups), *inner.groups)
+    return Proposals(groups, (*refused, *inner.refused), {**proposed.atoms, **inner.atoms})
 
 
 def _skipped(group: Group, skip: Sequence[str]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,21 @@ def proven(
     All are tried at once; a set that fails is divided until the ones that are wrong stand alone. `module` is not changed.
     """
     return _Prover.of(module, spec, len(groups)).sort(tuple(groups)) if groups else ((), ())
+
+
+def same_function(module: nn.Module, spec: InputSpec, change: Callable[[nn.Module], None]) -> bool:
+    """Whether the network computes the same after a change in place, which is made on a private copy. False where it fails."""
+    import torch
+
+    prover = _Prover.of(module, spec, 0)
+    with torch.no_grad():
+        wanted, changed = prover.module(prover.images.clone()), fresh_copy(prover.module)
+        try:
+            change(changed)
+            found = changed(prover.images.clone())
+        except Exception:  # whatever a layout that does not fit raises
+            return False
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)) <= prover.tolerance
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cswap_deploy.artifacts import Group, Refusal, Slice
 from cswap_deploy.prune.attributes import attributes
@@ -18,6 +18,8 @@ MOST_SLICES = 4096
 """Of one group; beyond it its units lie too scattered to be of use."""
 
 
+SUMMED = "a product of two activations sums over it"
+AnyGroup = TypeVar("AnyGroup", bound=Group)
 Role = Literal["makes", "reads", "regroups", "columns", "carries"]
 """What a slice is to its layer: rows of a weight, its columns, those of a grouped one or of another layer; or it only goes along."""
 
@@ -31,7 +33,7 @@ class Proposals:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where the units of an atom live in one tensor: a slice, with what the slice is to its layer."""
 
     member: Slice
@@ -41,7 +43,7 @@ class _Place:
 def propose(module: nn.Module, trace: Trace) -> Proposals:
     """One group per atom that layers make and layers read; of atoms that stand nested in one axis the preferred one."""
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
-    places = _places(module, trace, order)
+    places = places_of(module, trace, order)
     candidates: dict[Dim, Group] = {}
     reasons: dict[Dim, str] = {}
     for atom, own in places.items():
@@ -52,7 +54,7 @@ def propose(module: nn.Module, trace: Trace) -> Proposals:
             candidates[atom] = _group(atom, own, order)
         else:
             reasons[atom] = reason
-    chosen = _named_apart(_preferred(candidates))
+    chosen = named_apart(_preferred(candidates))
     refused: dict[str, dict[str, None]] = {}
     for item in _refusals(reasons, chosen, places):
         refused.setdefault(item.name, {})[item.reason] = None
@@ -63,7 +65,7 @@ def propose(module: nn.Module, trace: Trace) -> Proposals:
     return Proposals(groups, stay, atoms)
 
 
-def _refusals(reasons: dict[Dim, str], chosen: dict[Dim, Group], places: dict[Dim, list[_Place]]) -> Iterator[Refusal]:
+def _refusals(reasons: dict[Dim, str], chosen: dict[Dim, Group], places: dict[Dim, list[Place]]) -> Iterator[Refusal]:
     """Named after the layer that makes the units; of a layer whose other units may leave, with the first index."""
     owned: dict[str, list[tuple[Slice, int]]] = {}
     for group in chosen.values():
@@ -72,23 +74,23 @@ def _refusals(reasons: dict[Dim, str], chosen: dict[Dim, Group], places: dict[Di
     for atom, reason in reasons.items():
         maker = next(place.member for place in places[atom] if place.role == "makes")
         others = owned.get(f"{maker.tensor}, {maker.axis}", [])
-        if not any(_overlap(maker, atom.size, other, units) for other, units in others):
+        if not any(overlap(maker, atom.size, other, units) for other, units in others):
             yield Refusal(f"{maker.module}[{maker.offset}:]" if others else maker.module, reason)
 
 
 ALONE = "it has one unit only"
 
 
-def _places(module: nn.Module, trace: Trace, order: dict[str, int]) -> dict[Dim, list[_Place]]:
+def places_of(module: nn.Module, trace: Trace, order: dict[str, int]) -> dict[Dim, list[Place]]:
     """Per atom where it stands in parameters and buffers, in the order of the layers."""
     layers = dict(module.named_modules())
-    found_at: dict[Dim, list[_Place]] = {}
+    found_at: dict[Dim, list[Place]] = {}
     for tensor, dims in trace.parameters.items():
         owner, _, leaf = tensor.rpartition(".")
         for axis, dim in enumerate(dims):
             for atom, offset, repeat in occurrences(dim):
                 member = Slice(owner, leaf, axis, offset, repeat)
-                found_at.setdefault(atom, []).append(_Place(member, _role(layers[owner], leaf, axis)))
+                found_at.setdefault(atom, []).append(Place(member, _role(layers[owner], leaf, axis)))
     for own in found_at.values():
         own.sort(key=lambda place: _layer_order(order, place.member))
     return found_at
@@ -110,8 +112,13 @@ def _role(layer: Any, parameter: str, axis: int) -> Role:
     return "makes" if axis == 0 else "reads"
 
 
-def _unfit(atom: Dim, places: Sequence[_Place]) -> str | None:
-    """Why these units must stay."""
+def unfit_dims(atom: Dim, places: Sequence[Place]) -> str | None:
+    """Why these dimensions within heads must stay: queries and keys need nobody who reads them through weights."""
+    return _unfit(atom, places, within=True)
+
+
+def _unfit(atom: Dim, places: Sequence[Place], *, within: bool = False) -> str | None:
+    """Why these units must stay. `within`: heads, they may be what a product of two activations sums over."""
     if atom.frozen:
         return atom.frozen
     if atom.size < 2:
@@ -120,16 +127,16 @@ def _unfit(atom: Dim, places: Sequence[_Place]) -> str | None:
         return "its units are scattered over a coupled layer"
     if any(place.role == "regroups" for place in places):
         return "a grouped convolution reads it by its place in each group"
-    if "dims" in atom.roles:
-        return "a product of two activations sums over it"
+    if "dims" in atom.roles and not within:
+        return SUMMED
     if any(place.role == "columns" for place in places):
         return "it is coupled to the columns of a layer that is neither linear nor a convolution"
-    if not any(place.role == "reads" for place in places):
+    if not any(place.role == "reads" for place in places) and not (within and "dims" in atom.roles):
         return "no layer reads it through its weights"
     return None
 
 
-def _group(atom: Dim, places: Sequence[_Place], order: dict[str, int]) -> Group:
+def _group(atom: Dim, places: Sequence[Place], order: dict[str, int]) -> Group:
     """Named after the first layer that makes its units; heads after the block that they belong to."""
     members = [place.member for place in places]
     maker = next(place.member for place in places if place.role == "makes")
@@ -137,22 +144,22 @@ def _group(atom: Dim, places: Sequence[_Place], order: dict[str, int]) -> Group:
     name = maker.module
     if kind == "heads":
         members.sort(key=lambda member: (order[member.module], member.parameter != "weight", member.offset))
-        name = f"{_block([place.member for place in places if place.role != 'carries'])}.heads"
+        name = f"{block_of([place.member for place in places if place.role != 'carries'])}.heads"
     return Group(name, kind, atom.size, tuple(members))
 
 
-def _named_apart(chosen: dict[Dim, Group]) -> dict[Dim, Group]:
+def named_apart(chosen: dict[Dim, AnyGroup]) -> dict[Dim, AnyGroup]:
     """Of several groups that one layer makes, the later ones are called by the first index of their units too."""
     taken: set[str] = set()
     for atom, group in chosen.items():
         if group.name in taken:
-            made = next(member for member in group.members if member.module == group.name or group.kind == "heads")
+            made = next(member for member in group.members if member.module == group.name or group.kind != "channels")
             chosen[atom] = replace(group, name=f"{group.name}[{made.offset}:]")
         taken.add(chosen[atom].name)
     return chosen
 
 
-def _block(members: Sequence[Slice]) -> str:
+def block_of(members: Sequence[Slice]) -> str:
     """The innermost module that holds all of them."""
     paths = [member.module.split(".") for member in members]
     shared = []
@@ -170,7 +177,7 @@ def _preferred(candidates: dict[Dim, Group]) -> dict[Dim, Group]:
     chosen: set[Dim] = set()
     for atom in ranked:
         group = candidates[atom]
-        if any(_overlap(member, group.units, other, units)
+        if any(overlap(member, group.units, other, units)
                for member in group.members for other, units in owned.get((member.tensor, member.axis), ())):  # fmt: skip
             continue
         chosen.add(atom)
@@ -179,5 +186,5 @@ def _preferred(candidates: dict[Dim, Group]) -> dict[Dim, Group]:
     return {atom: group for atom, group in candidates.items() if atom in chosen}
 
 
-def _overlap(a: Slice, units: int, b: Slice, others: int) -> bool:
+def overlap(a: Slice, units: int, b: Slice, others: int) -> bool:
     return a.offset < b.offset + others * b.repeat and b.offset < a.offset + units * a.repeat

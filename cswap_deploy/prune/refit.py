@@ -63,12 +63,14 @@ def refit(
     structure: Structure,
     producers: Mapping[str, Partner],
     steps: int,
+    silent: Mapping[str, Sequence[int]],
 ) -> Systems:
     """Fit the layers of `module`, a masked copy of `dense`, in place; give the systems of the layers in `gone`.
 
     `gone`: per consumer of a group the input channels that have left, perhaps none. Layers before the first cut stay as they are.
     `structure` is that of `dense`, examined on these images. Producers are moved in `steps` steps where their consumer has lost
-    something; what is between the two is then left as it is, since it is to pass on other things than it did.
+    something; what is between the two is then left as it is, since it is to pass on other things than it did. `silent`: per layer
+    the outputs that stay 0, as they are in `module`.
     """
     batches = batches.first(structure.images)
     there, here = Walk(dense, batches, structure.reads), Walk(module, batches, structure.reads)
@@ -77,22 +79,23 @@ def refit(
     systems: Systems = {}
     changed, kept = False, set[str]()
     for number, name in enumerate(structure.order, 1):
-        lost, partner = gone.get(name), producers.get(name)
+        lost, partner, quiet = gone.get(name), producers.get(name), silent.get(name, ())
         moves = bool(steps and partner and gone.get(partner.consumer))
-        if lost is None and not changed and not moves:
+        if lost is None and not changed and not moves and not quiet:
             continue
-        changed = changed or bool(lost)
+        fits = changed or bool(lost)
+        changed = fits or bool(quiet)
         site, grouped = structure.sites[name], structure.grouped.get(name)
-        if grouped and changed and name not in kept and not lost:
+        if grouped and fits and name not in kept and not lost:
             refit_grouped(grouped, dense, module, name, _wanted(grouped, name, there, structure), here)
         if site is None:
             continue
         wanted = _wanted(site, name, there, structure)
-        system, blocks = _gather(site, dense, name, wanted, here, frozenset(lost or ()))
+        system, blocks = _gather(site, dense, name, wanted, here, frozenset(lost or ()), quiet)
         if lost is not None:
             systems[name] = system
-        weights = _solution(system, site, blocks) if changed else system.start
-        if changed:
+        weights = _solution(system, site, blocks) if fits else system.start
+        if fits:
             system.write(module, name, weights)
         if moves and partner:
             moved = movers.move(name, partner.consumer, system, weights, frozenset(gone[partner.consumer]))
@@ -172,10 +175,16 @@ def _wanted(site: Site, name: str, there: Walk, structure: Structure) -> list[Te
 
 
 def _gather(
-    site: Site, dense: nn.Module, name: str, wanted: Sequence[Tensor], here: Walk, gone: frozenset[int]
+    site: Site,
+    dense: nn.Module,
+    name: str,
+    wanted: Sequence[Tensor],
+    here: Walk,
+    gone: frozenset[int],
+    silent: Sequence[int],
 ) -> tuple[System, list[Block]]:
     """The layer's system; the blocks that it was summed over where a rectifier follows, for which they are needed again."""
-    system, kept = System.begin(site, dense, gone), []
+    system, kept = System.begin(site, dense, gone, tuple(silent)), []
     for seed, found in enumerate(here.visit(name, as_far_as_sum=site.outlet.summed)):
         for block in Block.of(site, found, wanted[seed], seed):
             system.equations.add([(block.fields, block.targets)])

@@ -189,6 +189,8 @@ def _log(trace: Trace, factors: Sequence[Tensor], batch: Sequence[Dim], inner: D
         for dim in batch:
             give_role(dim, "heads")
         give_role(inner, "dims")
+        for dim in dims[len(batch) : -1]:
+            give_role(dim, "values")
     weight = next((trace.names[factor] for factor in fixed if factor in trace.names), "")
     trace.note(weight, prod(dim.size for dim in dims), dims)
 
@@ -260,6 +262,7 @@ def _attention(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -> 
     for dim in batch:
         give_role(dim, "heads")
     give_role(q[-1], "dims")
+    give_role(v[-1], "values")
     trace.give(result, [*batch, q[-2], v[-1]])
     weights = prod(query.shape[:-1]) * key.shape[-2]
     for inner in (q[-1], v[-1]):

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import Axis, CostTerm, Curve, Groups, GroupScores, PruningStep
+from cswap_deploy.artifacts import Axis, CostTerm, Curve, Groups, GroupScores, HeadDims, PruningStep
 from cswap_deploy.errors import PruningError
 from cswap_deploy.prune.allocate import Cost, Widths, choose_widths, least_damage
 from cswap_deploy.prune.batches import Batches
@@ -91,7 +91,8 @@ class Bench:
         orders, of_group = {}, {item.group: item for item in scores}
         for group in self.groups.groups:
             kept = keep[group.name]
-            found = leaving_order(module, group, kept, systems) if self.eliminates else None
+            fixed = isinstance(group, HeadDims) and group.queries
+            found = leaving_order(module, group, kept, systems) if self.eliminates or fixed else None
             orders[group.name] = found or tuple(unit for unit, _ in reversed(ranking(of_group[group.name], kept)))
         examine(self.dense, self.structure, self.fit.first(SEARCH_IMAGES), ())
         return Gauge(module, self.groups.groups, orders, systems, damage, self.structure)

@@ -40,14 +40,16 @@ class System:
     """The BatchNorm that takes up the bias; "" where the layer itself has to."""
     mean: Tensor | None
     """The running mean that this BatchNorm has in the dense network."""
+    silent: tuple[int, ...] = ()
+    """Outputs that stay 0."""
 
     @staticmethod
-    def begin(site: Site, dense: nn.Module, gone: frozenset[int]) -> System:
+    def begin(site: Site, dense: nn.Module, gone: frozenset[int], silent: tuple[int, ...] = ()) -> System:
         """With nothing summed yet."""
         rows, start = site.rows, start_of(site.rows.layer)
         old: Any = rows.layer
         equations = NormalEquations.empty(rows.columns, rows.outputs, str(start.device))
-        return System(equations, start, gone, rows.columns // old.weight.shape[1], *norm_of(site, dense))
+        return System(equations, start, gone, rows.columns // old.weight.shape[1], *norm_of(site, dense), silent)
 
     def emptied(self) -> System:
         """The same layer with nothing summed."""
@@ -56,6 +58,9 @@ class System:
 
     def write(self, module: nn.Module, name: str, weights: Tensor) -> None:
         """`weights` (columns + 1, outputs), the bias last, into layer `name`; the BatchNorm behind it takes up the bias."""
+        if self.silent:
+            weights = weights.clone()
+            weights[:, list(self.silent)] = 0
         write(module, name, weights, self.norm, self.mean)
 
     def solve(self) -> Tensor:

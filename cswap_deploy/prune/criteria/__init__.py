@@ -10,6 +10,7 @@ from typing_extensions import assert_never
 from cswap_deploy.artifacts import Group, GroupScores
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.criteria.causal import CausalEffect
+from cswap_deploy.prune.criteria.logits import BesideLogits
 from cswap_deploy.prune.criteria.magnitude import Magnitude
 from cswap_deploy.prune.criteria.random import Random
 from cswap_deploy.prune.criteria.taylor import Taylor
@@ -33,7 +34,11 @@ class Scorer(Protocol):
 
 
 def scorer(settings: CriterionSettings, seed: int) -> Scorer:
-    """The criterion that the recipe names; `seed` is for the one that draws."""
+    """The criterion that the recipe names; `seed` is for the one that draws. Dimensions of queries are scored by their logits."""
+    return BesideLogits(_criterion(settings, seed))
+
+
+def _criterion(settings: CriterionSettings, seed: int) -> Scorer:
     match settings:
         case CausalCriterion():
             return CausalEffect(settings)
