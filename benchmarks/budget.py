@@ -64,8 +64,8 @@ PARTS = (0.05, 0.25, 0.5, 0.75, 1.0)
 """Budgets: so far from the lowest to the highest, those of `--lowest` and `--highest`; the lowest not below `ROOM` times the floor."""
 ROOM = 1.08
 """Times the floor that the lowest budget is at least."""
-OTHERS = (0.75, 0.55, 0.35)
-"""Of the MACs, and of every group's units: what a MACs target and uniform ratios are tried at."""
+OTHERS = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4))
+"""Part of the MACs, and of every group's units, that a MACs target and uniform ratios are tried at; in which multiples of units."""
 UNSEEN = 16
 """Random settings that the prediction is judged on."""
 LIMIT, LEAST = 1.02, 0.93
@@ -295,8 +295,8 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
         *options.overrides,
     ]
 
-    def recipe(target: str) -> Recipe:
-        multiple = ["prune.round_to=8"] if "macs" in target else []
+    def recipe(target: str, round_to: int | None = None) -> Recipe:
+        multiple = [f"prune.round_to={round_to}"] if round_to else []
         file = HERE.parent / "recipes" / "cifar10-resnet56.yaml"
         return load_recipe(file, [*overrides, f"prune.target={target}", *multiple])
 
@@ -318,9 +318,9 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
 
 
 def others(
-    recipe: Callable[[str], Recipe], work: Workdir, options: argparse.Namespace
+    recipe: Callable[..., Recipe], work: Workdir, options: argparse.Namespace
 ) -> dict[str, list[tuple[float, float]]]:
-    """(ratio, drop) of a MACs target and of uniform ratios: same scores, same order of units, same compensation, multiples of 8."""
+    """(ratio, drop) of a MACs target and of uniform ratios: same scores, same order of units, same compensation."""
     _, ready = prepared.find(work)
     asked = recipe("null")
     images = asked.calibration.images
@@ -328,13 +328,13 @@ def others(
     split = work.run(data.split, catalogue, asked.calibration.scoring, asked.calibration.holdout, asked.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
     found: dict[str, list[tuple[float, float]]] = {"macs": [(1.0, 0.0)], "uniform": [(1.0, 0.0)]}
-    for part in OTHERS:
-        bundle = pipeline.build(recipe(f"{{macs: {part}}}"), work, f"macs-{part}")
+    for part, multiple in OTHERS:
+        bundle = pipeline.build(recipe(f"{{macs: {part}}}", multiple), work, f"macs-{part}")
         ratio = ratio_of(work, asked, bundle.file("model.onnx"), options.seconds)
         found["macs"].append((ratio.value, bundle.manifest["accuracy"]["drop_pp"]))
         keep = {}
         for group in ready.groups.groups:
-            width = min(group.units, max(8, round(part * group.units / 8) * 8))
+            width = min(group.units, max(multiple, round(part * group.units / multiple) * multiple))
             keep[group.name] = tuple(sorted(ready.plan.dense_order[group.name][group.units - width :]))
         plan = PruningPlan(keep, (), None)
         pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
