@@ -63,10 +63,10 @@ class Case:
 
     def built(self) -> Facts:
         import torch
-        from safetensors.torch import save_file
 
         from cswap_deploy import model, recipe
         from cswap_deploy.artifacts import File
+        from cswap_deploy.checkpoint import save_state
         from cswap_deploy.prune.cut import restore
 
         settings = recipe.ModelSettings(name=self.name, pretrained=False)
@@ -82,7 +82,7 @@ class Case:
                 fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
                 tensor.copy_((torch.rand(tensor.shape, generator=generator) - 0.3) * fan_in**-0.5)
         path = self.folder / "weights.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+        save_state(module, path)
         self.network, self.module = replace(network, weights=File.of(path)), module
         return {"params": network.params, "macs": network.macs, "input": list(network.input.shape)}
 
@@ -187,16 +187,16 @@ class Case:
     def stored(self) -> Facts:
         """plan.json and safetensors, and back."""
         import torch
-        from safetensors.torch import save_file
 
         from cswap_deploy.artifacts import File, PruningPlan
+        from cswap_deploy.checkpoint import save_state
         from cswap_deploy.prune.cut import restore, write_plan
 
         path = self.folder / "plan.json"
         plan = PruningPlan(self.keep, (), None)
         write_plan(path, self.module, self.smaller, self.network, self.groups.groups, plan)
         weights = self.folder / "pruned.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in self.smaller.state_dict().items()}, weights)
+        save_state(self.smaller, weights)
         self.small = replace(self.network, plan=File.of(path), weights=File.of(weights))
         images = torch.randn(2, *self.network.input.shape, generator=torch.Generator().manual_seed(2))
         with torch.no_grad():

@@ -57,6 +57,13 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
     module.load_state_dict(dict(state), strict=False)
 
 
+def save_state(module: nn.Module, path: Path) -> None:
+    """All weights as .safetensors; a tensor that stands under several names is written for each."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}, path)
+
+
 def reason(error: BaseException) -> str:
     """An error of somebody else's in one line; many have no message, or a page of it."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

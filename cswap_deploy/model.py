@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Architecture, File, InputSpec, Network, sha256_of
-from cswap_deploy.checkpoint import load_state, read_checkpoint, reason
+from cswap_deploy.checkpoint import load_state, read_checkpoint, reason, save_state
 from cswap_deploy.digests import digest_of
 from cswap_deploy.errors import ModelError, require_host
 from cswap_deploy.factory import call_factory
@@ -19,7 +19,7 @@ from cswap_deploy.recipe import ModelSettings
 from cswap_deploy.stage import stage
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 FUSED_TOLERANCE = 1e-3
 """Largest change of a logit, relative to the largest, by which fusing layers may round."""
@@ -42,10 +42,8 @@ def load(out: Path, settings: ModelSettings, code: tuple[Path, ...] = (), seed: 
     Errors: ModelError.
     """
     require_host()
-    from safetensors.torch import save_file
-
     architecture, module, spec, outputs = _proven(settings, code, seed)
-    save_file(_contiguous(module.state_dict()), out / "weights.safetensors")
+    save_state(module, out / "weights.safetensors")
     params, macs = count(module, spec)
     weights = File.of(out / "weights.safetensors")
     license_name = getattr(module, "pretrained_cfg", {}).get("license") if settings.pretrained else None
@@ -318,10 +316,6 @@ def _require_sound(module: nn.Module) -> None:
                 f"weight {name!r} holds {bad} values that are NaN or infinite, of {tensor.numel()}",
                 "use a checkpoint from before the training diverged",
             )
-
-
-def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 
 # --- input and output

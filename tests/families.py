@@ -117,4 +117,9 @@ FAMILIES = [
            kwargs={"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "partial_dim": (8, 8, 12)}),
     Family("fastvit_t8", 64, "FastViT's mobile blocks", 4,
            kwargs={"layers": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 64)}),
+    Family("tresnet_m", 64, "blurring with a stored number of channels", 5,
+           kwargs={"layers": (1, 1, 1, 1), "width_factor": 0.25}),
+    Family("coat_tiny", 64, "weights that blocks share, class tokens that are handed on", 2,
+           kwargs={"img_size": 64, "embed_dims": (8, 8, 8, 8), "serial_depths": (2, 1, 1, 1), "parallel_depth": 1,
+                   "num_heads": 2, "mlp_ratios": (2, 2, 2, 2), "crpe_window": {3: 2}}),
 ]  # fmt: skip

@@ -10,10 +10,10 @@ import pytest
 import torch
 import zoo
 from families import FAMILIES, Family
-from safetensors.torch import save_file
 from torch import nn
 
 from cswap_deploy.artifacts import File, Network, PruningPlan
+from cswap_deploy.checkpoint import save_state
 from cswap_deploy.model import count
 from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.cut import cut_copy, masked_copy, rebuild, write_plan
@@ -79,9 +79,7 @@ def test_half_of_it_comes_back_from_its_plan(family: Family, tmp_path: Path) -> 
     found, dense = family.groups_found, family.build()
     keep = zoo.half(found)
     smaller = cut_copy(dense, found.groups, keep)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in smaller.state_dict().items()}, tmp_path / "weights.safetensors"
-    )
+    save_state(smaller, tmp_path / "weights.safetensors")
     weights = File.of(tmp_path / "weights.safetensors")
     network = Network(family.architecture, None, weights, family.spec, zoo.CLASSES, 0, 0, None)
     write_plan(tmp_path / "plan.json", dense, smaller, network, found.groups, PruningPlan(keep, (), None))

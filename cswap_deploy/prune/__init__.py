@@ -13,6 +13,7 @@ from typing_extensions import assert_never
 from cswap_deploy.artifacts import Curves, File, Groups, GroupScores, ImageSet, Network, PruningPlan, Scores
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Staircase
+from cswap_deploy.checkpoint import save_state
 from cswap_deploy.data import require_learned
 from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches, resolve_device
@@ -248,8 +249,6 @@ def apply(
 
 
 def _saved(module: nn.Module, out: Path) -> File:
-    from safetensors.torch import save_file
-
     path = out / "weights.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
+    save_state(module, path)
     return File.of(path)

@@ -99,4 +99,7 @@ def _repaired_by_shape(layer: nn.Module) -> bool:
 
 
 def _depthwise(layer: Any) -> bool:
-    return bool(layer.groups == layer.in_channels == layer.out_channels)
+    """Or a module of another kind, which names what it counts as it likes (timm's BlurPool2d)."""
+    from torch.nn.modules.conv import _ConvNd
+
+    return not isinstance(layer, _ConvNd) or layer.groups == layer.in_channels == layer.out_channels

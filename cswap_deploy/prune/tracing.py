@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BY_NUMBER = frozenset(
-    "view _unsafe_view reshape _reshape_alias expand split split_with_sizes chunk slice repeat".split()
+    "view _unsafe_view reshape _reshape_alias expand split split_with_sizes chunk slice repeat convolution".split()
 )
-"""Operators that take sizes, which a module may have stored."""
+"""Operators that take sizes, or a number of groups, which a module may have stored."""
 OUTPUTS = "its units are outputs of the network"
 
 
