@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Group, GroupScores, InputSpec
-from cswap_deploy.model import count_by_module
+from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import cut_copy, positions
 from cswap_deploy.prune.select import Kept
@@ -177,7 +177,7 @@ def _classifier(module: nn.Module) -> str:
 def _macs(module: nn.Module, example: Tensor) -> int:
     """Of one image, counted as for our own results."""
     channels, height, width = example.shape[1:]
-    return count_by_module(module, InputSpec((channels, height, width), (0, 0, 0), (1, 1, 1), "bilinear", 1.0))[""]
+    return count(module, InputSpec((channels, height, width), (0, 0, 0), (1, 1, 1), "bilinear", 1.0))[1]
 
 
 # --- under our pruner

@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,11 +100,14 @@ def quiet(name: str, level: int) -> Iterator[None]:
 
 def count(module: nn.Module, spec: InputSpec) -> tuple[int, int]:
     """(parameters, multiply-accumulates of one image): convolutions, linear layers and attention products."""
-    return sum(parameter.numel() for parameter in module.parameters()), count_by_module(module, spec)[""]
+    return sum(parameter.numel() for parameter in module.parameters()), sum(count_by_module(module, spec).values())
 
 
 def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
-    """Multiply-accumulates of one image per module name, children included; "" is the whole network."""
+    """Multiply-accumulates of one image that each module's own forward takes, without those of the modules that it calls.
+
+    A module that stands under several names counts under the first, as in `named_modules`; "" is the network's own forward.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,14 +117,25 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
     )
     parameter = next(module.parameters())
     image = torch.zeros(1, *spec.shape, dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad(), _frozen(module), counter:
-        module(image)
-    root = type(module).__name__
-    totals = {"": counter.get_total_flops() // 2}
-    for name, operators in counter.get_flop_counts().items():
-        if name.startswith(f"{root}."):
-            totals[name.removeprefix(f"{root}.")] = sum(operators.values()) // 2
-    return totals
+    own = {name: 0 for name, _ in module.named_modules()}
+    begun: list[int] = []
+    """Of the modules that run: the count at which each one's own part goes on."""
+
+    def enter(_layer: nn.Module, _inputs: Any) -> None:
+        begun.append(counter.get_total_flops())
+
+    def leave(name: str) -> None:
+        now, start = counter.get_total_flops(), begun.pop()
+        own[name] += (now - start) // 2
+        begun[:] = [outer + now - start for outer in begun]
+
+    with torch.no_grad(), _frozen(module), ExitStack() as hooks:
+        for name, layer in module.named_modules():
+            hooks.callback(layer.register_forward_pre_hook(enter).remove)
+            hooks.callback(layer.register_forward_hook(lambda _l, _i, _o, name=name: leave(name)).remove)
+        with counter:
+            module(image)
+    return own
 
 
 @contextmanager

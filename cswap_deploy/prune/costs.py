@@ -22,12 +22,11 @@ def cost_terms(
     """`atoms`: per group what its units are in the trace. Multiply-accumulates are of one image, as `model.count` counts them."""
     axes = _axes(module, groups)
     names = {atoms[group.name]: group.name for group in groups}
-    totals = count_by_module(module, spec)
+    counted_macs = count_by_module(module, spec)
     terms = []
     counted: set[Any] = set()
     for name, layer in module.named_modules():
-        inner = sum(totals.get(f"{name}.{child}" if name else child, 0) for child, _ in layer.named_children())
-        own = totals.get(name, 0) - inner
+        own = counted_macs[name]
         prefix = f"{name}." if name else ""
         tensors = dict(layer.named_parameters(recurse=False))
         products = [product for product in trace.products if product.module == name]
