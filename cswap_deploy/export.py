@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cswap_deploy import onnx_file, progress
 from cswap_deploy.artifacts import File, ImageSet, InputSpec, Network, OnnxModel, TestVectors
+from cswap_deploy.attention import exportable
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
 from cswap_deploy.images import decoded, load
@@ -101,7 +102,7 @@ def _export(network: Network, settings: OnnxSettings) -> onnx.ModelProto:
     example = torch.zeros(batch, *network.input.shape)
     shapes = ({0: torch.export.Dim("batch")},) if settings.dynamic_batch else None
     try:
-        with contextlib.ExitStack() as silence, warnings.catch_warnings(), torch.no_grad():
+        with contextlib.ExitStack() as silence, warnings.catch_warnings(), torch.no_grad(), exportable():
             silence.enter_context(quiet("torch", logging.ERROR))
             silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
             silence.enter_context(contextlib.redirect_stderr(io.StringIO()))

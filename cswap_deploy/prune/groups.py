@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = (), heads: HeadsMode = "whole") -> Groups:
     """Groups of `module` in the order of its layers, with what each unit costs and what is not prunable, and why.
 
-    A group is kept only if cutting a random half of its units gives the same logits as masking them.
+    A group is kept only if cutting a random part of its units gives the same logits as masking them.
     `skip`: shell patterns of module names; a group with a member that matches is left alone. A pattern that matches
     nothing is a PruningError. `module` is not changed. `heads`: whether attention loses whole heads, or where that is possible
     dimensions within them.

@@ -1,7 +1,8 @@
-"""Proposed groups → proven ones: cutting a random half of their units computes what masking them does, on random images."""
+"""Proposed groups → proven ones: cutting some of their units at random computes what masking them does, on random images."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ TOLERANCE, SINGLE_TOLERANCE = 1e-9, 1e-4
 """Largest difference between cut and masked network, relative to the largest logit, in float64; in float32 where the
 network's own forward cannot run in float64."""
 RELOADED = "the smaller network computes something else after it was stored and loaded"
+LEAST, MOST = 0.3, 0.7
+"""Parts of a group's units that stay while it is proven."""
 MOST_NAMES = 4
 """Of attributes that are tried without one another."""
 DIGITS = re.compile(r"\d+(?=.*\.)")
@@ -31,7 +34,7 @@ def proven(
 ) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
     """The groups that may leave, alone and together, in their order; the others with the reason.
 
-    All are tried at once; a set that fails is divided until the ones that are wrong stand alone. `module` is not changed.
+    All are tried at once; a set that fails is halved until the ones that are wrong stand alone. `module` is not changed.
     """
     return _Prover.of(module, spec, len(groups)).sort(tuple(groups)) if groups else ((), ())
 
@@ -60,6 +63,8 @@ class _Prover:
     total: int
     judged: int = 0
     refused: list[Refusal] = field(default_factory=list)
+    stored: bool = False
+    """Whether each set is also stored and loaded."""
 
     @staticmethod
     def of(module: nn.Module, spec: InputSpec, total: int) -> _Prover:
@@ -77,8 +82,15 @@ class _Prover:
         return _Prover(own, images, TOLERANCE, total)
 
     def sort(self, groups: tuple[Group, ...]) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
+        """Storing and loading is looked at where it decides: of all groups, of those that are left, of each where these fail it."""
         order = {group.name: place for place, group in enumerate(groups)}
-        return tuple(sorted(self._proven(groups), key=lambda group: order[group.name])), tuple(self.refused)
+        if self._disproof(groups, stored=True) is None:
+            return self._judged(groups, None), ()
+        found = self._proven(groups)
+        if found and self._disproof(found, stored=True):
+            self.stored, self.judged, self.refused = True, 0, []
+            found = self._proven(groups)
+        return tuple(sorted(found, key=lambda group: order[group.name])), tuple(self.refused)
 
     def _proven(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         fault = self._disproof(groups)
@@ -88,7 +100,9 @@ class _Prover:
         for group in groups:
             alike.setdefault(DIGITS.sub("#", group.name), []).append(group)
         if len(alike) > 1:
-            return self._all_of(tuple(own) for own in alike.values())
+            kinds = [tuple(own) for own in alike.values()]
+            middle = len(kinds) // 2
+            return self._all_of(tuple(itertools.chain(*half)) for half in (kinds[:middle], kinds[middle:]))
         first = groups[0]
         own = self._disproof((first,)) if len(groups) > 1 else fault
         if own and (names := self._read(first)) is not None:
@@ -139,15 +153,19 @@ class _Prover:
                 self.refused.append(Refusal(group.name, f"beside other groups {fault}"))
         return first
 
-    def _disproof(self, groups: tuple[Group, ...]) -> str | None:
-        """Why these must not be pruned together, or None."""
+    def _disproof(self, groups: tuple[Group, ...], stored: bool = False) -> str | None:
+        """Why these must not be pruned together, or None.
+
+        Each group keeps a part of its own, so that a number which counts another group's units is not right by chance.
+        """
         import torch
 
         generator = torch.Generator().manual_seed(0)
         keep = {}
         for group in groups:
+            part = LEAST + (MOST - LEAST) * float(torch.rand((), generator=generator))
             order = torch.randperm(group.units, generator=generator).tolist()
-            keep[group.name] = tuple(sorted(order[: max(1, group.units // 2)]))
+            keep[group.name] = tuple(sorted(order[: max(1, int(part * group.units))]))
         try:
             with torch.no_grad():
                 smaller = cut_copy(self.module, groups, keep)
@@ -162,7 +180,8 @@ class _Prover:
         difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
         if not difference <= self.tolerance:
             return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
-        return None if self._reloads(smaller, groups, keep, cut) else RELOADED
+        looked_at = stored or self.stored
+        return None if not looked_at or self._reloads(smaller, groups, keep, cut) else RELOADED
 
     def _reloads(
         self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]], wanted: Tensor

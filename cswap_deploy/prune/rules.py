@@ -218,7 +218,7 @@ def _convolution(trace: Trace, name: str, args: Any, kwargs: Any, result: Any) -
     if weight not in trace.static:
         for dim in own:
             freeze(dim, "a convolution whose weights are computed from the image reads it")
-    trace.note(trace.names.get(weight, "") if weight in trace.names else "", macs, own)
+    trace.note(trace.names.get(weight, "") if weight in trace.names else "", macs, [*dims[:axis], *own])
 
 
 def _grouped(trace: Trace, weight: Tensor, channels: Dim, own: Sequence[Dim], groups: int) -> Dim:
