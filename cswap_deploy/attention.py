@@ -30,7 +30,7 @@ def exportable() -> Iterator[None]:
                 return spelt(*args, **kwargs)
             return func(*args, **kwargs)
 
-    with Spelt():  # type: ignore[no-untyped-call]
+    with Spelt():
         yield
 
 

@@ -20,7 +20,7 @@ FLOORS = {
     0: "artifacts codec digests errors interrupts keys progress recipe recipe_file runtimes schema_words sources stage terminal wording",
     1: "bom bundle choice half handoff image_input int8 isolated onnx_facts ort_format signing usability vectors "
     "device device.* external_data model factory checkpoint data images intervals samples "
-    "paths prepared units onnx_file preprocess runtime manifest facts details report report.* "
+    "paths prepared units attention onnx_file preprocess runtime manifest facts details report report.* "
     "prune.batches prune.groups prune.dims prune.rules prune.arranging prune.tracing prune.attributes "
     "prune.proposals prune.proof prune.head_dims prune.rotation prune.costs prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "

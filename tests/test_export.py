@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from PIL import Image as Pictures
 
 from cswap_deploy import export, onnx_file, progress
 from cswap_deploy.artifacts import Image, ImageSet, Network, OnnxModel, sha256_of
+from cswap_deploy.attention import spelt
 from cswap_deploy.errors import ExportError
 from cswap_deploy.images import load as pixels_of
 from cswap_deploy.images import normalise
@@ -48,6 +50,19 @@ def net():
         for tensor in (layer.weight.data, layer.bias.data, layer.running_mean, layer.running_var):
             tensor.uniform_(0.5, 2)
     return module
+
+
+class Windows(nn.Module):  # attention over (batch, windows, heads, tokens, dims)
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.bias, self.head = nn.Linear(3, 24), nn.Parameter(torch.randn(32, 32)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        tokens = self.qkv(x.unflatten(2, (2, 4)).flatten(3).permute(0, 2, 3, 1))
+        query, key, value = tokens.unflatten(-1, (3, 2, 4)).permute(3, 0, 1, 4, 2, 5)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
+        return self.head(mixed.transpose(2, 3).flatten(3)).mean((1, 2))
 
 
 class Branches(nn.Module):
@@ -303,6 +318,27 @@ def test_a_network_that_cannot_be_exported(
         exported(tmp_path / "out", network(name), images, STATIC18)
     assert caught.value.hint == "the forward must not branch on the values of tensors"
     assert logger.level == before
+
+
+def test_attention_over_windows_is_exported(
+    network: Callable[[str], Network], images: ImageSet, tmp_path: Path
+) -> None:
+    """PyTorch's exporter takes attention of four axes only. `exported` compares the file with PyTorch."""
+    _, model, _ = exported(tmp_path / "out", network("Windows"), images, STATIC18)
+    assert "Softmax" in {node.op_type for node in graph_of(model).graph.node}
+
+
+@pytest.mark.parametrize("how", [{}, {"attn_mask": "rows"}, {"attn_mask": "bias"}, {"is_causal": True}, {"scale": 0.3}])
+def test_attention_that_is_spelt_out_is_pytorchs(how: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 4, 5, 8, generator=generator, dtype=torch.float64)
+    masks = {
+        "rows": torch.eye(5, dtype=torch.bool) | (torch.arange(5) < 2),
+        "bias": torch.randn(5, 5, generator=generator).double(),
+    }
+    how = {**how, **({"attn_mask": masks[how["attn_mask"]]} if "attn_mask" in how else {})}
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, **how)
+    assert torch.allclose(spelt(query, key, value, **how), wanted, rtol=0, atol=1e-12)
 
 
 def small(opset: int = 18, batch: int | str = 1, domain: str = "") -> onnx.ModelProto:
