@@ -13,7 +13,7 @@ Facts = Mapping[str, Any]
 
 def table(rows: Sequence[Facts], asked: int) -> str:
     """A summary in words, one line for each model, and what stays in those that do not get to 70 %."""
-    head = "| model | file | M params | G MACs | groups | heads | s | prunable | kept | proof | ONNX | torch-pruning |"
+    head = "| model | file | M params | G MACs | groups | heads | s | prunable | kept | proof | ONNX dB | torch-pruning |"
     return "\n".join(
         [
             *_summary(rows, asked),
@@ -71,7 +71,7 @@ def _line(row: Facts) -> str:
         f"{grouped['prunable'][1]:.0%}",
         f"{row['pruned']['macs']:.1%}",
         f"{proof['difference']:.0e}" + ("" if proof["precision"] == "float64" else " (float32)"),
-        f"{onnx['max_abs']:.0e}",
+        f"{onnx['sqnr_db']:.0f}",
         alone,
     ]
     return f"| {' | '.join(str(cell) for cell in cells)} |"

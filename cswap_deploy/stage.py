@@ -90,14 +90,14 @@ class Workdir:
         self._force = frozenset(force)
         self._dry = dry
         self._digests = Digests(self.root / "digests.json")
-        self._used: list[str] = []
+        self._used: dict[str, None] = {}
         self._earlier: list[list[str]] = []
 
     @contextmanager
     def open(self) -> Iterator[Workdir]:
         """Create or check the folder, hold its lock, and tidy up after the run. A dry one is only checked."""
         with self._full_disk_named(), self._unshared():
-            self._used = []
+            self._used = {}
             self._earlier = load_json(self.root / "history.json", list[list[str]]) or []
             try:
                 yield self
@@ -127,7 +127,7 @@ class Workdir:
             if stage.reads_holdout:
                 self._count_holdout_read()
             value = self._execute(stage, parts, entry, args, kwargs)
-        self._used.append(reference)
+        self._used[reference] = None
         if reason is not None:
             self._remember()
         return value
@@ -177,11 +177,11 @@ class Workdir:
 
     def reuse(self, references: Sequence[str]) -> None:
         """Count results of another run as used, so that they stay. Errors: WorkdirError when one is gone or damaged."""
-        for reference in references:
+        for reference in dict.fromkeys(references):
             entry = self.root / "stages" / reference
             if fault := self._damage(entry):
                 raise WorkdirError(f"{entry}: {fault}", "copy the whole work folder again, or run prepare again")
-            self._used.append(reference)
+            self._used[reference] = None
 
     # --- reasons
 
@@ -347,7 +347,7 @@ class Workdir:
     def _runs(self) -> list[list[str]]:
         """What the last runs used, this one included, ended or not; it takes the place of runs that it contains."""
         others = [run for run in self._earlier if not set(run) <= set(self._used)]
-        return [*others, *([self._used] if self._used else [])][-RUNS_KEPT:]
+        return [*others, *([[*self._used]] if self._used else [])][-RUNS_KEPT:]
 
     def _remember(self) -> None:
         write_atomically(self.root / "history.json", json.dumps(self._runs()))

@@ -154,6 +154,16 @@ def test_second_run_calls_nothing(root: Path) -> None:
     assert first.value.text.path.is_relative_to(root / "stages" / "double")
 
 
+def test_a_result_that_is_used_again_and_again_counts_once(root: Path) -> None:
+    """Else what a sweep reads of its earlier bundles would double with each."""
+    with Workdir(root).open() as work:
+        work.run(double, work.run(write))
+        used = work.used
+        for _ in range(3):
+            work.reuse(work.used)
+        assert work.used == used and len(used) == 2
+
+
 def test_result_is_the_stored_one_from_the_start(root: Path) -> None:
     """The first run must not see more precise or other values than the second: both are read back."""
     value = run(root, writing()).value
