@@ -13,7 +13,9 @@ Facts = Mapping[str, Any]
 
 def table(rows: Sequence[Facts], asked: int) -> str:
     """A summary in words, one line for each model, and what stays in those that do not get to 70 %."""
-    head = "| model | file | M params | G MACs | groups | heads | s | prunable | kept | proof | ONNX dB | torch-pruning |"
+    head = (
+        "| model | file | M params | G MACs | groups | heads | s | prunable | kept | proof | ONNX dB | torch-pruning |"
+    )
     return "\n".join(
         [
             *_summary(rows, asked),

@@ -23,6 +23,8 @@ network's own forward cannot run in float64."""
 RELOADED = "the smaller network computes something else after it was stored and loaded"
 LEAST, MOST = 0.3, 0.7
 """Parts of a group's units that stay while it is proven."""
+TELLING = ("head", "dim", "channels", "width", "features")
+"""Words in the names of attributes that count units: these are tried together first."""
 MOST_NAMES = 4
 """Of attributes that are tried without one another."""
 DIGITS = re.compile(r"\d+(?=.*\.)")
@@ -65,6 +67,8 @@ class _Prover:
     refused: list[Refusal] = field(default_factory=list)
     stored: bool = False
     """Whether each set is also stored and loaded."""
+    known: dict[tuple[tuple[Group, ...], bool], str | None] = field(default_factory=dict)
+    """What was found of sets that were tried, stored or not."""
 
     @staticmethod
     def of(module: nn.Module, spec: InputSpec, total: int) -> _Prover:
@@ -116,12 +120,13 @@ class _Prover:
     def _read(self, group: Group) -> frozenset[str] | None:
         """Which of the names of a group's attributes count its units, where it is right with those alone: others had the same values."""
         names = frozenset(attribute.name for attribute in group.attributes)
-        tries = {names - {name} for name in names} | {frozenset({name}) for name in names} | {frozenset[str]()}
+        telling = frozenset(name for name in names if any(word in name for word in TELLING))
+        tries = {names - {name} for name in names} | {frozenset({name}) for name in names} | {telling, frozenset[str]()}
         tries = tries - {names} if len(names) <= MOST_NAMES else set()
         return next(
             (
                 one
-                for one in sorted(tries, key=sorted)
+                for one in sorted(tries, key=lambda one: (one != telling, sorted(one)))
                 if not self._disproof((replace(group, attributes=_named(group, one)),))
             ),
             None,
@@ -154,10 +159,17 @@ class _Prover:
         return first
 
     def _disproof(self, groups: tuple[Group, ...], stored: bool = False) -> str | None:
-        """Why these must not be pruned together, or None.
+        """Why these must not be pruned together, or None."""
+        stored = stored or self.stored
+        if (groups, stored) not in self.known:
+            fault = self._tried(groups, stored)
+            self.known[groups, stored] = fault
+            if fault != RELOADED:
+                self.known[groups, False] = fault
+        return self.known[groups, stored]
 
-        Each group keeps a part of its own, so that a number which counts another group's units is not right by chance.
-        """
+    def _tried(self, groups: tuple[Group, ...], stored: bool) -> str | None:
+        """As `_disproof`. Each group keeps a part of its own, so that a number which counts another group's units is not right by chance."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -180,8 +192,7 @@ class _Prover:
         difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
         if not difference <= self.tolerance:
             return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
-        looked_at = stored or self.stored
-        return None if not looked_at or self._reloads(smaller, groups, keep, cut) else RELOADED
+        return None if not stored or self._reloads(smaller, groups, keep, cut) else RELOADED
 
     def _reloads(
         self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]], wanted: Tensor
