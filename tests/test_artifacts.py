@@ -29,6 +29,8 @@ from cswap_deploy.artifacts import (
     Group,
     Groups,
     GroupScores,
+    HeadDims,
+    HeadRows,
     Image,
     ImageSet,
     InputSpec,
@@ -82,8 +84,12 @@ ONNX = OnnxModel(
 
 ACCURACY = AccuracyReport((0, 3, 2), EVALUATION, EVALUATION, {"fp32": EVALUATION, "int8": EVALUATION})
 NETWORK = Network(ARCHITECTURE, None, FILE, SPEC, 10, 100, 2000, None)
+HEAD_DIMS = HeadDims(
+    "attn.qk_dims", "dims", 8, GROUP.members, (), queries=HeadRows(("qkv",), (0, 8)), keys=HeadRows(("qkv", "norm"), (16, 24)),
+    values=None, scales=(("attn", "scale"),),
+)  # fmt: skip
 GROUPS = Groups(
-    (GROUP, dataclasses.replace(GROUP, kind="heads", attributes=(UnitAttribute("attn", "num_heads", 1),))),
+    (GROUP, dataclasses.replace(GROUP, kind="heads", attributes=(UnitAttribute("attn", "num_heads", 1),)), HEAD_DIMS),
     (Refusal("norm", "normalises over its own units"),),
     (CostTerm("conv", 10, 100, (Axis(4, (("stem", 1),)), Axis(3, ()))),),
 )

@@ -308,11 +308,6 @@ def test_a_bug_of_ours_ends_with_1_and_its_traceback(monkeypatch, tmp_path):
         (["build", QUICKSTART, "--force", "engine"], 2, "'engine' does not run for this recipe"),
         (["check", QUICKSTART, "--set", "calibration.images=absent"], 3, "absent"),
         (["check", QUICKSTART, "--set", "model.name=resnet19"], 4, "no model named 'resnet19'"),
-        (
-            ["check", QUICKSTART, "--set", "prune.target={latency_ms: 3}", "--set", "engine={precision: fp16}"],
-            2,
-            "not available in this version",
-        ),
         (["check", QUICKSTART, "--on", "ssh://-x"], 2, "is no target"),
         (["sweep", QUICKSTART, "--latency", "3,x"], 2, "is no list of milliseconds"),
         (["measure", QUICKSTART], 2, "ends in .yaml"),

@@ -169,7 +169,7 @@ class _Prover:
         return self.known[groups, stored]
 
     def _tried(self, groups: tuple[Group, ...], stored: bool) -> str | None:
-        """As `_disproof`. Each group keeps a part of its own, so that a number which counts another group's units is not right by chance."""
+        """Each group keeps a part of its own, so that a number that counts other units is not right by chance."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
