@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,9 +104,9 @@ class _Prover:
         for group in groups:
             alike.setdefault(DIGITS.sub("#", group.name), []).append(group)
         if len(alike) > 1:
-            kinds = [tuple(own) for own in alike.values()]
+            kinds = [*alike.values()]
             middle = len(kinds) // 2
-            return self._all_of(tuple(itertools.chain(*half)) for half in (kinds[:middle], kinds[middle:]))
+            return self._halves(*(tuple(itertools.chain(*half)) for half in (kinds[:middle], kinds[middle:])))
         first = groups[0]
         own = self._disproof((first,)) if len(groups) > 1 else fault
         if own and (names := self._read(first)) is not None:
@@ -115,7 +115,7 @@ class _Prover:
             self._judged(groups[:1], own)
             return self._judged(groups[1:], f"as in {first.name}: {own}")
         middle = len(groups) // 2
-        return self._all_of((groups[:middle], groups[middle:]))
+        return self._halves(groups[:middle], groups[middle:])
 
     def _read(self, group: Group) -> frozenset[str] | None:
         """Which of the names of a group's attributes count its units, where it is right with those alone: others had the same values."""
@@ -138,11 +138,8 @@ class _Prover:
         self.refused += [Refusal(group.name, fault) for group in groups if fault]
         return () if fault else groups
 
-    def _all_of(self, parts: Iterable[tuple[Group, ...]]) -> tuple[Group, ...]:
-        found: tuple[Group, ...] = ()
-        for part in parts:
-            found = self._together(found, self._proven(part))
-        return found
+    def _halves(self, first: tuple[Group, ...], second: tuple[Group, ...]) -> tuple[Group, ...]:
+        return self._together(self._proven(first), self._proven(second))
 
     def _together(self, first: tuple[Group, ...], second: tuple[Group, ...]) -> tuple[Group, ...]:
         """Both, without those of the second that are wrong beside the others only."""
