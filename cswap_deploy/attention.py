@@ -21,12 +21,7 @@ def exportable() -> Iterator[None]:
     class Spelt(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if (
-                func is F.scaled_dot_product_attention
-                and args
-                and args[0].ndim != KNOWN_AXES
-                and len(args) <= KNOWN_AXES
-            ):
+            if func is F.scaled_dot_product_attention and args and args[0].ndim != KNOWN_AXES:
                 return spelt(*args, **kwargs)
             return func(*args, **kwargs)
 
