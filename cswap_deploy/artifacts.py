@@ -38,12 +38,17 @@ class File:
 # --- model -----------------------------------------------------------------------------------------------------------
 
 
+CropMode = Literal["center", "squash", "border"]
+"""timm's names."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """How an image becomes the network's input; one value for scoring, accuracy, export and the phone team.
 
     `shape` is (channels, height, width); pixels are RGB in 0..1, then `(pixel - mean) / std` per channel. The resize is
-    `interpolation` to `floor(side / crop_pct)`, then a centre crop (`squash`: straight to (height, width), no crop).
+    `interpolation` to `floor(side / crop_pct)`, then a centre crop (`squash`: straight to (height, width), no crop;
+    `border`: the longer side, then borders of the mean colour).
     """
 
     shape: tuple[int, int, int]
@@ -51,7 +56,7 @@ class InputSpec:
     std: tuple[float, float, float]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     crop_pct: float
-    crop_mode: Literal["center", "squash"] = "center"
+    crop_mode: CropMode = "center"
 
 
 @dataclass(frozen=True)

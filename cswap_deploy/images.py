@@ -70,14 +70,23 @@ def normalise(pixels: Pixels, spec: InputSpec) -> NDArray[np.float32]:
 
 def transform(picture: Picture, spec: InputSpec) -> Picture:
     """Resize and centre crop to the height and width of `spec`, to the bit as timm's `transforms_imagenet_eval`."""
-    from PIL.Image import Resampling
+    from PIL.Image import Resampling, new
 
     _, height, width = spec.shape
     size = resized(picture.size, spec)
     if size != picture.size:
         picture = picture.resize(size, Resampling[spec.interpolation.upper()])
     left, top = _offset(picture.width, width), _offset(picture.height, height)
-    return picture.crop((left, top, left + width, top + height))
+    if spec.crop_mode != "border":
+        return picture.crop((left, top, left + width, top + height))
+    framed = new(picture.mode, (width, height), fill(spec)[0] if picture.mode == "L" else fill(spec))
+    framed.paste(picture, (-left, -top))
+    return framed
+
+
+def fill(spec: InputSpec) -> tuple[int, ...]:
+    """The colour of borders."""
+    return tuple(round(255 * value) for value in spec.mean)
 
 
 def resized(size: tuple[int, int], spec: InputSpec) -> tuple[int, int]:
@@ -86,6 +95,9 @@ def resized(size: tuple[int, int], spec: InputSpec) -> tuple[int, int]:
     height, width = (floor(side / spec.crop_pct) for side in spec.shape[1:])
     if spec.crop_mode == "squash":
         return width, height
+    if spec.crop_mode == "border":
+        ratio = max(high / height, wide / width)
+        return round(wide / ratio), round(high / ratio)
     if height != width:
         ratio = min(high / height, wide / width)
         return round(wide / ratio), round(high / ratio)

@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from cswap_deploy.artifacts import Architecture, File, InputSpec, Network, sha256_of
+from cswap_deploy.artifacts import Architecture, CropMode, File, InputSpec, Network, sha256_of
 from cswap_deploy.checkpoint import load_state, read_checkpoint, reason, save_state
 from cswap_deploy.digests import digest_of
 from cswap_deploy.errors import ModelError, require_host
@@ -357,9 +357,9 @@ def _timm_input(module: nn.Module, kwargs: Mapping[str, Any]) -> InputSpec:
 
     config: Any = resolve_data_config(model=module)  # type: ignore[no-untyped-call]
     mode = config.get("crop_mode") or "center"
-    if mode not in ("center", "squash"):
+    if mode not in get_args(CropMode):
         raise ModelError(
-            f"the network's crop mode {mode!r} is not supported", "use a model with crop mode center or squash"
+            f"the network's crop mode {mode!r} is not known", f"use a model with one of {', '.join(get_args(CropMode))}"
         )
     return InputSpec(
         shape=(kwargs.get("in_chans", config["input_size"][0]), *config["input_size"][1:]),
@@ -367,7 +367,7 @@ def _timm_input(module: nn.Module, kwargs: Mapping[str, Any]) -> InputSpec:
         std=tuple(config["std"]),
         interpolation=config["interpolation"] if config["interpolation"] != "random" else "bilinear",
         crop_pct=config["crop_pct"],
-        crop_mode="squash" if mode == "squash" else "center",
+        crop_mode=mode,
     )
 
 

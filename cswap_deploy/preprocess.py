@@ -6,6 +6,7 @@ from math import floor
 from typing import Any
 
 from cswap_deploy.artifacts import InputSpec
+from cswap_deploy.images import fill
 
 INPUT, OUTPUT = "input", "logits"
 """Names of the graph's input and output."""
@@ -13,6 +14,8 @@ IMAGE, PROBABILITIES = "image", "probabilities"
 """Names where the preprocessing is inside."""
 LABELS_KEY, PREPROCESS_KEY = "cswap.labels", "cswap.preprocess"
 """Keys of the file's metadata; both values are JSON."""
+RULES = {"center": "shortest", "squash": "exact", "border": "longest"}
+"""What a crop mode does to a picture's sides."""
 
 
 def preprocess(spec: InputSpec) -> dict[str, Any]:
@@ -48,7 +51,8 @@ def preprocess_inside(spec: InputSpec) -> dict[str, Any]:
 
 
 def _resize(spec: InputSpec) -> dict[str, Any]:
-    """`to`: height and width; of `shortest`, the shorter side becomes that of `to`, the other one follows.
+    """`to`: height and width; of `shortest`, the shorter side becomes that of `to`, the other one follows; of `longest` the
+    longer one. `fill`: the colour beyond the picture's edge.
 
     `antialias`: the filter widens with the reduction, as Pillow's does; bilinear filters of phones do not.
     """
@@ -57,10 +61,11 @@ def _resize(spec: InputSpec) -> dict[str, Any]:
         "mode": spec.crop_mode,
         "interpolation": spec.interpolation,
         "crop_pct": spec.crop_pct,
-        "rule": "exact" if spec.crop_mode == "squash" else "shortest",
+        "rule": RULES[spec.crop_mode],
         "to": [height, width],
         "antialias": spec.interpolation != "nearest",
         "crop": list(spec.shape[1:]),
+        "fill": list(fill(spec)) if spec.crop_mode == "border" else [0, 0, 0],
     }
 
 

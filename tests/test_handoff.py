@@ -291,6 +291,8 @@ SPECS = [
     InputSpec((1, 20, 20), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "lanczos", 1.0),
     InputSpec((3, 16, 24), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear", 1.0, "squash"),
     InputSpec((3, 20, 20), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "nearest", 0.8),
+    InputSpec((3, 24, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.9, "border"),
+    InputSpec((1, 20, 20), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0, "border"),
 ]
 SIZES = [(40, 60), (61, 33), (24, 24), (15, 90), (20, 21)]
 
@@ -379,7 +381,10 @@ def test_preprocess_json_has_the_sizes_of_the_resize(spec: InputSpec) -> None:
     rule = preprocess(spec)["resize"]
     for size in SIZES:
         wide, high = resized(size, spec)
-        if rule["rule"] == "exact" or rule["to"][0] != rule["to"][1]:
+        if rule["rule"] == "longest":
+            assert abs(max(wide / rule["to"][1], high / rule["to"][0]) - 1) < 0.02
+            assert rule["fill"] == [round(255 * value) for value in spec.mean]
+        elif rule["rule"] == "exact" or rule["to"][0] != rule["to"][1]:
             assert (high >= rule["to"][0] or wide >= rule["to"][1]) and rule["crop"] == list(spec.shape[1:])
         else:
             assert min(wide, high) == rule["to"][0]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
 
-from cswap_deploy.artifacts import Image, ImageSet, InputSpec, sha256_of
+from cswap_deploy.artifacts import CropMode, Image, ImageSet, InputSpec, sha256_of
 from cswap_deploy.errors import DataError
 from cswap_deploy.images import Pixels, batches, load, normalise, transform
 from cswap_deploy.progress import Recording, reporting
@@ -44,12 +44,12 @@ def nine(tmp_path: Path) -> ImageSet:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0, 1.25])
 @pytest.mark.parametrize("size", [(32, 32), (33, 33), (24, 40), (40, 25)])
-@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("crop_mode", get_args(CropMode))
 def test_transform_is_timms(
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"],
     crop_pct: float,
     size: tuple[int, int],
-    crop_mode: Literal["center", "squash"],
+    crop_mode: CropMode,
 ) -> None:
     data = pytest.importorskip("timm.data")
     spec = InputSpec((3, *size), SPEC.mean, SPEC.std, interpolation, crop_pct, crop_mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -50,12 +51,15 @@ def cut_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Modul
 
 
 def fresh_copy(module: nn.Module) -> nn.Module:
-    """A deep copy without the tensors that layers keep from former forwards (timm's caches of attention biases)."""
+    """A deep copy without the tensors that layers keep from former forwards (timm's caches of attention biases).
+
+    Empty dictionaries (a dozen of hooks a layer) are made new here: `deepcopy` takes most of its time for them.
+    """
     memo: dict[int, Any] = {}
     for layer in module.modules():
         for name, value in vars(layer).items():
-            if name.endswith("cache") and isinstance(value, dict):
-                memo[id(value)] = {}
+            if type(value) in (dict, OrderedDict) and (not value or name.endswith("cache")):
+                memo[id(value)] = type(value)()
     return copy.deepcopy(module, memo)
 
 

@@ -15,6 +15,11 @@ PURPOSES = {
     "ort": "minimal builds of ONNX Runtime",
     "image": "apps that feed pixels: `image` uint8 (1, H, W, C) in, `probabilities` out",
 }
+RULES = {
+    "center": "shorter side first, then the centre",
+    "squash": "straight to its size",
+    "border": "longer side first, then borders of the mean colour",
+}
 ANDROID = "1.24.3"
 """Version of onnxruntime-android in the README; it reads IR version 13 and opset 25."""
 
@@ -46,7 +51,6 @@ class Snippet:
         """What the code in README needs to know of the model that ships."""
         spec = manifest["model"]["input"]
         channels = spec["shape"][0]
-        squash = spec.get("crop_mode") == "squash"
         pictures = [file for file in manifest.get("files", ()) if file["path"].startswith("test_vectors/image_")]
         return Snippet(
             color="RGB" if channels == 3 else "L",
@@ -54,19 +58,30 @@ class Snippet:
             pictures=len(pictures),
             mean=spec["mean"][:channels],
             std=spec["std"][:channels],
-            rule="straight to its size" if squash else "shorter side first, then the centre",
-            python_resize=_python_resize(spec, squash),
+            rule=RULES[spec.get("crop_mode", "center")],
+            python_resize=_python_resize(spec),
             purposes=PURPOSES,
         )
 
 
-def _python_resize(spec: Facts, squash: bool) -> str:
+def _python_resize(spec: Facts) -> str:
     """Lines that resize and crop `image`, as images.transform does."""
     _, height, width = spec["shape"]
     high, wide = (floor(side / spec["crop_pct"]) for side in (height, width))
     method = f"Image.Resampling.{spec['interpolation'].upper()}"
-    if squash:
+    mode = spec.get("crop_mode", "center")
+    if mode == "squash":
         return f"    image = image.resize(({wide}, {high}), {method})"
+    if mode == "border":
+        fill = tuple(round(255 * value) for value in spec["mean"][: spec["shape"][0]])
+        lines = [
+            f"ratio = max(image.height / {high}, image.width / {wide})",
+            f"small = image.resize((round(image.width / ratio), round(image.height / ratio)), {method})",
+            f"corner = [(want - have) // 2 if want > have else -round((have - want) / 2) for have, want in zip(small.size, ({width}, {height}))]",
+            f"image = Image.new(image.mode, ({width}, {height}), {fill if len(fill) > 1 else fill[0]})",
+            "image.paste(small, corner)",
+        ]
+        return "\n".join(f"    {line}" for line in lines)
     if high == wide:
         lines = [
             "short = min(image.size)",

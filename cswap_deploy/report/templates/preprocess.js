@@ -33,10 +33,10 @@ export function crop(image, spec) {
   const [wide, high] = resized(image.width, image.height, spec);
   const scaled = resize(image, wide, high, spec.resize.interpolation);
   const left = offset(wide, width), top = offset(high, height);
-  const { channels } = image, data = new Uint8Array(width * height * channels);
+  const { channels } = image, data = new Uint8Array(width * height * channels).map((_, at) => spec.resize.fill[at % channels]);
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
     const fromY = y + top, fromX = x + left;
-    if (fromY < 0 || fromX < 0 || fromY >= high || fromX >= wide) continue; // black beyond the edge
+    if (fromY < 0 || fromX < 0 || fromY >= high || fromX >= wide) continue; // beyond the edge
     const from = (fromY * wide + fromX) * channels;
     data.set(scaled.data.subarray(from, from + channels), (y * width + x) * channels);
   }
@@ -56,8 +56,9 @@ export function normalise(image, spec) {
 function resized(width, height, spec) {
   const [toHeight, toWidth] = spec.resize.to;
   if (spec.resize.rule === "exact") return [toWidth, toHeight];
-  if (toHeight !== toWidth) {
-    const ratio = Math.min(height / toHeight, width / toWidth);
+  const longest = spec.resize.rule === "longest";
+  if (longest || toHeight !== toWidth) {
+    const ratio = Math[longest ? "max" : "min"](height / toHeight, width / toWidth);
     return [even(width / ratio), even(height / ratio)];
   }
   return width <= height
