@@ -356,7 +356,7 @@ def _timm_input(module: nn.Module, kwargs: Mapping[str, Any]) -> InputSpec:
     from timm.data.config import resolve_data_config
 
     config: Any = resolve_data_config(model=module)  # type: ignore[no-untyped-call]
-    mode = config.get("crop_mode") or "center"
+    mode: Any = config.get("crop_mode") or "center"
     if mode not in get_args(CropMode):
         raise ModelError(
             f"the network's crop mode {mode!r} is not known", f"use a model with one of {', '.join(get_args(CropMode))}"

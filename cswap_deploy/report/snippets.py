@@ -77,9 +77,9 @@ def _python_resize(spec: Facts) -> str:
         lines = [
             f"ratio = max(image.height / {high}, image.width / {wide})",
             f"small = image.resize((round(image.width / ratio), round(image.height / ratio)), {method})",
-            f"corner = [(want - have) // 2 if want > have else -round((have - want) / 2) for have, want in zip(small.size, ({width}, {height}))]",
             f"image = Image.new(image.mode, ({width}, {height}), {fill if len(fill) > 1 else fill[0]})",
-            "image.paste(small, corner)",
+            "spare = [want - have for want, have in zip(image.size, small.size)]",
+            "image.paste(small, [room // 2 if room > 0 else -round(-room / 2) for room in spare])",
         ]
         return "\n".join(f"    {line}" for line in lines)
     if high == wide:
