@@ -446,13 +446,22 @@ def test_the_benchmark_searches_with_a_made_up_damage() -> None:
 def test_where_all_groups_are_of_one_kind_settings_of_all_are_not_taken_for_that_kind_alone(tmp_path: Path) -> None:
     """What the stage does with timings: widths that differ are a setting of all groups."""
     groups = blocks(3, 64)
-    settings = ({"b0": 16, "b1": 16, "b2": 16}, {"b0": 16, "b1": 64, "b2": 48}, {"b0": 48, "b1": 16, "b2": 64})
+    settings = (
+        {"b0": 16, "b1": 16, "b2": 16},
+        *(
+            {"b0": first, "b1": second, "b2": 64}
+            for first in (16, 32, 48)
+            for second in (16, 48, 64)
+            if first != second
+        ),
+        {"b0": 64, "b1": 16, "b2": 32},
+    )
     ratios = [1.0, 1.0, *(truth(groups, widths, 16) for widths in settings)]
     rounds = [[[round(1e6 * ratio)] * 5 for ratio in ratios] for _ in range(8)]
     Samples.of(rounds).save(tmp_path / "samples.npz")
     timings = WidthTimings(File.of(tmp_path / "samples.npz"), settings, "none", {})
     found = budget_stage.learn(tmp_path, groups, (timings,), 16, True)
-    assert found.settings == 3 and found.steps[0].measured == (16, 64)
+    assert found.settings == len(settings) == 9 and len(found.errors) == 8
 
 
 def test_the_benchmark_finds_the_agents_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

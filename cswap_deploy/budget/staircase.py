@@ -1,8 +1,9 @@
 """What every group's width costs, learned from whole networks that were measured with it.
 
 The latency, as a part of the dense network's, is a constant, plus for every layer a part that shrinks with the product of its widths
-and a part that shrinks with each of them, plus for every group what those parts do not say about its width alone. Sizes count
-in whole blocks. Parts of layers of one shape are equal, and all are at least 0.
+and a part that shrinks with each of them. Sizes count in whole blocks. Parts of layers of one shape are equal, and all are at least 0.
+What a kind of group measured alone deviates from that is not kept: in sum over the kinds it made predictions of narrow networks worse
+(benchmarks/staircase.py).
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ DENSE_WEIGHT = 30.0
 FOLDS = 4
 CLEARLY = 0.8
 """What a finer block's squared errors must be at most, as a part of those of the best coarser one."""
-SURE = 1.0
-"""Half-widths of a measurement's interval that a group's own deviation must exceed; the rest of it counts."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,10 @@ def learn(
     observations of one kind that is narrow. The block is the part of the multiple that predicts settings best that it has not seen.
     """
 
+    steps = tuple(GroupSteps(tuple(kinds[name]), (*options[name], groups.by_name[name].units)) for name in kinds)
+
     def of(block: int, seen: Sequence[Observation]) -> Staircase:
-        constant, layers, steps = _fitted(groups, kinds, options, block, alone, seen)
+        constant, layers = _Shapes.of(groups, kinds, block).fitted([*alone, *seen])
         return Staircase(multiple, block, constant, layers, steps, len(alone) + len(together), ())
 
     best, errors = multiple, list[float]()
@@ -85,18 +86,14 @@ class Steps:
 
     def total(self, widths: Widths) -> float:
         """Groups that are not named are whole."""
-        return (
-            self.staircase.constant
-            + sum(self._layer(number, widths) for number in range(len(self._layers)))
-            + sum(self._excess(name, width) for name, width in widths.items())
-        )
+        return self.staircase.constant + sum(self._layer(number, widths) for number in range(len(self._layers)))
 
     def changes(self, at: Widths, name: str, widths: Sequence[int]) -> list[float]:
         """By how much the network with the widths `at` gets slower when group `name` alone gets each of `widths`."""
 
         def own(width: int) -> float:
             changed = {**at, name: width}
-            return sum(self._layer(number, changed) for number in self._of_group[name]) + self._excess(name, width)
+            return sum(self._layer(number, changed) for number in self._of_group[name])
 
         begun = own(at[name])
         return [own(width) - begun for width in widths]
@@ -132,17 +129,6 @@ class Steps:
         parts = [_part(axis, widths, units, block) for axis in term.axes]
         return layer.product * prod(parts) + sum(side * part for side, part in zip(layer.sides, parts, strict=True))
 
-    def _excess(self, name: str, width: int) -> float:
-        """Between measured widths in proportion, and of a width within a step what its upper end has."""
-        steps = self._steps[name]
-        width = next(allowed for allowed in steps.widths if allowed >= width)
-        at = next(place for place, known in enumerate(steps.measured) if known >= width)
-        if at == 0:
-            return steps.excess[0]
-        below, above = steps.measured[at - 1 : at + 1]
-        share = (width - below) / (above - below)
-        return share * steps.excess[at] + (1 - share) * steps.excess[at - 1]
-
 
 def _part(axis: Axis, widths: Widths, units: Mapping[str, int], block: int) -> float:
     """What is left of an axis, in whole blocks."""
@@ -151,35 +137,6 @@ def _part(axis: Axis, widths: Widths, units: Mapping[str, int], block: int) -> f
 
 
 # --- learning
-
-
-def _fitted(
-    groups: Groups,
-    kinds: Mapping[str, Sequence[str]],
-    options: Mapping[str, Sequence[int]],
-    block: int,
-    alone: Sequence[Observation],
-    together: Sequence[Observation],
-) -> tuple[float, tuple[LayerTime, ...], tuple[GroupSteps, ...]]:
-    shapes = _Shapes.of(groups, kinds, block)
-    constant, layers = shapes.fitted([*alone, *together])
-    whole = {
-        name: GroupSteps(tuple(kinds[name]), (*options[name], groups.by_name[name].units), (), ()) for name in kinds
-    }
-    none = tuple(GroupSteps(steps.groups, steps.widths, (steps.widths[-1],), (0.0,)) for steps in whole.values())
-    plain = Staircase(1, block, constant, layers, none, 0, ())
-    predicted = Steps(groups, plain)
-    found = []
-    for name, steps in whole.items():
-        excess = {steps.widths[-1]: 0.0}
-        for item in alone:
-            if name in item.widths:
-                known = (item.ratio.value - predicted.total(item.widths)) / len(steps.groups)
-                doubt = SURE * (item.ratio.high - item.ratio.low) / 2 / len(steps.groups)
-                excess[item.widths[name]] = max(0.0, abs(known) - doubt) * (1 if known > 0 else -1)
-        measured = tuple(sorted(excess))
-        found.append(GroupSteps(steps.groups, steps.widths, measured, tuple(excess[width] for width in measured)))
-    return constant, layers, tuple(found)
 
 
 @dataclass(frozen=True)

@@ -50,15 +50,11 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class GroupSteps:
-    """Groups that cost the same: the widths that they may have, and what the layers' parts do not say about each."""
+    """Groups that cost the same, and the widths that they may have."""
 
     groups: tuple[str, ...]
     widths: tuple[int, ...]
     """Narrow to wide, the last all units."""
-    measured: tuple[int, ...]
-    """Those that were measured alone, narrow to wide, the last all units."""
-    excess: tuple[float, ...]
-    """Of one group at each of these, as a part of the dense network's latency; the last is 0."""
 
 
 @dataclass(frozen=True)
