@@ -39,7 +39,7 @@ from cswap_deploy import (
     progress,
     prune,
 )
-from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, PruningPlan
+from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, OnnxModel, PruningPlan
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Budget, Staircase
@@ -181,17 +181,18 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
         few = ImageSet(data.catalogue(images, None, 2).scoring, images)
         labels = tuple(f"class {number}" for number in range(source.outputs))
 
-        def written(network: Any) -> File:
+        def written(network: Any) -> OnnxModel:
             exported = work.run(export.to_onnx, network, labels, few, OnnxSettings())
-            return work.run(export.simplify, exported, network, few, OnnxSettings()).graph
+            return work.run(export.simplify, exported, network, few, OnnxSettings())
 
         def cut(widths: Mapping[str, int]) -> File:
             plan = PruningPlan({key: tuple(range(width)) for key, width in widths.items()}, (), None)
-            return written(work.run(prune.apply, source, groups, plan, few, NoCompensation(), "cpu"))
+            return written(work.run(prune.apply, source, groups, plan, few, NoCompensation(), "cpu")).graph
 
         dense = written(source)
+        sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings())
         with planning.reached(recipe, work) as (target, probe):
-            meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
+            meter = Meter(recipe, work, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
             first, staircase = planning.begun(meter), planning.learned(meter)
             report["weightless"][name] = weightless(meter)
             report["predictions"][name] = predictions(meter, staircase, folder)
@@ -201,7 +202,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
                 widths, trials = searched(groups, staircase, asked, meter.ratio)
                 seconds = time.monotonic() - begun
                 timing = LatencySettings(duration_s=2 * options.seconds)
-                taken = latency.take(target, (dense, cut(widths)), timing, thorough=False)
+                taken = latency.take(target, (dense.graph, cut(widths)), timing, thorough=False)
                 found = taken.samples.ratio(1, 0, 50)
                 row = Row(name, asked, found.value, found.low, found.high, trials, seconds + prepared)
                 prepared = 0.0  # shared by all budgets, counted once

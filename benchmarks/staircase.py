@@ -76,9 +76,10 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
         few = ImageSet(data.catalogue(images, None, 2).scoring, images)
         labels = tuple(f"class {number}" for number in range(source.outputs))
         exported = work.run(export.to_onnx, source, labels, few, OnnxSettings())
-        dense = work.run(export.simplify, exported, source, few, OnnxSettings()).graph
+        dense = work.run(export.simplify, exported, source, few, OnnxSettings())
+        sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings())
         with planning.reached(recipe, work) as (target, probe):
-            meter = Meter(recipe, work, dense, groups, probe.facts("onnxruntime"), target)
+            meter = Meter(recipe, work, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
             multiple = planning.alignment(meter)
             kinds = design.kinds_of(groups)
             options = design.options(groups, kinds, multiple, exact=False)

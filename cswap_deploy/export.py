@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cswap_deploy import onnx_file, progress
-from cswap_deploy.artifacts import File, ImageSet, InputSpec, Network, OnnxModel, TestVectors
+from cswap_deploy.artifacts import File, Groups, ImageSet, InputSpec, Network, OnnxModel, TestVectors
 from cswap_deploy.attention import exportable
+from cswap_deploy.budget import sizes
+from cswap_deploy.budget.sizes import Sizes
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
 from cswap_deploy.images import decoded, load
 from cswap_deploy.model import quiet
 from cswap_deploy.preprocess import INPUT, LABELS_KEY, OUTPUT, PREPROCESS_KEY, preprocess
-from cswap_deploy.prune.cut import restore
+from cswap_deploy.prune.cut import cut_copy, restore
 from cswap_deploy.recipe import OnnxSettings
 from cswap_deploy.runtime import Session
 from cswap_deploy.stage import disk_fault, stage
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
     from numpy.typing import NDArray
+    from torch import nn
 
     Array = NDArray[np.float32]
 
@@ -54,7 +57,7 @@ def to_onnx(
     out: Path, network: Network, labels: tuple[str, ...], images: ImageSet, settings: OnnxSettings
 ) -> OnnxModel:
     """Export with torch's dynamo exporter; opset and IR version are asserted on the written file. Errors: ExportError."""
-    model = onnx_file.without_traces(_export(network, settings))
+    model = onnx_file.without_traces(_export(restore(network), network.input, settings))
     _describe(model, network.input, labels)
     model.ir_version = min(model.ir_version, settings.ir_version)
     path = out / "model.onnx"
@@ -87,19 +90,39 @@ def simplify(out: Path, exported: OnnxModel, network: Network, images: ImageSet,
     return _checked(path, network, images, f"not simplified: {fault}")
 
 
+@stage("sizes", returns=Sizes, libraries=(*LIBRARIES, "onnxsim"))
+def sizes_of(out: Path, network: Network, groups: Groups, dense: OnnxModel, settings: OnnxSettings) -> Sizes:
+    """How the numbers in the dense network's float32 file follow widths, from exports of narrower ones. Errors: ExportError."""
+    import onnx
+
+    module, narrower = restore(network), list[tuple[dict[str, int], onnx.ModelProto]]()
+    wanted = sizes.settings(groups)
+    for number, widths in enumerate(wanted):
+        progress.advance("narrower networks exported", number, len(wanted))
+        smaller = cut_copy(module, groups.groups, {name: tuple(range(width)) for name, width in widths.items()})
+        path = out / f"{number}.onnx"
+        onnx.save(_export(smaller, network.input, settings), path)
+        simpler = path if dense.note else path.with_name(f"{number}.simplified.onnx")
+        if simpler != path and (fault := _run_onnxsim(path, simpler)):
+            raise ExportError(f"a narrower network cannot be simplified as the dense one was: {fault}", sizes.HINT)
+        narrower.append((widths, onnx.load(simpler)))
+        for done in {path, simpler}:
+            done.unlink()
+    return sizes.learned(groups, onnx.load(dense.graph.path), narrower)
+
+
 # --- export
 
 
-def _export(network: Network, settings: OnnxSettings) -> onnx.ModelProto:
+def _export(module: nn.Module, spec: InputSpec, settings: OnnxSettings) -> onnx.ModelProto:
     import contextlib
     import io
     import logging
 
     import torch
 
-    module = restore(network)
     batch = 2 if settings.dynamic_batch else 1
-    example = torch.zeros(batch, *network.input.shape)
+    example = torch.zeros(batch, *spec.shape)
     shapes = ({0: torch.export.Dim("batch")},) if settings.dynamic_batch else None
     try:
         with contextlib.ExitStack() as silence, warnings.catch_warnings(), torch.no_grad(), exportable():

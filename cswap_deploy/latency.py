@@ -13,6 +13,7 @@ from typing import Any
 from cswap_deploy import progress
 from cswap_deploy.artifacts import File, FileLatency, Groups, LatencyReport
 from cswap_deploy.budget.narrow import Template
+from cswap_deploy.budget.sizes import Sizes
 from cswap_deploy.budget.values import Unbuilt, WidthTimings
 from cswap_deploy.device import conditions, exports, trtexec
 from cswap_deploy.device.building import Order, refused
@@ -110,6 +111,7 @@ def of_widths(
     out: Path,
     dense: File,
     groups: Groups,
+    sizes: Sizes,
     settings: tuple[dict[str, int], ...],
     timing: LatencySettings,
     facts: Mapping[str, str],
@@ -117,9 +119,10 @@ def of_widths(
 ) -> WidthTimings:
     """The dense network, and made from it (`budget.narrow`) the same without weights and narrower ones, all in turn.
 
-    A setting gives the units of the groups that are not whole. What is made is not kept. Errors: DeviceError, ExportError.
+    `sizes`: how they differ. A setting: the units of the groups that are not whole. What is made is not kept.
+    Errors: DeviceError, ExportError.
     """
-    template = Template.read(dense.path, groups)
+    template = Template.read(dense.path, groups, sizes)
     with tempfile.TemporaryDirectory() as folder:
         files = [
             _written(template.narrowed(widths), Path(folder) / f"{n}.onnx") for n, widths in enumerate(({}, *settings))
@@ -136,6 +139,7 @@ def of_engines(
     dense: File,
     graph: File,
     groups: Groups,
+    sizes: Sizes,
     settings: tuple[dict[str, int], ...],
     order: Order,
     timing: LatencySettings,
@@ -147,7 +151,7 @@ def of_engines(
     `graph`: what `dense` was built from. A setting of which TensorRT makes no engine is left out, and said. Errors: DeviceError
     where the twin cannot be built or the target fails otherwise.
     """
-    template = Template.read(graph.path, groups)
+    template = Template.read(graph.path, groups, sizes)
     engines, seconds = list[dict[str, str]](), list[float]()
     measured, unbuilt = list[dict[str, int]](), list[Unbuilt]()
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ from cswap_deploy import budget, engines, latency, progress
 from cswap_deploy.artifacts import Engine, File, Groups, InputSpec, LatencyReport, OnnxModel
 from cswap_deploy.budget import design
 from cswap_deploy.budget.design import Design
+from cswap_deploy.budget.sizes import Sizes
 from cswap_deploy.budget.values import Unbuilt, WidthTimings
 from cswap_deploy.device.building import refused
 from cswap_deploy.device.target import Away, Probe, Target
@@ -41,13 +42,14 @@ def of_engines(
     dense: Mapping[str, OnnxModel],
     spec: InputSpec,
     groups: Groups,
+    sizes: Sizes,
     target: Target,
     probe: Probe,
 ) -> Meter:
     """A meter of engines, with the dense one built, and how many more may follow. Errors: DeviceError."""
     probe.require_tensorrt(target.name)
     graph = engines.alone(engines.chosen(recipe, dense, probe))
-    fresh = Meter(recipe, work, graph, groups, probe.facts("tensorrt"), target)
+    fresh = Meter(recipe, work, graph, groups, sizes, probe.facts("tensorrt"), target)
     if not work.dry:
         progress.note(
             f"each network that is measured needs an engine, built on the target, as a rule up to {fresh.planned}; those that were "
@@ -76,6 +78,7 @@ class Meter:
     dense: File
     """The ONNX file that is narrowed."""
     groups: Groups
+    sizes: Sizes
     facts: dict[str, str]
     target: Target
     bench: Bench | None = None
@@ -127,10 +130,21 @@ class Meter:
 
     def _timed(self, settings: tuple[Widths, ...], timing: LatencySettings) -> WidthTimings:
         if self.bench is None:
-            return self.work.run(latency.of_widths, self.dense, self.groups, settings, timing, self.facts, self.target)
+            return self.work.run(
+                latency.of_widths, self.dense, self.groups, self.sizes, settings, timing, self.facts, self.target
+            )
         order, dense = engines.order(self.recipe, self.bench.spec), self.bench.dense.file
         return self.work.run(
-            latency.of_engines, dense, self.dense, self.groups, settings, order, timing, self.facts, self.target
+            latency.of_engines,
+            dense,
+            self.dense,
+            self.groups,
+            self.sizes,
+            settings,
+            order,
+            timing,
+            self.facts,
+            self.target,
         )
 
     def ratio(self, widths: Widths, longer: bool) -> Ratio | None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cswap_deploy import budget, progress, prune
+from cswap_deploy import budget, export, progress, prune
 from cswap_deploy.artifacts import Curves, Groups, ImageSet, Network, OnnxModel, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
@@ -77,12 +77,13 @@ def choose(
     `dense`: the dense network's files; `ship` makes those of a plan that a file which ships or becomes the engine needs.
     """
     groups = work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
+    sizes = work.run(export.sizes_of, source, groups, dense["fp32"], recipe.onnx.graph)
     with reached(recipe, work) as (target, probe):
         if recipe.ships_engine:
-            meter = of_engines(recipe, work, dense, source.input, groups, target, probe)
+            meter = of_engines(recipe, work, dense, source.input, groups, sizes, target, probe)
         else:
             file = dense[recipe.shipped_file].graph
-            meter = Meter(recipe, work, file, groups, probe.facts("onnxruntime"), target)
+            meter = Meter(recipe, work, file, groups, sizes, probe.facts("onnxruntime"), target)
         first = begun(meter)
         if first.verdict != "met":
             return source, Groups((), (), ()), PruningPlan({}, (), None), first

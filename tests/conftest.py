@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import getpass
+import hashlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -24,11 +25,14 @@ import sshd
 from PIL import Image
 
 from cswap_deploy import export, pipeline, progress
-from cswap_deploy.artifacts import File, Network
+from cswap_deploy.artifacts import File, InputSpec
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.digests import sealed
 from cswap_deploy.recipe import OnnxSettings, Recipe, load
 from cswap_deploy.stage import Workdir
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -312,10 +316,13 @@ def cheap_export(monkeypatch: pytest.MonkeyPatch, exports: dict[str, bytes]) -> 
 
     really_export = export._export
 
-    def remembered(network: Network, settings: OnnxSettings) -> onnx.ModelProto:
-        key = f"{network.plan and network.plan.sha256} {network.weights.sha256} {settings}"
+    def remembered(module: torch.nn.Module, spec: InputSpec, settings: OnnxSettings) -> onnx.ModelProto:
+        values = hashlib.sha256()
+        for name, tensor in module.state_dict().items():
+            values.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        key = f"{values.hexdigest()} {spec} {settings}"
         if key not in exports:
-            exports[key] = really_export(network, settings).SerializeToString()
+            exports[key] = really_export(module, spec, settings).SerializeToString()
         return onnx.load_from_string(exports[key])
 
     monkeypatch.setattr(export, "_export", remembered)

@@ -25,7 +25,7 @@ FLOORS = {
     "prune.proposals prune.proof prune.head_dims prune.rotation prune.costs prune.ablation prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
-    "budget.values budget.shared budget.narrow budget.design budget.staircase budget.loop budget.account "
+    "budget.values budget.shared budget.sizes budget.narrow budget.design budget.staircase budget.loop budget.account "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune budget export variants accuracy engine latency assembling",
     3: "pipeline engines metering planning sweeping errands checks measuring verify engine_check doctor doctor_host findings "

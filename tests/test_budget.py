@@ -21,10 +21,11 @@ from test_allocate import measured, whole
 
 from cswap_deploy import budget as budget_stage
 from cswap_deploy.artifacts import Axis, CostTerm, File, Group, Groups
-from cswap_deploy.budget import design
+from cswap_deploy.budget import design, sizes
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.shared import SharedWeights
+from cswap_deploy.budget.sizes import Size, Sizes
 from cswap_deploy.budget.staircase import Observation, Steps, learn
 from cswap_deploy.budget.values import Staircase, WidthTimings
 from cswap_deploy.errors import ExportError
@@ -45,6 +46,16 @@ def exported(module: torch.nn.Module, entry: zoo.Entry, path: Path) -> Path:
             module, (torch.zeros(1, *entry.spec.shape),), path, dynamo=True, verbose=False, opset_version=18
         )
     return path
+
+
+def read(module: torch.nn.Module, entry: zoo.Entry, groups: Groups, folder: Path) -> Template:
+    """The template of a network that is exported to `dense.onnx`."""
+    narrower = []
+    for widths in sizes.settings(groups):
+        cut = cut_copy(module, groups.groups, {name: range(width) for name, width in widths.items()})
+        narrower.append((widths, onnx.load(exported(cut, entry, folder / "probe.onnx"))))
+    dense = exported(module, entry, folder / "dense.onnx")
+    return Template.read(dense, groups, sizes.learned(groups, onnx.load(dense), narrower))
 
 
 def apart(template: Template, widths: Mapping[str, int], shape: tuple[int, ...], folder: Path) -> Path:
@@ -68,7 +79,7 @@ def test_a_narrowed_file_has_the_shapes_of_the_network_that_was_cut_and_exported
     entry, path = zoo.ZOO[name], tmp_path / "narrow.onnx"
     module, groups = entry.build(), entry.groups
     keep = zoo.half(groups)
-    template = Template.read(exported(module, entry, tmp_path / "dense.onnx"), groups)
+    template = read(module, entry, groups, tmp_path)
     path.write_bytes(template.narrowed({group: len(units) for group, units in keep.items()}))
     cut = exported(cut_copy(module, groups.groups, keep), entry, tmp_path / "cut.onnx")
     assert weights(path) == weights(cut) != weights(tmp_path / "dense.onnx")
@@ -92,7 +103,9 @@ def test_a_narrowed_file_holds_no_large_weight(tmp_path: Path) -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, tmp_path / "dense.onnx")
     members = (zoo_slice("c", 0), zoo_slice("d", 1))
-    template = Template.read(tmp_path / "dense.onnx", Groups((Group("c", "channels", 64, members),), (), ()))
+    shrink = (("c.weight", 0), ("c.weight_bias", 0), ("d.weight", 1))
+    known = Sizes(tuple(Size(tensor, "dims", axis, (("c", 1),)) for tensor, axis in shrink))
+    template = Template.read(tmp_path / "dense.onnx", Groups((Group("c", "channels", 64, members),), (), ()), known)
     (tmp_path / "narrow.onnx").write_bytes(template.narrowed({"c": 48}))
     assert weights(tmp_path / "narrow.onnx") == [(48, 3, 3, 3), (5, 48, 1, 1)]
     assert (tmp_path / "narrow.onnx").stat().st_size < 3000 < (tmp_path / "dense.onnx").stat().st_size
@@ -127,12 +140,12 @@ def zoo_slice(module: str, axis: int):  # type: ignore[no-untyped-def]
     return Slice(module, "weight", axis, 0, 1)
 
 
-def test_a_group_whose_layer_is_not_in_the_graph_is_refused(tmp_path: Path) -> None:
+def test_what_the_file_has_not_is_refused(tmp_path: Path) -> None:
     entry = zoo.ZOO["chain"]
     path = exported(entry.build(), entry, tmp_path / "dense.onnx")
-    stranger = replace(entry.groups.groups[0], members=(zoo_slice("elsewhere", 0), zoo_slice("nowhere", 1)))
-    with pytest.raises(ExportError, match=r"no tensor 'nowhere.weight' that group"):
-        Template.read(path, Groups((stranger,), (), ()))
+    stranger = Sizes((Size("nowhere.weight", "dims", 0, ((entry.groups.groups[0].name, 1),)),))
+    with pytest.raises(ExportError, match=r"dense.onnx has no tensor 'nowhere.weight'"):
+        Template.read(path, entry.groups, stranger)
 
 
 # --- a network and a device whose latency is known

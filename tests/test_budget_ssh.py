@@ -17,9 +17,10 @@ import sshd
 from conftest import make_project
 from sshd import Device, Server
 
-from cswap_deploy import metering, planning, prepared, prune
-from cswap_deploy.artifacts import File, Groups
+from cswap_deploy import export, metering, planning, prepared, prune
+from cswap_deploy.artifacts import Groups, OnnxModel
 from cswap_deploy.budget import design
+from cswap_deploy.budget.sizes import Sizes
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Staircase
 from cswap_deploy.device.target import Target
@@ -40,25 +41,26 @@ def settings(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, File, Groups]:
+def net(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, OnnxModel, Groups, Sizes]:
     """96 units in two layers; a recipe, its dense file and its groups."""
     project = make_project(tmp_path_factory.mktemp("net") / "project")
     recipe = project.load("prune.target={latency_ms: 1000}", *SHORT)
     project.build("prune.target=null", *SHORT, "latency={duration_s: 0.05, warmup_s: 0}")
     with Workdir(project.folder / "work").open() as work:
         _, ready = prepared.find(work)
-        return recipe, ready.dense["fp32"].graph, work.run(prune.find_groups, ready.source, ())
+        groups, dense = work.run(prune.find_groups, ready.source, ()), ready.dense["fp32"]
+        return recipe, dense, groups, work.run(export.sizes_of, ready.source, groups, dense, recipe.onnx.graph)
 
 
 def learned(
-    net: tuple[Recipe, File, Groups], place: str, folder: Path, work: Callable[[Target], Any] = id
+    net: tuple[Recipe, OnnxModel, Groups, Sizes], place: str, folder: Path, work: Callable[[Target], Any] = id
 ) -> Staircase:
     """A staircase in a work folder; `work` is told of the target."""
-    recipe, dense, groups = net
+    recipe, dense, groups, sizes = net
     recipe = recipe.on(place)
     with Workdir(folder).open() as opened, planning.reached(recipe, opened) as (target, probe):
         work(target)
-        meter = metering.Meter(recipe, opened, dense, groups, probe.facts("onnxruntime"), target)
+        meter = metering.Meter(recipe, opened, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
         assert planning.begun(meter).verdict == "not needed"
         return planning.learned(meter)
 
@@ -72,7 +74,7 @@ def assert_bounded(device: Device, most: int) -> None:
 
 
 def test_widths_cost_there_what_they_cost_here(
-    net: tuple[Recipe, File, Groups], server: Server, device: Device, tmp_path: Path
+    net: tuple[Recipe, OnnxModel, Groups, Sizes], server: Server, device: Device, tmp_path: Path
 ) -> None:
     here, there = (learned(net, place, tmp_path / name) for name, place in (("a", "local"), ("b", server.name)))
     groups = net[2]
@@ -87,7 +89,7 @@ def test_widths_cost_there_what_they_cost_here(
 
 @pytest.mark.parametrize("cuts", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_whose_connections_are_cut_ends_well(
-    cuts: int, net: tuple[Recipe, File, Groups], server: Server, device: Device, tmp_path: Path
+    cuts: int, net: tuple[Recipe, OnnxModel, Groups, Sizes], server: Server, device: Device, tmp_path: Path
 ) -> None:
     """So many times, at random moments: the run goes on, or the next one does from where it was."""
     random, left, lost, runs = Random(0), [cuts], 0, 0

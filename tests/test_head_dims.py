@@ -17,13 +17,13 @@ import zoo
 from families import FAMILIES
 from safetensors.torch import save_file
 from simulated import weights
-from test_budget import exported
+from test_budget import exported, read
 from test_search import Case
 from torch import Tensor, nn
 
 from cswap_deploy import recipe, units
 from cswap_deploy.artifacts import Architecture, File, Groups, HeadDims, Network, PruningPlan
-from cswap_deploy.budget.narrow import Template, require_runnable
+from cswap_deploy.budget.narrow import require_runnable
 from cswap_deploy.codec import decode, encode
 from cswap_deploy.errors import PruningError, UsageError
 from cswap_deploy.model import count
@@ -378,7 +378,7 @@ def test_the_smaller_network_is_exported_and_its_shapes_are_known_before(tmp_pat
     smaller = cut_copy(module, found.groups, keep)
     given = answer(exported(smaller, entry, tmp_path / "cut.onnx"), x)
     assert float((given - smaller(x)).abs().max()) < 1e-4 * float(smaller(x).abs().max())
-    template = Template.read(exported(module, entry, tmp_path / "dense.onnx"), found)
+    template = read(module, entry, found, tmp_path)
     (tmp_path / "narrow.onnx").write_bytes(template.narrowed(dict.fromkeys(keep, 3)))
     require_runnable(tmp_path / "narrow.onnx", entry.spec.shape)
     assert weights(tmp_path / "narrow.onnx") == weights(tmp_path / "cut.onnx") != weights(tmp_path / "dense.onnx")

@@ -16,7 +16,7 @@ from conftest import Built, Project, events, faults, make_project
 from simulated import Simulated
 from test_budget import apart
 
-from cswap_deploy import data, metering, planning, prepared, prune, report, schemas, sweeping, variants
+from cswap_deploy import data, export, metering, planning, prepared, prune, report, schemas, sweeping, variants
 from cswap_deploy.artifacts import ImageSet
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.bundle import Bundle
@@ -261,7 +261,8 @@ def test_files_of_every_precision_are_narrowed(
         tmp_path, ready.dense["fp32"], ready.source, images, images, kind, recipe.onnx.graph, recipe.int8
     )
     narrow = tmp_path / "narrow.onnx"
-    template = Template.read(made.graph.path, groups)
+    sizes = export.sizes_of(tmp_path, ready.source, groups, ready.dense["fp32"], recipe.onnx.graph)
+    template = Template.read(made.graph.path, groups, sizes)
     narrow.write_bytes(template.narrowed({"conv1": 16, "conv2": 5}))
     apart(template, {"conv1": 16, "conv2": 20}, ready.source.input.shape, tmp_path)
     require_runnable(narrow, ready.source.input.shape)
