@@ -15,7 +15,7 @@ import pytest
 import reports
 from conftest import Built
 
-from cswap_deploy.report import render_html
+from cswap_deploy.report import render_html, render_sweep
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 CHROMIUM = shutil.which("chromium")
@@ -83,14 +83,15 @@ def browser() -> Iterator[Any]:
 def visit(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
     contexts = []
 
-    def visited(manifest: dict[str, Any], **options: Any) -> Opened:
+    def visited(told: dict[str, Any] | str, **options: Any) -> Opened:
+        """`told`: a manifest, or a page."""
         contexts.append(browser.new_context(**{"viewport": DESKTOP, **options}))
         opened = Opened(contexts[-1].new_page())
         opened.page.on("console", lambda message: opened.faults.append(message.text))
         opened.page.on("pageerror", lambda error: opened.faults.append(str(error)))
         opened.page.on("dialog", lambda dialog: (opened.faults.append(f"dialog {dialog.message}"), dialog.dismiss()))
         opened.page.on("request", lambda request: opened.requests.append(request.url))
-        path = reports.written(render_html(manifest), tmp_path)
+        path = reports.written(told if isinstance(told, str) else render_html(told), tmp_path)
         opened.page.goto(path.as_uri())
         assert opened.requests == [path.as_uri()]
         return opened
@@ -328,3 +329,52 @@ def test_a_bundle_of_before_has_a_page(visit, large):
     opened = visit(old)
     assert opened.faults == [] and marks(opened.page, "latency") == []
     assert "8.384 ms" in opened.page.locator("#latency").inner_text()
+
+
+# --- the page of a sweep
+
+
+def front(name: str = "resnet50") -> dict[str, Any]:
+    """Four latencies: two met, one missed, one that nothing reaches."""
+    verdicts = {6.0: "met", 5.0: "met", 4.0: "missed", 1.0: "infeasible"}
+    points = [
+        {
+            "latency_ms": asked, "verdict": verdict, "achieved_ms": None if verdict == "infeasible" else 0.98 * asked,
+            "ratio": None if verdict == "infeasible" else asked / 8, "ratio_low": asked / 8.1, "ratio_high": asked / 7.9,
+            "trials": 2, "top1": 0.7 + asked / 100, "drop_pp": 6 - asked, "drop_low_pp": 5 - asked, "drop_high_pp": 7 - asked,
+            "macs": int(1e9 * asked), "params": int(1e6 * asked), "bytes": 1, "gate": "pass", "exit_code": 0,
+            "bundle": f"bundle-{asked:g}ms",
+        }
+        for asked, verdict in verdicts.items()
+    ]  # fmt: skip
+    return {
+        "name": name,
+        "dense": {"latency_ms": 8.0, "top1": 0.8},
+        "points": points,
+        "conditions": {"device": HOSTILE[1]},
+    }
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_sweep_s_page_can_be_read(visit, viewport, scheme):
+    opened = visit(render_sweep(front(HOSTILE[0])), viewport=viewport, color_scheme=scheme)
+    page = opened.page
+    assert opened.faults == [] and page.locator("h1").inner_text() == HOSTILE[0]
+    assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"] and page.evaluate(WIDE) == []
+    assert [found for found in page.evaluate(CONTRAST) if found[0] < 4.5] == []
+    assert marks(page, "front") == [6]  # the dense network, the three that were measured, and what joins these
+
+
+def test_a_sweep_s_points_tell_their_figures_and_lead_to_their_reports(visit):
+    page = visit(render_sweep(front())).page
+    page.locator("#front svg circle").nth(1).hover()
+    assert page.locator(".tip").inner_text() == "asked 5 ms, met: 4.9 ms, 75.00 %"
+    links = page.eval_on_selector_all("#front svg a", "(all) => all.map((each) => each.getAttribute('href'))")
+    assert sorted(links) == ["bundle-4ms/report.html", "bundle-5ms/report.html", "bundle-6ms/report.html"]
+    assert page.locator("#front tbody tr").count() == 4 and "not measured" in page.locator("#front tbody").inner_text()
+    page.get_by_role("button", name="top-1", exact=True).click()
+    shown = page.eval_on_selector_all(
+        "#front tbody td:nth-child(5)", "(all) => all.map((each) => Number(each.dataset.value))"
+    )
+    assert shown == sorted(shown, reverse=True)
