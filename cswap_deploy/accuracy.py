@@ -58,10 +58,15 @@ def compare(
     learned: bool,
     device: str,
 ) -> AccuracyReport:
-    """Every model sees the same decoded pixels, batch by batch. `learned`: a source at chance level is a DataError."""
+    """Every model sees the same decoded pixels, batch by batch; a network of which nothing left is asked once.
+
+    `learned`: a source at chance level is a DataError.
+    """
     where = resolve_device(device)
     sessions = [_onnx(model.graph.path) for model in models.values()]
-    labels, (dense, cut, *others) = evaluate((_torch(source, where), _torch(pruned, where), *sessions), source, holdout)
+    networks = (source,) if pruned.weights.sha256 == source.weights.sha256 else (source, pruned)
+    labels, found = evaluate((*(_torch(network, where) for network in networks), *sessions), source, holdout)
+    dense, cut, others = found[0], found[len(networks) - 1], found[len(networks) :]
     correct = sum(best == truth for best, truth in zip(dense.predicted, labels, strict=True))
     require_learned(correct, len(labels), source.outputs, "hold-out", gated=learned)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -16,10 +16,23 @@ from conftest import Built, Project, events, faults, make_project
 from simulated import Simulated
 from test_budget import apart
 
-from cswap_deploy import data, export, metering, planning, prepared, prune, report, schemas, sweeping, variants
+from cswap_deploy import (
+    accuracy,
+    data,
+    export,
+    metering,
+    planning,
+    prepared,
+    prune,
+    report,
+    schemas,
+    sweeping,
+    variants,
+)
 from cswap_deploy.artifacts import ImageSet
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.bundle import Bundle
+from cswap_deploy.console import bundle_lines
 from cswap_deploy.console.front import sweep_lines
 from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.recipe import Variant
@@ -133,6 +146,22 @@ def test_a_budget_below_the_floor_is_infeasible_and_says_so(fresh: Project, devi
     assert block["floor_ms"] == pytest.approx(1.3, rel=0.02)
     assert any("cannot be reached" in reason for reason in built.manifest["reasons"])
     assert built.manifest["pruned"]["units_removed"] == 0 and device.asked.count("measure") == 2
+    said = "\n".join(bundle_lines(built.bundle)), report.render(built.manifest, "html")
+    assert not any("blocks of channels" in text for text in said)
+
+
+def test_a_network_of_which_nothing_left_is_asked_once(
+    fresh: Project, device: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_of: list[str] = []
+    really = accuracy._torch
+    monkeypatch.setattr(
+        accuracy, "_torch", lambda network, where: asked_of.append(network.weights.sha256) or really(network, where)
+    )
+    found = fresh.build(asked(5), *SHORT).manifest["accuracy"]
+    assert len(asked_of) == 1 and found["source"] == found["pruned"]
+    fresh.build("prune.target={macs: 0.6}", *SHORT, "latency=null")
+    assert len(asked_of) == 3
 
 
 def test_a_budget_that_no_candidate_meets_is_missed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

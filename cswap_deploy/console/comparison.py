@@ -43,7 +43,8 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
     if manifest["reasons"] and accuracy["gate"]["verdict"] == "pass":
         yield from wrapped(f"accuracy passed: {gate(accuracy)}")
     if latency:
-        yield from _slower(latency)
+        if manifest["pruned"]["units_removed"]:
+            yield from _slower(latency)
         yield from unstable_lines(latency["unstable_because"], "measure again: the same command with --force latency")
         yield from busy_lines(latency["conditions"])
         yield from _budget(manifest["budget"])
