@@ -190,7 +190,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
             return written(work.run(prune.apply, source, groups, plan, few, NoCompensation(), "cpu")).graph
 
         dense = written(source)
-        sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings())
+        sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
             first, staircase = planning.begun(meter), planning.learned(meter)

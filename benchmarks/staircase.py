@@ -77,7 +77,7 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
         labels = tuple(f"class {number}" for number in range(source.outputs))
         exported = work.run(export.to_onnx, source, labels, few, OnnxSettings())
         dense = work.run(export.simplify, exported, source, few, OnnxSettings())
-        sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings())
+        sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
             multiple = planning.alignment(meter)

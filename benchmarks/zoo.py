@@ -34,9 +34,9 @@ from cswap_deploy.digests import digest_of
 HERE = Path(__file__).parent
 TARGET = 0.7
 LIMITS = {
-    "built": 120,
-    "grouped": 120,
-    "proof": 180,
+    "built": 240,
+    "grouped": 600,
+    "proof": 400,
     "pruned": 120,
     "trained": 180,
     "stored": 120,

@@ -7,15 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cswap_deploy import onnx_file, progress
+from cswap_deploy import int8, onnx_file, progress
 from cswap_deploy.artifacts import File, Groups, ImageSet, InputSpec, Network, OnnxModel, TestVectors
 from cswap_deploy.attention import exportable
 from cswap_deploy.budget import sizes
-from cswap_deploy.budget.sizes import Sizes
+from cswap_deploy.budget.sizes import Numbers, Sizes
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
 from cswap_deploy.images import decoded, load
@@ -91,24 +92,37 @@ def simplify(out: Path, exported: OnnxModel, network: Network, images: ImageSet,
 
 
 @stage("sizes", returns=Sizes, libraries=(*LIBRARIES, "onnxsim"))
-def sizes_of(out: Path, network: Network, groups: Groups, dense: OnnxModel, settings: OnnxSettings) -> Sizes:
-    """How the numbers in the dense network's float32 file follow widths, from exports of narrower ones. Errors: ExportError."""
+def sizes_of(
+    out: Path, network: Network, groups: Groups, dense: OnnxModel, settings: OnnxSettings, quantised: bool
+) -> Sizes:
+    """How the numbers in the dense network's file follow widths, from exports of narrower ones.
+
+    `dense`: its float32 file; `quantised`: of the graph that ONNX Runtime's quantiser makes of it. Errors: ExportError.
+    """
     import onnx
 
-    module, narrower = restore(network), list[tuple[dict[str, int], onnx.ModelProto]]()
+    if dense.beside:
+        raise ExportError("the model is beyond 2 GB, so that no latency can be asked for", sizes.HINT)
     wanted = sizes.settings(groups)
-    for number, widths in enumerate(wanted):
-        progress.advance("narrower networks exported", number, len(wanted))
-        smaller = cut_copy(module, groups.groups, {name: tuple(range(width)) for name, width in widths.items()})
-        path = out / f"{number}.onnx"
-        onnx.save(_export(smaller, network.input, settings), path)
-        simpler = path if dense.note else path.with_name(f"{number}.simplified.onnx")
-        if simpler != path and (fault := _run_onnxsim(path, simpler)):
-            raise ExportError(f"a narrower network cannot be simplified as the dense one was: {fault}", sizes.HINT)
-        narrower.append((widths, onnx.load(simpler)))
-        for done in {path, simpler}:
-            done.unlink()
-    return sizes.learned(groups, onnx.load(dense.graph.path), narrower)
+    if not any(wanted):
+        return Sizes(())
+
+    def numbers(path: Path) -> Numbers:
+        model = onnx.load(path)
+        return Numbers.of(int8.prepared(model, path.with_name("prepared.onnx")) if quantised else model)
+
+    module, narrower = restore(network), list[tuple[dict[str, int], Numbers]]()
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        path, simpler = Path(folder) / "narrower.onnx", Path(folder) / "simplified.onnx"
+        for number, widths in enumerate(wanted):
+            progress.advance("narrower networks exported", number, len(wanted))
+            smaller = cut_copy(module, groups.groups, {name: tuple(range(width)) for name, width in widths.items()})
+            onnx.save(_export(smaller, network.input, settings), path)
+            if not dense.note and (fault := _run_onnxsim(path, simpler)):
+                raise ExportError(f"a narrower network cannot be simplified as the dense one was: {fault}", sizes.HINT)
+            narrower.append((widths, numbers(path if dense.note else simpler)))
+        whole = shutil.copyfile(dense.graph.path, Path(folder) / "dense.onnx")
+        return sizes.learned(groups, numbers(whole), narrower)
 
 
 # --- export

@@ -69,7 +69,7 @@ def normalise(pixels: Pixels, spec: InputSpec) -> NDArray[np.float32]:
 
 
 def transform(picture: Picture, spec: InputSpec) -> Picture:
-    """Resize and centre crop to the height and width of `spec`, to the bit as timm's `transforms_imagenet_eval`."""
+    """Resize, and centre crop or borders to the height and width of `spec`, to the bit as timm's `transforms_imagenet_eval`."""
     from PIL.Image import Resampling, new
 
     _, height, width = spec.shape
@@ -105,7 +105,7 @@ def resized(size: tuple[int, int], spec: InputSpec) -> tuple[int, int]:
 
 
 def _offset(have: int, want: int) -> int:
-    """Where torchvision's CenterCrop begins; negative: that many black pixels come first."""
+    """Where torchvision's CenterCrop begins; negative: that many pixels of border, or black ones, come first."""
     return -((want - have) // 2) if want > have else round((have - want) / 2)
 
 
@@ -134,7 +134,7 @@ def decoded(root: Path, image: Image, channels: int) -> Picture:
 def _pixels(root: Path, image: Image, spec: InputSpec) -> Pixels:
     picture = _open(_checked(root / image.path, image.sha256), root / image.path)
     wide, high = resized(picture.size, spec)
-    if _too_large(wide, high):
+    if _too_large(wide, high) or not (wide and high):
         raise DataError(
             f"{root / image.path} of {picture.width} x {picture.height} pixels would be resized to {wide} x {high}",
             hint="remove the image: it is too elongated",

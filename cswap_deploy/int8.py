@@ -85,16 +85,8 @@ class Quantiser:
     def __init__(
         self, original: onnx.ModelProto, kind: Int8, inputs: Callable[[], Iterable[Array]], scratch: Path
     ) -> None:
-        import onnx
-        from onnxruntime.quantization import quant_pre_process
-
-        source, self._prepared = scratch / "float32.onnx", scratch / "prepared.onnx"
-        onnx.save(original, source)
-        # The exporter has written all shapes; symbolic inference would only add sympy and its failures.
-        quant_pre_process(source, self._prepared, skip_symbolic_shape=True)
-        self._graph = onnx.load(self._prepared)
-        onnx_file.name_nodes(self._graph)
-        onnx.save(self._graph, self._prepared)
+        self._prepared = scratch / "prepared.onnx"
+        self._graph = prepared(original, self._prepared)
         self._kind, self._inputs, self._scratch = kind, inputs, scratch
         self._ranges: dict[str, Any] = {}
 
@@ -179,6 +171,21 @@ def _chunks(items: Iterable[Array], size: int) -> Iterator[list[Array]]:
 
 
 # --- weights alone
+
+
+def prepared(original: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The float32 graph as the quantiser takes it, folded and fused, all nodes with names; also written there."""
+    import onnx
+    from onnxruntime.quantization import quant_pre_process
+
+    source = path.with_name("float32.onnx")
+    onnx.save(original, source)
+    # The exporter has written all shapes; symbolic inference would only add sympy and its failures.
+    quant_pre_process(source, path, skip_symbolic_shape=True)
+    graph = onnx.load(path)
+    onnx_file.name_nodes(graph)
+    onnx.save(graph, path)
+    return graph
 
 
 def weights_only(model: onnx.ModelProto) -> onnx.ModelProto:

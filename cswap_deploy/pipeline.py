@@ -36,7 +36,7 @@ from cswap_deploy.recipe import CurvesAllocation, Recipe, Variant, to_yaml
 from cswap_deploy.stage import Workdir, WouldRun
 
 STAGES = (
-    "source", "split", "groups", "rotated", "scores", "curves", "staircase", "plan", "pruned", "exported", "simplified",
+    "source", "split", "groups", "rotated", "scores", "curves", "sizes", "staircase", "plan", "pruned", "exported", "simplified",
     "variants", "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
@@ -379,7 +379,7 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
     wanted |= {"rotated"} if "plan" in wanted and recipe.prune.heads == "dims" else set()
-    wanted |= {"staircase"} if planning.goal_ms(recipe) else set()
+    wanted |= {"sizes", "staircase"} if planning.goal_ms(recipe) else set()
     wanted |= {"variants"} if recipe.wanted_variants or _wanted_forms(recipe) else set()
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
@@ -395,7 +395,7 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
     if planning.goal_ms(recipe):
         engine = recipe.ships_engine
         order = ("staircase", "rotated", "scores", "curves", "plan", "pruned")
-        before = [*before[:2], *dense, "groups", *([progress.spelt("engine", "dense")] if engine else ())]
+        before = [*before[:2], *dense, "groups", "sizes", *([progress.spelt("engine", "dense")] if engine else ())]
         before += [name for name in order if name in names]
         made, dense = [*made, *(["engine"] if engine else ()), "latency"], []
     return (

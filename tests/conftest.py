@@ -317,7 +317,7 @@ def cheap_export(monkeypatch: pytest.MonkeyPatch, exports: dict[str, bytes]) -> 
     really_export = export._export
 
     def remembered(module: torch.nn.Module, spec: InputSpec, settings: OnnxSettings) -> onnx.ModelProto:
-        values = hashlib.sha256()
+        values = hashlib.sha256(repr(module).encode())
         for name, tensor in module.state_dict().items():
             values.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
         key = f"{values.hexdigest()} {spec} {settings}"

@@ -20,17 +20,19 @@ from simulated import weights
 from test_allocate import measured, whole
 
 from cswap_deploy import budget as budget_stage
+from cswap_deploy import int8
 from cswap_deploy.artifacts import Axis, CostTerm, File, Group, Groups
 from cswap_deploy.budget import design, sizes
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.shared import SharedWeights
-from cswap_deploy.budget.sizes import Size, Sizes
+from cswap_deploy.budget.sizes import Numbers, Size, Sizes
 from cswap_deploy.budget.staircase import Observation, Steps, learn
 from cswap_deploy.budget.values import Staircase, WidthTimings
 from cswap_deploy.errors import ExportError
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.prune.cut import cut_copy
+from cswap_deploy.recipe import Variant
 from cswap_deploy.runtime import Session
 from cswap_deploy.samples import Ratio, Samples
 
@@ -43,7 +45,14 @@ def exported(module: torch.nn.Module, entry: zoo.Entry, path: Path) -> Path:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            module, (torch.zeros(1, *entry.spec.shape),), path, dynamo=True, verbose=False, opset_version=18
+            module,
+            (torch.zeros(1, *entry.spec.shape),),
+            path,
+            dynamo=True,
+            verbose=False,
+            opset_version=18,
+            input_names=["input"],
+            output_names=["logits"],
         )
     return path
 
@@ -53,9 +62,9 @@ def read(module: torch.nn.Module, entry: zoo.Entry, groups: Groups, folder: Path
     narrower = []
     for widths in sizes.settings(groups):
         cut = cut_copy(module, groups.groups, {name: range(width) for name, width in widths.items()})
-        narrower.append((widths, onnx.load(exported(cut, entry, folder / "probe.onnx"))))
+        narrower.append((widths, Numbers.of(onnx.load(exported(cut, entry, folder / "probe.onnx")))))
     dense = exported(module, entry, folder / "dense.onnx")
-    return Template.read(dense, groups, sizes.learned(groups, onnx.load(dense), narrower))
+    return Template.read(dense, groups, sizes.learned(groups, Numbers.of(onnx.load(dense)), narrower))
 
 
 def apart(template: Template, widths: Mapping[str, int], shape: tuple[int, ...], folder: Path) -> Path:
@@ -104,7 +113,7 @@ def test_a_narrowed_file_holds_no_large_weight(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "dense.onnx")
     members = (zoo_slice("c", 0), zoo_slice("d", 1))
     shrink = (("c.weight", 0), ("c.weight_bias", 0), ("d.weight", 1))
-    known = Sizes(tuple(Size(tensor, "dims", axis, (("c", 1),)) for tensor, axis in shrink))
+    known = Sizes(tuple(Size(tensor, "", 0, "dims", axis, (("c", 1),)) for tensor, axis in shrink))
     template = Template.read(tmp_path / "dense.onnx", Groups((Group("c", "channels", 64, members),), (), ()), known)
     (tmp_path / "narrow.onnx").write_bytes(template.narrowed({"c": 48}))
     assert weights(tmp_path / "narrow.onnx") == [(48, 3, 3, 3), (5, 48, 1, 1)]
@@ -140,10 +149,113 @@ def zoo_slice(module: str, axis: int):  # type: ignore[no-untyped-def]
     return Slice(module, "weight", axis, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("residual", "int8"), ("separable", "int8"), ("vit", "int8-arm"), ("residual", "int8-tensorrt")],
+)
+def test_quantised_files_are_narrowed_with_their_biases_and_scales(name: str, kind: Variant, tmp_path: Path) -> None:
+    """Of the float32 graph that the quantiser takes; biases are not zero, so that none is dropped."""
+    entry = zoo.ZOO[name]
+    module, groups = entry.build(), entry.groups
+    noise = [np.random.default_rng(0).standard_normal((1, *entry.spec.shape), np.float32)]
+
+    def graph(network: torch.nn.Module, stem: str) -> onnx.ModelProto:
+        return onnx.load(exported(network, entry, tmp_path / f"{stem}.onnx"))
+
+    narrower = []
+    for widths in sizes.settings(groups):
+        cut = cut_copy(module, groups.groups, {group: range(width) for group, width in widths.items()})
+        narrower.append((widths, Numbers.of(int8.prepared(graph(cut, "probe"), tmp_path / "prepared.onnx"))))
+    dense = graph(module, "dense")
+    known = sizes.learned(groups, Numbers.of(int8.prepared(dense, tmp_path / "prepared.onnx")), narrower)
+    keep = zoo.half(groups)
+    widths = {group: len(units) for group, units in keep.items()}
+    shapes = []
+    for network, narrowed in ((module, widths), (cut_copy(module, groups.groups, keep), {})):
+        quantiser = int8.Quantiser(graph(network, "source"), int8.KINDS[kind], lambda: noise, tmp_path)
+        onnx.save(quantiser.graph(int8.Way("minmax")), tmp_path / "int8.onnx")
+        template = Template.read(tmp_path / "int8.onnx", groups, known)
+        (tmp_path / "narrow.onnx").write_bytes(template.narrowed(narrowed))
+        require_runnable(tmp_path / "narrow.onnx", entry.spec.shape)
+        shapes.append(weights(tmp_path / "narrow.onnx"))
+    assert shapes[0] == shapes[1]
+
+
+def test_settings_tell_all_groups_apart() -> None:
+    small = [Group(f"g{number}", "channels", 2 + number % 2, ()) for number in range(100)]
+    groups = Groups((*small, Group("one", "channels", 1, ())), (), ())
+    found = sizes.settings(groups)
+    removed = {group.name: tuple(group.units - each[group.name] for each in found) for group in small}
+    assert len({sizes._direction(changes) for changes in removed.values()}) == 100 and all(map(any, removed.values()))
+    assert all("one" not in each and min(each.values()) >= 1 for each in found)
+    many = Groups(tuple(Group(f"g{number}", "channels", 2, ()) for number in range(5000)), (), ())
+    with pytest.raises(ExportError, match="do not tell 5000 groups apart"):
+        sizes.settings(many)
+
+
+def graph_of(shape: Sequence[int], pad: int = 0, op: str = "Reshape") -> onnx.ModelProto:
+    """A Reshape to a shape that two nodes read, and an attribute."""
+    constant = onnx.numpy_helper.from_array(np.array(shape, np.int64), "shape")
+    nodes = [
+        onnx.helper.make_node(op, ["x", "shape"], ["y"], "first"),
+        onnx.helper.make_node("Reshape", ["y", "shape"], ["z"], "second", allowzero=pad),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, 1, None) for n in ("x", "z")]
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [constant]))
+
+
+def test_a_number_that_nothing_explains_is_refused() -> None:
+    groups = Groups((Group("g", "channels", 8, ()),), (), ())
+    dense = Numbers.of(graph_of([1, 16], 5))
+    for shape, pad, explained in (([1, 16 - 2 * 3], 5, True), ([1, 16], 8, True), ([1, 15], 5, False)):
+        narrower = [
+            ({"g": 5}, Numbers.of(graph_of(shape, pad))),
+            ({"g": 7}, Numbers.of(graph_of([1, 16 - (16 - shape[1]) // 3], 5 + (pad - 5) // 3))),
+        ]
+        if explained:
+            found = sizes.learned(groups, dense, narrower).found
+            assert [(size.key, size.per_unit) for size in found] == (
+                [("values", (("g", 2),))] if pad == 5 else [("allowzero", (("g", -1),))]
+            )
+        else:
+            with pytest.raises(ExportError, match="values of shape follow no width that was cut"):
+                sizes.learned(groups, dense, narrower)
+
+
+def test_a_narrower_network_of_other_nodes_is_refused() -> None:
+    groups = Groups((Group("g", "channels", 8, ()),), (), ())
+    with pytest.raises(ExportError, match=r"exported to other nodes: .*Reshape.* is .*Expand"):
+        sizes.learned(groups, Numbers.of(graph_of([1, 16])), [({"g": 5}, Numbers.of(graph_of([1, 16], op="Expand")))])
+
+
+def test_a_constant_that_two_nodes_read_otherwise_becomes_two(tmp_path: Path) -> None:
+    """Equal numbers of the dense network are one constant, and need not be equal in a narrower one."""
+    groups = Groups((Group("a", "channels", 8, ()), Group("b", "channels", 8, ())), (), ())
+
+    def graph(first: int, second: int) -> onnx.ModelProto:
+        one, other = (onnx.numpy_helper.from_array(np.array([1, n]), f"s{n}") for n in (first, second))
+        x = onnx.helper.make_tensor_value_info("x", 1, [1, None])
+        ends = [onnx.helper.make_tensor_value_info(name, 1, None) for name in ("y", "z")]
+        nodes = [
+            onnx.helper.make_node("Reshape", ["x", one.name], ["y"], "first"),
+            onnx.helper.make_node("Reshape", ["x", other.name], ["z"], "second"),
+        ]
+        constants = [one] if first == second else [one, other]
+        made = onnx.helper.make_graph(nodes, "g", [x], ends, constants)
+        return onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+
+    narrower = [({"a": a, "b": b}, Numbers.of(graph(a, b))) for a, b in ((5, 7), (6, 3), (3, 8))]
+    onnx.save(graph(8, 8), tmp_path / "dense.onnx")
+    known = sizes.learned(groups, Numbers.of(graph(8, 8)), narrower)
+    narrowed = onnx.load_from_string(Template.read(tmp_path / "dense.onnx", groups, known).narrowed({"a": 4, "b": 2}))
+    constants = {item.name: onnx.numpy_helper.to_array(item).tolist() for item in narrowed.graph.initializer}
+    assert [constants[node.input[1]] for node in narrowed.graph.node] == [[1, 4], [1, 2]]
+
+
 def test_what_the_file_has_not_is_refused(tmp_path: Path) -> None:
     entry = zoo.ZOO["chain"]
     path = exported(entry.build(), entry, tmp_path / "dense.onnx")
-    stranger = Sizes((Size("nowhere.weight", "dims", 0, ((entry.groups.groups[0].name, 1),)),))
+    stranger = Sizes((Size("nowhere.weight", "", 0, "dims", 0, ((entry.groups.groups[0].name, 1),)),))
     with pytest.raises(ExportError, match=r"dense.onnx has no tensor 'nowhere.weight'"):
         Template.read(path, entry.groups, stranger)
 

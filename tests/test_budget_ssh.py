@@ -49,7 +49,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, OnnxModel, Gr
     with Workdir(project.folder / "work").open() as work:
         _, ready = prepared.find(work)
         groups, dense = work.run(prune.find_groups, ready.source, ()), ready.dense["fp32"]
-        return recipe, dense, groups, work.run(export.sizes_of, ready.source, groups, dense, recipe.onnx.graph)
+        return recipe, dense, groups, work.run(export.sizes_of, ready.source, groups, dense, recipe.onnx.graph, False)
 
 
 def learned(

@@ -290,7 +290,9 @@ def test_files_of_every_precision_are_narrowed(
         tmp_path, ready.dense["fp32"], ready.source, images, images, kind, recipe.onnx.graph, recipe.int8
     )
     narrow = tmp_path / "narrow.onnx"
-    sizes = export.sizes_of(tmp_path, ready.source, groups, ready.dense["fp32"], recipe.onnx.graph)
+    sizes = export.sizes_of(
+        tmp_path, ready.source, groups, ready.dense["fp32"], recipe.onnx.graph, kind.startswith("int8")
+    )
     template = Template.read(made.graph.path, groups, sizes)
     narrow.write_bytes(template.narrowed({"conv1": 16, "conv2": 5}))
     apart(template, {"conv1": 16, "conv2": 20}, ready.source.input.shape, tmp_path)

@@ -23,8 +23,6 @@ PASSING = SCALED | {"Cast", "Identity"}
 """Nodes behind which a weight is still that weight."""
 QUANTISED = "_quantized"
 """What ONNX Runtime's quantiser appends to a weight's name."""
-OWN = " input "
-"""Between a node's output and the number of its input in the name of its own copy of a tensor."""
 LARGE = 256
 """Elements from which on values are left out: the file then has kilobytes, whatever the network."""
 
@@ -43,23 +41,31 @@ class Template:
     tensors: Mapping[str, Sequence[Size]]
     """By initializer."""
     nodes: Mapping[str, Sequence[Size]]
-    """By the first output of a node."""
+    """By the node's name: of its attributes, and of constants that others read otherwise."""
 
     @staticmethod
     def read(path: Path, groups: Groups, sizes: Sizes) -> Template:
-        """`sizes`: of the float32 file that this one was made from. Errors: ExportError where it has not its tensors or nodes."""
+        """`sizes`: of the float32 graph that this file was made from. Errors: ExportError where it has not its tensors or nodes."""
         import onnx
 
         model = onnx.load(path)
         graph = _Graph.of(model)
-        outputs = {node.output[0] for node in model.graph.node}
+        named = {node.name: node for node in model.graph.node}
         tensors: dict[str, list[Size]] = {}
         nodes: dict[str, list[Size]] = {}
         for size in sizes.found:
-            if size.owner in outputs:
-                nodes.setdefault(size.owner, []).append(size)
-            else:
-                tensors.setdefault(graph.initializer(size.owner, path), []).append(size)
+            if not size.node:
+                tensors.setdefault(graph.initializer(size.tensor, path), []).append(size)
+                continue
+            node = named.get(size.node)
+            has = node and (
+                node.input[size.input] in graph.shapes
+                if size.tensor
+                else any(item.name == size.key for item in node.attribute)
+            )
+            if not has:
+                raise ExportError(f"{path.name} has no node {size.node!r} whose {size.key} could be changed", HINT)
+            nodes.setdefault(size.node, []).append(size)
         units = {group.name: group.units for group in groups.groups}
         return Template(model, units, {**tensors, **graph.scales(tensors)}, nodes)
 
@@ -75,9 +81,9 @@ class Template:
         model.CopyFrom(self.model)
         removed = {name: self.units[name] - width for name, width in widths.items()}
         made: list[onnx.NodeProto] = []
-        self._split(model)
+        by_tensor = {**self.tensors, **self._split(model)}
         for tensor in model.graph.initializer:
-            sizes = self._sizes(tensor.name)
+            sizes = by_tensor.get(tensor.name, ())
             shape = tuple(resized(tensor.dims, sizes, "dims", removed))
             if shared and _is_large(tensor):
                 shared.fill(tensor, shape)
@@ -91,8 +97,8 @@ class Template:
                     values.flat[:] = resized(values.ravel().tolist(), sizes, "values", removed)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         for node in model.graph.node:
-            for size in self.nodes.get(node.output[0], ()):
-                item = next((item for item in node.attribute if item.name == size.key), None)
+            for size in self.nodes.get(node.name, ()):
+                item = next((item for item in node.attribute if not size.tensor and item.name == size.key), None)
                 if item and item.ints:
                     item.ints[size.place] = size.shrunk(item.ints[size.place], removed)
                 elif item:
@@ -102,22 +108,20 @@ class Template:
         model.graph.node.extend(nodes)
         return bytes(model.SerializeToString(deterministic=True))
 
-    def _split(self, model: onnx.ModelProto) -> None:
-        """Give a node its own copy of an input that shrinks otherwise elsewhere, in place."""
+    def _split(self, model: onnx.ModelProto) -> dict[str, list[Size]]:
+        """Give each node its own copy of a constant that others read otherwise, in place; their sizes by the copies' names."""
         by_name = {tensor.name: tensor for tensor in model.graph.initializer}
+        found: dict[str, list[Size]] = {}
         for node in model.graph.node:
-            for number in sorted(
-                {int(size.key.split()[0]) for size in self.nodes.get(node.output[0], ()) if " " in size.key}
-            ):
-                name = node.input[number]
-                own = model.graph.initializer.add()
-                own.CopyFrom(by_name[name])
-                own.name = node.input[number] = f"{node.output[0]}{OWN}{number}"
-
-    def _sizes(self, tensor: str) -> Sequence[Size]:
-        node, _, number = tensor.rpartition(OWN)
-        mine = [size for size in self.nodes.get(node, ()) if size.key.startswith(f"{number} ")]
-        return [replace(size, key=size.key.split()[1]) for size in mine] or self.tensors.get(tensor, ())
+            for size in self.nodes.get(node.name, ()):
+                if size.tensor:
+                    name = f"{node.name} input {size.input}"
+                    if name not in found:
+                        own = model.graph.initializer.add()
+                        own.CopyFrom(by_name[node.input[size.input]])
+                        own.name = node.input[size.input] = name
+                    found.setdefault(name, []).append(size)
+        return found
 
 
 def require_runnable(path: Path, shape: tuple[int, ...]) -> None:

@@ -7,8 +7,9 @@ settings of widths, as what ships will be, and each number that differs is expla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from math import gcd
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -19,30 +20,36 @@ from cswap_deploy.errors import ExportError
 if TYPE_CHECKING:
     import onnx
 
-LEAST, MOST = 3, 8
+LEAST, MOST = 3, 12
 """Settings that are exported: as few as tell all groups apart."""
-DRAWS = 50
+DRAWS = 200
+"""Of a group's widths, until it shrinks like no other."""
 SMALL = 64
-"""Integers in a constant, at most, that are compared by value: a shape, sizes of a split."""
+"""Integers in a constant, at most, that are compared one by one: a shape, sizes of a split."""
 HINT = "prune for macs in place of a latency, or report this network"
 
 Widths = Mapping[str, int]
 Changes = tuple[int, ...]
 """By how much a number is less in each export."""
+PerUnit = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Size:
     """A number of the dense graph, and by how much it shrinks for each unit that leaves a group."""
 
-    owner: str
-    """An initializer, or the first output of a node."""
+    tensor: str
+    """The initializer that it stands in; empty: in an attribute of `node`."""
+    node: str
+    """The name of the one node that reads it so; empty: all that read the tensor do. Constants that are equal in the dense network are
+    one, whatever each of their readers follows."""
+    input: int
+    """Of that node, which one it is."""
     key: str
-    """Of an initializer `dims` or `values`; of a node an attribute, or `2 values` of the initializer that is its input 2: constants
-    that are equal in the dense network are one, whatever they follow."""
+    """`dims` or `values` of the tensor, or the attribute's name."""
     place: int
     """Among several."""
-    per_unit: tuple[tuple[str, int], ...]
+    per_unit: PerUnit
 
     def shrunk(self, number: int, removed: Widths) -> int:
         return number - sum(removed.get(group, 0) * each for group, each in self.per_unit)
@@ -56,160 +63,71 @@ class Sizes:
 
 
 def settings(groups: Groups) -> tuple[dict[str, int], ...]:
-    """Units of each group in a few exports, so that no two groups shrink in proportion. Seeded."""
-    random = Random(0)
+    """Units of each group in a few exports, so that no two groups shrink in proportion; groups of one unit stay. Seeded.
+
+    Errors: ExportError where so many exports do not tell them apart.
+    """
     units = {group.name: group.units for group in groups.groups if group.units > 1}
-    best: tuple[dict[str, int], ...] = ()
     for count in range(LEAST, MOST + 1):
+        if (found := _apart(units, count)) is not None:
+            return tuple({name: widths[number] for name, widths in found.items()} for number in range(count))
+    raise ExportError(f"{MOST} exports do not tell {len(units)} groups apart", HINT)
+
+
+def _apart(units: Mapping[str, int], count: int) -> dict[str, tuple[int, ...]] | None:
+    """Widths of each group in so many exports; None where no draw sets one apart from those before."""
+    random, taken = Random(0), {(0,) * count}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, many in units.items():
         for _ in range(DRAWS):
-            best = tuple({name: _drawn(many, random) for name, many in units.items()} for _ in range(count))
-            apart = {_direction(tuple(many - each[name] for each in best)) for name, many in units.items()}
-            if len(apart) == len(units) and (0,) * count not in apart:
-                return best
-    return best
+            widths = tuple(_drawn(many, random) for _ in range(count))
+            if (direction := _direction(tuple(many - width for width in widths))) not in taken:
+                taken.add(direction)
+                found[name] = widths
+                break
+        else:
+            return None
+    return found
 
 
 def _drawn(units: int, random: Random) -> int:
-    """At least a third: what has size 1 is exported differently."""
-    return random.randint(min(units, max(2, -(-units // 3))) if units > 2 else 1, units)
+    """A third or more; 1 only of two units: some of what has size 1 is exported otherwise."""
+    return random.randint(min(units - 1, max(2, -(-units // 3))) if units > 2 else 1, units)
 
 
-def learned(groups: Groups, dense: onnx.ModelProto, narrower: Sequence[tuple[Widths, onnx.ModelProto]]) -> Sizes:
-    """`narrower`: widths, and what the network was exported to with them. Errors: ExportError where a number is not explained."""
-    places, shape = _numbers(dense)
-    columns = []
-    for _, model in narrower:
-        numbers, other = _numbers(model)
-        if other != shape:
-            raise ExportError(f"a narrower network is exported to other nodes: {_difference(shape, other)}", HINT)
-        columns.append([number for _, number in numbers])
+def learned(groups: Groups, dense: Numbers, narrower: Sequence[tuple[Widths, Numbers]]) -> Sizes:
+    """`narrower`: widths, and the numbers of what the network was exported to with them.
+
+    Errors: ExportError where a number is not explained, or the graphs differ in more than numbers.
+    """
+    for _, other in narrower:
+        if other.structure != dense.structure:
+            raise ExportError(f"a narrower network is exported to other nodes: {_difference(dense, other)}", HINT)
     units = {group.name: group.units for group in groups.groups}
     removed = [{name: units[name] - width for name, width in widths.items()} for widths, _ in narrower]
     known = _explanations(groups, removed)
     uses: dict[str, dict[tuple[str, int], set[Size]]] = {}
     found = list[Size]()
-    for (place, number), *narrow in zip(places, *columns, strict=True):
+    for place, number, *narrow in zip(
+        dense.places, dense.values, *(other.values for _, other in narrower), strict=True
+    ):
         changes = tuple(number - other for other in narrow)
-        per_unit = _explained(changes, known) if any(changes) else ()
+        per_unit = known.of(changes) if any(changes) else ()
         if per_unit is None:
             raise ExportError(f"{place.key} of {place.tensor or place.node} follow no width that was cut", HINT)
+        sizes = {replace(place, per_unit=per_unit)} if per_unit else set()
         if place.tensor:
             own = uses.setdefault(place.tensor, {}).setdefault((place.node, place.input), set())
-            own |= {Size(place.tensor, place.key, place.number, per_unit)} if per_unit else set()
-        elif per_unit:
-            found.append(Size(place.node, place.key, place.number, per_unit))
-    for by_use in uses.values():
-        if all(sizes == next(iter(by_use.values())) for sizes in by_use.values()):
-            found += next(iter(by_use.values()))
+            own |= {replace(size, node="", input=0) for size in sizes}
         else:
-            found += [
-                replace(size, owner=node, key=f"{number} {size.key}")
-                for (node, number), sizes in by_use.items()
-                for size in sizes
-            ]
-    return Sizes(tuple(sorted(found, key=lambda size: (size.owner, size.key, size.place))))
-
-
-# --- what explains a number
-
-
-def _direction(changes: Changes) -> Changes:
-    common = gcd(*changes) or 1
-    return tuple(change // common for change in changes)
-
-
-def _explanations(groups: Groups, removed: Sequence[Widths]) -> dict[Changes, tuple[tuple[str, int], ...]]:
-    """By direction: a single group, or what lies side by side on one axis, from its beginning on."""
-    axes: dict[tuple[str, int], list[tuple[int, str, int]]] = {}
-    for group in groups.groups:
-        for member in group.members:
-            axes.setdefault((member.tensor, member.axis), []).append((member.offset, group.name, member.repeat))
-    sums: list[dict[str, int]] = [{group.name: 1} for group in groups.groups]
-    for owners in axes.values():
-        ordered = sorted(owners)
-        for start in (0, *range(1, len(ordered) - 1)):
-            total: dict[str, int] = {}
-            for _, name, repeat in ordered[start:]:
-                total = {**total, name: total.get(name, 0) + repeat}
-                sums.append(total)
-    found: dict[Changes, tuple[tuple[str, int], ...]] = {}
-    for parts in sums:
-        changes = tuple(sum(each.get(name, 0) * repeat for name, repeat in parts.items()) for each in removed)
-        if any(changes):
-            found.setdefault(_direction(changes), (*parts.items(), ("", gcd(*changes))))
-    return found
-
-
-def _explained(
-    changes: Changes, known: Mapping[Changes, tuple[tuple[str, int], ...]]
-) -> tuple[tuple[str, int], ...] | None:
-    if (parts := known.get(_direction(changes))) is None:
-        return None
-    *owners, (_, common) = parts
-    times = gcd(*changes)
-    if any(repeat * times % common for _, repeat in owners):
-        return None
-    return tuple((name, repeat * times // common) for name, repeat in owners)
-
-
-# --- what a graph says
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Of a number: the first output of its node and, where it is no attribute, which input of it is which tensor."""
-
-    node: str
-    tensor: str
-    input: int
-    key: str
-    number: int
-
-
-def _numbers(model: onnx.ModelProto) -> tuple[list[tuple[_Place, int]], list[Any]]:
-    """Every number of a graph that could follow a width, in order, and the structure that two graphs must share to be compared."""
-    import onnx
-
-    tensors = {item.name: item for item in model.graph.initializer}
-    seen: dict[str, int] = {item.name: -1 - place for place, item in enumerate(model.graph.input)}
-    numbers: list[tuple[_Place, int]] = []
-    shape: list[Any] = []
-    for node in model.graph.node:
-        first, inputs = node.output[0], list[Any]()
-        for at, name in enumerate(node.input):
-            if (tensor := tensors.get(name)) is None:
-                inputs.append(seen.get(name))
-                continue
-            values = _integers(tensor)
-            for key, own in (("dims", tensor.dims), ("values", values)):
-                numbers += [(_Place(first, name, at, key, number), value) for number, value in enumerate(own)]
-            inputs.append((tensor.data_type, len(tensor.dims), len(values)))
-        for item in sorted(node.attribute, key=lambda item: item.name):
-            whole = list(item.ints) if item.type == onnx.AttributeProto.INTS else []
-            whole += [item.i] if item.type == onnx.AttributeProto.INT else []
-            numbers += [(_Place(first, "", 0, item.name, number), value) for number, value in enumerate(whole)]
-            inputs.append((item.name, len(whole)))
-        shape.append((node.op_type, inputs, len(node.output)))
-        for name in node.output:
-            seen[name] = len(seen)
-    return numbers, shape
-
-
-def _integers(tensor: onnx.TensorProto) -> list[int]:
-    import onnx
-
-    whole = tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-    if not whole or len(tensor.dims) > 1 or (tensor.dims and tensor.dims[0] > SMALL):
-        return []
-    return [int(value) for value in onnx.numpy_helper.to_array(tensor).ravel()]
-
-
-def _difference(one: Sequence[Any], other: Sequence[Any]) -> str:
-    pair = next(((a, b) for a, b in zip(one, other) if a != b), (f"{len(one)} items", f"{len(other)}"))
-    return f"{pair[0]} is {pair[1]}"
-
-
-# --- applied
+            found += sizes
+    for by_use in uses.values():
+        first, *others = by_use.values()
+        if all(sizes == first for sizes in others):
+            found += first
+        else:
+            found += (replace(size, node=node, input=at) for (node, at), sizes in by_use.items() for size in sizes)
+    return Sizes(tuple(sorted(found, key=lambda size: (size.tensor, size.node, size.input, size.key, size.place))))
 
 
 def resized(numbers: Iterable[int], sizes: Sequence[Size], key: str, removed: Widths) -> list[int]:
@@ -219,3 +137,122 @@ def resized(numbers: Iterable[int], sizes: Sequence[Size], key: str, removed: Wi
         if size.key == key:
             left[size.place] = size.shrunk(left[size.place], removed)
     return left
+
+
+# --- what explains a number
+
+
+def _direction(changes: Changes) -> Changes:
+    common = _common(changes)
+    return tuple(change // common for change in changes)
+
+
+def _common(changes: Changes) -> int:
+    """The greatest common divisor, with the sign of the first change: what grows as a width shrinks is explained by it too."""
+    first = next((change for change in changes if change), 1)
+    return (gcd(*changes) or 1) * (1 if first > 0 else -1)
+
+
+@dataclass(frozen=True)
+class _Explanations:
+    """By direction: who shrinks so, and by what when its units left."""
+
+    known: Mapping[Changes, tuple[PerUnit, int]]
+
+    def of(self, changes: Changes) -> PerUnit | None:
+        owners, common = self.known.get(_direction(changes), ((), 1))
+        times = _common(changes)
+        whole = owners and all(repeat * times % common == 0 for _, repeat in owners)
+        return tuple((name, repeat * times // common) for name, repeat in owners) if whole else None
+
+
+def _explanations(groups: Groups, removed: Sequence[Widths]) -> _Explanations:
+    """A single group, or groups that lie side by side on one axis of a tensor."""
+    axes: dict[tuple[str, int], list[tuple[int, str, int]]] = {}
+    for group in groups.groups:
+        for member in group.members:
+            axes.setdefault((member.tensor, member.axis), []).append((member.offset, group.name, member.repeat))
+    sums: list[dict[str, int]] = [{group.name: 1} for group in groups.groups]
+    for ordered in dict.fromkeys(tuple(sorted(owners)) for owners in axes.values()):
+        for start in range(len(ordered)):
+            total: dict[str, int] = {}
+            for _, name, repeat in ordered[start:]:
+                total = {**total, name: total.get(name, 0) + repeat}
+                sums.append(total)
+    found: dict[Changes, tuple[PerUnit, int]] = {}
+    for parts in sums:
+        changes = tuple(sum(each.get(name, 0) * repeat for name, repeat in parts.items()) for each in removed)
+        if any(changes):
+            found.setdefault(_direction(changes), (tuple(parts.items()), _common(changes)))
+    return _Explanations(found)
+
+
+# --- what a graph says
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Every number of a graph that could follow a width, in order, and all else that graphs of two widths must share."""
+
+    places: tuple[Size, ...]
+    """Where each stands; `per_unit` is empty."""
+    values: tuple[int, ...]
+    structure: tuple[Any, ...]
+
+    @staticmethod
+    def of(model: onnx.ModelProto) -> Numbers:
+        import onnx
+
+        tensors = {item.name: item for item in model.graph.initializer}
+        seen: dict[str, int] = {item.name: -1 - place for place, item in enumerate(model.graph.input)}
+        numbers: list[tuple[Size, int]] = []
+        structure: list[Any] = []
+        for node in model.graph.node:
+            parts = list[Any]()
+            for at, name in enumerate(node.input):
+                tensor = tensors.get(name)
+                if tensor is None:
+                    parts.append(seen.get(name))
+                    continue
+                parts.append((tensor.data_type, len(tensor.dims), *_rest(tensor)))
+                for key, own in (("dims", tensor.dims), ("values", _integers(tensor))):
+                    numbers += ((Size(name, node.name, at, key, place, ()), value) for place, value in enumerate(own))
+            for item in sorted(node.attribute, key=lambda item: item.name):
+                own = [*item.ints] + ([item.i] if item.type == onnx.AttributeProto.INT else [])
+                numbers += ((Size("", node.name, 0, item.name, place, ()), value) for place, value in enumerate(own))
+                parts.append((item.name, len(own), *(_rest(item.t) if item.HasField("t") else ())))
+            structure.append((node.op_type, *parts, len(node.output)))
+            seen |= {name: len(seen) + number for number, name in enumerate(node.output)}
+        places, values = zip(*numbers) if numbers else ((), ())
+        return Numbers(places, values, tuple(structure))
+
+
+def _is_whole(tensor: onnx.TensorProto) -> bool:
+    import onnx
+
+    return tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+
+
+def _integers(tensor: onnx.TensorProto) -> list[int]:
+    import onnx
+
+    if not _is_whole(tensor) or len(tensor.dims) > 1 or (tensor.dims and tensor.dims[0] > SMALL):
+        return []
+    return [int(value) for value in onnx.numpy_helper.to_array(tensor).ravel()]
+
+
+def _rest(tensor: onnx.TensorProto) -> Iterator[Any]:
+    """How many integers are compared one by one; of others a digest, so that what changes in them is not passed over."""
+    import onnx
+
+    yield (few := len(_integers(tensor)))
+    if _is_whole(tensor) and not few:
+        yield sha256(onnx.numpy_helper.to_array(tensor).tobytes()).hexdigest()
+
+
+def _difference(one: Numbers, other: Numbers) -> str:
+    pairs = zip(one.structure, other.structure)
+    here, there = next(
+        ((a, b) for a, b in pairs if a != b), (f"{len(one.structure)} nodes", f"{len(other.structure)} nodes")
+    )
+    return f"{here} is {there}"

@@ -58,7 +58,9 @@ def fresh_copy(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for layer in module.modules():
         for name, value in vars(layer).items():
-            if type(value) in (dict, OrderedDict) and (not value or name.endswith("cache")):
+            if name.endswith("cache") and isinstance(value, dict):
+                memo[id(value)] = {}
+            elif type(value) in (dict, OrderedDict) and not value:
                 memo[id(value)] = type(value)()
     return copy.deepcopy(module, memo)
 

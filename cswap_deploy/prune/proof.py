@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 TOLERANCE, SINGLE_TOLERANCE = 1e-9, 1e-4
 """Largest difference between cut and masked network, relative to the largest logit, in float64; in float32 where the
 network's own forward cannot run in float64."""
+COSTLY = 1e13
+"""Parameters times input values from which on a forward takes many seconds: one image is enough then, else it is two."""
 RELOADED = "the smaller network computes something else after it was stored and loaded"
 NOISE, CLEAR = 10, 1e-2
 """The wrong ones are looked for in float32, what is found is proven in float64: a difference of at most NOISE times what
@@ -79,8 +82,10 @@ class _Prover:
     def of(module: nn.Module, spec: InputSpec, total: int) -> _Prover:
         import torch
 
-        images = torch.randn(2, *spec.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         own = _lively(module)
+        costly = sum(item.numel() for item in own.parameters()) * prod(spec.shape) > COSTLY
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(1 if costly else 2, *spec.shape, generator=generator, dtype=torch.float64)
         try:
             with torch.no_grad():
                 if not bool(own.double()(images[:1].clone()).isfinite().all()):
@@ -105,18 +110,28 @@ class _Prover:
                     break
             if fault is None:
                 break
+        if fault:
+            searcher.refused += [Refusal(group.name, fault) for group in found]
+            found = ()
         order = {group.name: place for place, group in enumerate(groups)}
         return tuple(sorted(found, key=lambda group: order[group.name])), tuple(searcher.refused)
 
     def _quick(self) -> _Prover | None:
-        """To search with: some times as fast in float32, where the network computes much the same in it."""
+        """To search with: some times as fast in float32, where the network computes much the same in it.
+
+        What fails there in another way than by a difference fails in float64 too: the whole network does not.
+        """
         import torch
 
         if self.tolerance != TOLERANCE:
             return None
         single, images = fresh_copy(self.module).float(), self.images.float()
         with torch.no_grad():
-            wanted, found = self.module(self.images.clone()), single(images.clone())
+            wanted = self.module(self.images.clone())
+            try:
+                found = single(images.clone())
+            except Exception:  # whatever a forward that insists on a buffer in float64 raises
+                return None
         noise = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
         return _Prover(single, images, NOISE * noise, self.total, exact=self) if noise <= SINGLE_TOLERANCE else None
 
@@ -210,7 +225,7 @@ class _Prover:
         if cut.shape != masked.shape:
             return "its units are outputs of the network"
         difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
-        if self.exact and self.tolerance < difference < CLEAR:
+        if self.exact and not (difference <= self.tolerance or CLEAR <= difference < float("inf")):
             return self.exact._disproof(groups, stored)
         if not difference <= self.tolerance:
             return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
@@ -219,7 +234,10 @@ class _Prover:
     def _reloads(
         self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]], wanted: Tensor
     ) -> bool:
-        """Whether a network with other weights, cut anew and given the smaller one's, is the smaller one: as bundles are loaded."""
+        """Whether a network with other weights, cut anew and given the smaller one's, computes the same: as bundles are loaded.
+
+        In float64 one image tells; in float32 it is both, whose rounding is the same then.
+        """
         import torch
 
         other = fresh_copy(self.module)
@@ -228,8 +246,9 @@ class _Prover:
                 parameter.fill_(0.5)
             fresh = cut_copy(other, groups, keep)
             fresh.load_state_dict(smaller.state_dict())
-            found = fresh(self.images[:1].clone())
-        return float((found - wanted[:1]).abs().max() / wanted[:1].abs().max().clamp_min(1e-30)) <= self.tolerance
+            images = self.images[:1] if self.tolerance == TOLERANCE else self.images
+            found, wanted = fresh(images.clone()), wanted[: len(images)]
+        return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)) <= TOLERANCE
 
 
 def _telling(group: Group) -> frozenset[str]:
