@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cswap_deploy.artifacts import Architecture, File, Network, PruningPlan, Pru
 from cswap_deploy.errors import ModelError, PruningError
 from cswap_deploy.model import build, count
 from cswap_deploy.prune.compensate import compensated
-from cswap_deploy.prune.cut import add_bias, cut_copy, masked_copy, positions, rebuild, restore, write_plan
+from cswap_deploy.prune.cut import add_bias, cut_copy, fresh_copy, masked_copy, positions, rebuild, restore, write_plan
 from cswap_deploy.recipe import CompensationSettings, LeastSquaresCompensation, NoCompensation
 
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -77,6 +78,16 @@ def _require_true_sizes(layer: Any) -> None:
             assert layer.weight is None or len(layer.weight) == len(layer.bias) == layer.num_features
         case nn.PReLU():
             assert len(layer.weight) == layer.num_parameters
+
+
+def test_a_copy_shares_no_hooks_and_keeps_no_tensor_of_former_forwards() -> None:
+    module = nn.Linear(3, 2)
+    module.bias_cache = defaultdict(dict)  # type: ignore[assignment]
+    module.bias_cache["cpu"] = module(torch.ones(1, 3))
+    copied = fresh_copy(module)
+    assert copied.bias_cache == {} and set(module.bias_cache) == {"cpu"}
+    copied.register_forward_hook(lambda *_: torch.zeros(1, 2))
+    assert copied(torch.ones(1, 3)).tolist() == [[0, 0]] != module(torch.ones(1, 3)).tolist()
 
 
 def test_depthwise_stays_depthwise_down_to_one_channel() -> None:

@@ -410,6 +410,31 @@ def own(step: Callable[[Tensor], Tensor]) -> tuple[Any, Groups]:
     return module, find(module, zoo.spec(8))
 
 
+class Told(nn.Module):
+    """Two convolutions in a row; `step` comes between the second one and the head. `doubled`: the end is in float64."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], doubled: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Linear(8, zoo.CLASSES)
+        self.register_buffer("table", torch.eye(zoo.CLASSES, dtype=torch.float64))
+        self.step, self.doubled = step, doubled
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(self.step(F.relu(self.second(F.relu(self.first(x))))))
+        return (x.double() @ self.table).to(x.dtype) if self.doubled else x
+
+
+def test_a_network_that_cannot_run_in_float32_throughout_is_searched_in_float64() -> None:
+    """The reshape stops the second group; looking for it in float32 would end at the table, which is of float64."""
+    found = find(zoo.randomised(Told(lambda x: x.reshape(-1, 8, 16).mean(2), True)), zoo.spec(4))
+    assert widths(found) == {"first": 6} and "shape '[-1, 8, 16]' is invalid" in refusals(found)["second"]
+
+
+def test_a_difference_that_float32_cannot_tell_is_told_in_float64() -> None:
+    found = find(zoo.randomised(Told(lambda x: x.mean((2, 3)) + 1e-6 * x.shape[1], False)), zoo.spec(4))
+    assert widths(found) == {"first": 6} and "not the same as masking them" in refusals(found)["second"]
+
+
 @pytest.mark.parametrize("step", [torch.relu, Double.apply], ids=["relu", "function"])
 def test_a_skip_a_split_and_a_concatenation_are_followed(step: Callable[[Tensor], Tensor]) -> None:
     module, found = own(step)
