@@ -18,9 +18,10 @@ import pytest
 from conftest import Built, build, events, make_project
 from test_agent_tensorrt import DOUBLE, NEW, OLD, cudart  # noqa: F401 - a fixture
 
-from cswap_deploy import budget, latency, manifest, pipeline, planning, prepared, progress, prune, recipe
+from cswap_deploy import budget, export, latency, manifest, pipeline, planning, prepared, progress, prune, recipe
 from cswap_deploy.artifacts import Groups, InputSpec
 from cswap_deploy.budget import design
+from cswap_deploy.budget.sizes import Sizes
 from cswap_deploy.budget.values import WidthTimings
 from cswap_deploy.device import protocol
 from cswap_deploy.device import target as device
@@ -161,21 +162,26 @@ def test_the_protocol_knows_passing_engines_and_the_weights_beside_them() -> Non
 
 
 @pytest.fixture
-def ready(met: tuple[Built, list[str]]) -> tuple[Prepared, Groups]:
+def ready(met: tuple[Built, list[str]]) -> tuple[Prepared, Groups, Sizes]:
     with Workdir(met[0].work).open() as work:
-        _, found = prepared.find(work)
-        return found, work.run(prune.find_groups, found.source, ())
+        asked, found = prepared.find(work)
+        groups = work.run(prune.find_groups, found.source, ())
+        return (
+            found,
+            groups,
+            work.run(export.sizes_of, found.source, groups, found.dense["fp32"], asked.onnx.graph, False),
+        )
 
 
 Batch = Callable[..., WidthTimings]
 
 
 @pytest.fixture
-def batch(ready: tuple[Prepared, Groups], tmp_path: Path) -> Batch:
+def batch(ready: tuple[Prepared, Groups, Sizes], tmp_path: Path) -> Batch:
     """Measures settings of widths on the doubles; `far`: files are sent, as over a connection."""
 
     def measured(settings: tuple[dict[str, int], ...], *, far: bool = False, file: str = "fp32") -> Any:
-        model, groups = ready
+        model, groups, sizes = ready
         order = Order(model.source.input, EngineSettings(precision="fp16"), False)
         graph = model.dense[file].graph
         (tmp_path / "out").mkdir(exist_ok=True)
@@ -185,7 +191,7 @@ def batch(ready: tuple[Prepared, Groups], tmp_path: Path) -> Batch:
             dense = target.get(answer["engine"], tmp_path / "dense.engine")
             facts = Probe.of(target).facts("tensorrt")
             return latency.of_engines.function(
-                tmp_path / "out", dense, graph, groups, settings, order, TIMING, facts, target
+                tmp_path / "out", dense, graph, groups, sizes, settings, order, TIMING, facts, target
             )
 
     return measured
