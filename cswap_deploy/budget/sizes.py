@@ -201,6 +201,7 @@ class Numbers:
 
     @staticmethod
     def of(model: onnx.ModelProto) -> Numbers:
+        """Numbers of a constant count once for each node that reads it."""
         import onnx
 
         tensors = {item.name: item for item in model.graph.initializer}

@@ -59,7 +59,7 @@ def same_function(module: nn.Module, spec: InputSpec, change: Callable[[nn.Modul
             found = changed(prover.images.clone())
         except Exception:  # whatever a layout that does not fit raises
             return False
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)) <= prover.tolerance
+    return _difference(found, wanted) <= prover.tolerance
 
 
 @dataclass
@@ -80,6 +80,7 @@ class _Prover:
 
     @staticmethod
     def of(module: nn.Module, spec: InputSpec, total: int) -> _Prover:
+        """In float64; in float32, with a warning, where the network does not run in it. `total`: groups, for progress."""
         import torch
 
         own = _lively(module)
@@ -132,7 +133,7 @@ class _Prover:
                 found = single(images.clone())
             except Exception:  # whatever a forward that insists on a buffer in float64 raises
                 return None
-        noise = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+        noise = _difference(found, wanted)
         return _Prover(single, images, NOISE * noise, self.total, exact=self) if noise <= SINGLE_TOLERANCE else None
 
     def _proven(self, groups: tuple[Group, ...]) -> tuple[Group, ...]:
@@ -224,7 +225,7 @@ class _Prover:
             return f"the network fails without some of its units: {reason(error)}"
         if cut.shape != masked.shape:
             return "its units are outputs of the network"
-        difference = float((cut - masked).abs().max() / masked.abs().max().clamp_min(1e-30))
+        difference = _difference(cut, masked)
         if self.exact and not (difference <= self.tolerance or CLEAR <= difference < float("inf")):
             return self.exact._disproof(groups, stored)
         if not difference <= self.tolerance:
@@ -244,6 +245,11 @@ class _Prover:
             fresh = cut_copy(other, groups, keep)
             fresh.load_state_dict(smaller.state_dict())
             return torch.equal(fresh(self.images.clone()), wanted)
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """The largest, as a part of the largest value that was wanted."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def _telling(group: Group) -> frozenset[str]:
