@@ -30,6 +30,7 @@ from cswap_deploy.stage import disk_fault, stage
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    import onnx_ir as ir
     from numpy.typing import NDArray
     from torch import nn
 
@@ -107,12 +108,13 @@ def sizes_of(
     if not any(wanted):
         return Sizes(())
 
-    def numbers(path: Path) -> Numbers:
-        model = onnx.load(path)
-        return Numbers.of(int8.prepared(model, path.with_name("prepared.onnx")) if quantised else model)
-
     module, narrower = restore(network), list[tuple[dict[str, int], Numbers]]()
     with tempfile.TemporaryDirectory(dir=out) as folder:
+
+        def numbers(path: Path) -> Numbers:
+            model = onnx.load(path)
+            return Numbers.of(int8.prepared(model, Path(folder) / "prepared.onnx") if quantised else model)
+
         path, simpler = Path(folder) / "narrower.onnx", Path(folder) / "simplified.onnx"
         for number, widths in enumerate(wanted):
             progress.advance("narrower networks exported", number, len(wanted))
@@ -121,8 +123,7 @@ def sizes_of(
             if not dense.note and (fault := _run_onnxsim(path, simpler)):
                 raise ExportError(f"a narrower network cannot be simplified as the dense one was: {fault}", sizes.HINT)
             narrower.append((widths, numbers(path if dense.note else simpler)))
-        whole = shutil.copyfile(dense.graph.path, Path(folder) / "dense.onnx")
-        return sizes.learned(groups, numbers(whole), narrower)
+        return sizes.learned(groups, numbers(dense.graph.path), narrower)
 
 
 # --- export
@@ -161,8 +162,17 @@ def _export(module: nn.Module, spec: InputSpec, settings: OnnxSettings) -> onnx.
             "the forward must not branch on the values of tensors",
         ) from error
     assert program is not None
+    _list_constants(program.model.graph)
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _list_constants(graph: ir.Graph) -> None:
+    """Constants that nodes read and the graph does not list: of several that a rewriting names alike, it lists the last alone."""
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and value.const_value is not None and not (value.producer() or value.is_initializer()):
+                graph.register_initializer(value)
 
 
 def _describe(model: onnx.ModelProto, spec: InputSpec, labels: tuple[str, ...]) -> None:

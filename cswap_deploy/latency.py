@@ -12,7 +12,7 @@ from typing import Any
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import File, FileLatency, Groups, LatencyReport
-from cswap_deploy.budget.narrow import Template
+from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.sizes import Sizes
 from cswap_deploy.budget.values import Unbuilt, WidthTimings
 from cswap_deploy.device import conditions, exports, trtexec
@@ -119,14 +119,16 @@ def of_widths(
 ) -> WidthTimings:
     """The dense network, and made from it (`budget.narrow`) the same without weights and narrower ones, all in turn.
 
-    `sizes`: how they differ. A setting: the units of the groups that are not whole. What is made is not kept.
-    Errors: DeviceError, ExportError.
+    `sizes`: how they differ. A setting: the units of the groups that are not whole. What is made is not kept. The first
+    narrower one is run here before any goes to the target. Errors: DeviceError, ExportError.
     """
     template = Template.read(dense.path, groups, sizes)
     with tempfile.TemporaryDirectory() as folder:
         files = [
             _written(template.narrowed(widths), Path(folder) / f"{n}.onnx") for n, widths in enumerate(({}, *settings))
         ]
+        for narrow in files[1:2]:
+            require_runnable(narrow.path)
         names = ("the dense model", *(f"the model with other weights or widths ({n})" for n in range(len(files))))
         taken = take(target, (dense, *files), timing, names=names, thorough=False)
     taken.samples.save(out / "samples.npz")
@@ -159,6 +161,8 @@ def of_engines(
         for number, widths in enumerate(({}, *settings)):
             progress.advance("engines built", number, 1 + len(settings))
             model = _written(template.narrowed(widths, shared), Path(folder) / f"{number}.onnx")
+            if number == 1:
+                require_runnable(model.path)
             try:
                 weights, named = target.put(shared.file, model)
                 answer, _ = order.build(target, named, weights)

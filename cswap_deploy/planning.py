@@ -9,15 +9,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from cswap_deploy import budget, engines, export, progress, prune
 from cswap_deploy.artifacts import Curves, Groups, ImageSet, Network, OnnxModel, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
-from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, WidthTimings
 from cswap_deploy.device.target import Away, Probe, Target, reach
@@ -88,8 +85,6 @@ def choose(
         else:
             file = dense[recipe.shipped_file].graph
             meter = Meter(recipe, work, file, groups, sizes, probe.facts("onnxruntime"), target)
-        if groups.groups:
-            require_narrow(meter, source.input.shape)
         first = begun(meter)
         if first.verdict != "met":
             return source, Groups((), (), ()), PruningPlan({}, (), None), first
@@ -100,15 +95,6 @@ def choose(
         unbuilt = len(meter.unbuilt)
         found = replace(first, trials=trials, staircase=staircase, verdict=verdict, unbuilt=unbuilt)
         return turned, groups, plan, found
-
-
-def require_narrow(meter: Meter, shape: tuple[int, ...]) -> None:
-    """Run the narrowest file here, before any goes to the target. Errors: ExportError."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "narrowest.onnx"
-        template = Template.read(meter.dense.path, meter.groups, meter.sizes)
-        path.write_bytes(template.narrowed(design.extremes(meter.groups, meter.design, meter.exact)[0]))
-        require_runnable(path, shape)
 
 
 def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work: Workdir) -> Network:

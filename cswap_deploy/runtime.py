@@ -36,6 +36,11 @@ class Session:
         """The preprocessing is inside: uint8 (n, H, W, C) in place of normalised (n, C, H, W)."""
         return bool(self._input.type == "tensor(uint8)")
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one input, without the batch."""
+        return tuple(self._input.shape[1:])
+
     def logits(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, C, H, W) normalised images → (n, classes); one by one where the file's batch is fixed to one."""
         return self.run(inputs)

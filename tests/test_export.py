@@ -65,6 +65,20 @@ class Windows(nn.Module):  # attention over (batch, windows, heads, tokens, dims
         return self.head(mixed.transpose(2, 3).flatten(3)).mean((1, 2))
 
 
+class Clipped(nn.Module):  # one tensor, three times, between bounds that are buffers
+    def __init__(self):
+        super().__init__()
+        self.net, self.heads = net(), nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        for number in range(3):
+            self.register_buffer(f"low{number}", torch.tensor(-0.1 * number))
+            self.register_buffer(f"high{number}", torch.tensor(0.1 + number))
+
+    def forward(self, x):
+        x, bounds = self.net(x), dict(self.named_buffers(recurse=False))
+        clipped = [torch.clamp(x, bounds[f"low{number}"], bounds[f"high{number}"]) for number in range(3)]
+        return sum(head(part) for head, part in zip(self.heads, clipped))
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()
@@ -326,6 +340,14 @@ def test_attention_over_windows_is_exported(
     """PyTorch's exporter takes attention of four axes only. `exported` compares the file with PyTorch."""
     _, model, _ = exported(tmp_path / "out", network("Windows"), images, STATIC18)
     assert "Softmax" in {node.op_type for node in graph_of(model).graph.node}
+
+
+def test_a_tensor_that_is_clipped_more_than_once_is_exported(
+    network: Callable[[str], Network], images: ImageSet, tmp_path: Path
+) -> None:
+    """The exporter's rewriting names the bounds alike and loses all but the last. `exported` compares the file with PyTorch."""
+    _, model, _ = exported(tmp_path / "out", network("Clipped"), images, STATIC18)
+    assert len({tuple(node.input) for node in graph_of(model).graph.node if node.op_type == "Clip"}) == 3
 
 
 @pytest.mark.parametrize("how", [{}, {"attn_mask": "rows"}, {"attn_mask": "bias"}, {"is_causal": True}, {"scale": 0.3}])

@@ -124,13 +124,13 @@ class Template:
         return found
 
 
-def require_runnable(path: Path, shape: tuple[int, ...]) -> None:
-    """Run a narrowed file once on one input of this shape. Errors: ExportError."""
+def require_runnable(path: Path) -> None:
+    """Run a narrowed file once on one input of zeros. Errors: ExportError."""
     import numpy as np
 
     session = Session(path, threads=1)
     try:
-        session.logits(np.zeros((1, *shape), np.float32))
+        session.logits(np.zeros((1, *session.input_shape), np.float32))
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ExportError(
             f"a narrowed graph does not run: {reason(error)}",
