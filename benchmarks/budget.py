@@ -64,8 +64,9 @@ PARTS = (0.05, 0.25, 0.5, 0.75, 1.0)
 """Budgets: so far from the lowest to the highest, those of `--lowest` and `--highest`; the lowest not below `ROOM` times the floor."""
 ROOM = 1.08
 """Times the floor that the lowest budget is at least."""
-OTHERS = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4))
-"""Part of the MACs, and of every group's units, that a MACs target and uniform ratios are tried at; in which multiples of units."""
+MACS = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.16, 4))
+UNIFORM = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.1, 4))
+"""Part of the MACs, or of every group's units, that is kept otherwise, in which multiples of units: the last are about the narrowest."""
 UNSEEN = 16
 """Random settings that the prediction is judged on."""
 LIMIT, LEAST = 1.02, 0.93
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", help="further settings of the ResNet-56"
     )
-    options = parser.parse_args()
+    options, begun = parser.parse_args(), time.monotonic()
     with progress.reporting(Log()), workplace(options.work) as folder:
         if options.cpu_time:
             count_cpu_time(folder)
@@ -124,6 +125,7 @@ def main() -> None:
         if options.images and options.weights:
             of_resnet56(folder / "resnet56", options, report)
         report["load"].append(os.getloadavg()[0])
+    report["seconds"] = time.monotonic() - begun
     options.out.write_text(json.dumps(report, indent=1))
     print(*table(report), sep="\n")
 
@@ -329,10 +331,11 @@ def others(
     split = work.run(data.split, catalogue, asked.calibration.scoring, asked.calibration.holdout, asked.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
     found: dict[str, list[tuple[float, float]]] = {"macs": [(1.0, 0.0)], "uniform": [(1.0, 0.0)]}
-    for part, multiple in OTHERS:
+    for part, multiple in MACS:
         bundle = pipeline.build(recipe(f"{{macs: {part}}}", multiple), work, f"macs-{part}")
         ratio = ratio_of(work, asked, bundle.file("model.onnx"), options.seconds)
         found["macs"].append((ratio.value, bundle.manifest["accuracy"]["drop_pp"]))
+    for part, multiple in UNIFORM:
         keep = {}
         for group in ready.groups.groups:
             width = min(group.units, max(multiple, round(part * group.units / multiple) * multiple))
@@ -387,6 +390,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         )
     rows = report["rows"]
     yield f"\nwithin: {sum(r['within'] for r in rows)} of {len(rows)}; above: {sum(r['used'] for r in rows)} of {len(rows)}"
+    yield f"the whole took {report['seconds'] / 60:.0f} min"
     for name, pairs in report["predictions"].items():
         errors = sorted(abs(predicted / measured - 1) for predicted, measured in pairs)
         worst = errors[min(len(errors) - 1, int(0.95 * len(errors)))]
