@@ -14,6 +14,7 @@ from cswap_deploy import (
     export,
     handoff,
     latency,
+    metering,
     model,
     planning,
     prepared,
@@ -32,7 +33,7 @@ from cswap_deploy.errors import DeviceError, ExportError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.paths import require_paths
 from cswap_deploy.prepared import Prepared, Reason
-from cswap_deploy.recipe import CurvesAllocation, Recipe, Variant, to_yaml
+from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, Recipe, Variant, to_yaml
 from cswap_deploy.stage import Workdir, WouldRun
 
 STAGES = (
@@ -336,7 +337,7 @@ def _measure(recipe: Recipe, ready: Prepared, work: Workdir, target: Target, pro
     else:
         return done
     facts, graphs = probe.facts(recipe.latency.runtime), (ready.dense[name].graph, ready.models[name].graph)
-    report = work.run(latency.measure, *files, graphs, ready.groups, recipe.latency, facts, target)
+    report = metering.reported(recipe, work, ready.budget, *files, graphs, ready.groups, facts, target)
     return replace(done, latency=report)
 
 
@@ -451,6 +452,8 @@ def round_to(recipe: Recipe) -> int:
     """`auto`: multiples that TensorRT's kernels like (fp16 8, int8 32); ONNX Runtime has none that is known in advance."""
     if recipe.prune.round_to != "auto":
         return recipe.prune.round_to
+    if isinstance(recipe.prune.target, LatencyTarget | FpsTarget):
+        return 1
     return {"fp32": 1, "fp16": 8, "int8": 32}[recipe.engine.precision] if recipe.engine else 1
 
 

@@ -91,7 +91,7 @@ def choose(
         staircase = learned(meter)
         turned = rotated(recipe, source, split, groups, work)
         planner = _Planner(recipe, turned, split, groups, work, staircase)
-        trials, plan, verdict = planner.settled(meter, first.ratio, ship)
+        trials, plan, verdict = planner.settled(meter, first, ship)
         unbuilt = len(meter.unbuilt)
         found = replace(first, trials=trials, staircase=staircase, verdict=verdict, unbuilt=unbuilt)
         return turned, groups, plan, found
@@ -196,9 +196,9 @@ class _Planner:
     work: Workdir
     staircase: Staircase
 
-    def settled(self, meter: Meter, ratio: float, ship: Ship) -> tuple[tuple[Trial, ...], PruningPlan, BudgetVerdict]:
+    def settled(self, meter: Meter, first: Budget, ship: Ship) -> tuple[tuple[Trial, ...], PruningPlan, BudgetVerdict]:
         """Trials, plan and verdict. What ships is measured in the end; where it misses or leaves room, the loop goes on."""
-        goal = self.recipe.prune.target
+        goal, ratio = self.recipe.prune.target, first.ratio
         assert isinstance(goal, LatencyTarget | FpsTarget)
         scores, curves = self._scored()
         approach = self._approach(scores, curves, ratio)
@@ -219,7 +219,7 @@ class _Planner:
         while True:
             best = loop.best(trials, lambda widths: damage_at(approach.curves, widths), shift)
             plan = self._settle(scores, curves, approach, best.widths)
-            shipped = meter.shipped(ship(self.source, self.groups, plan, meter.file))
+            shipped = meter.shipped(ship(self.source, self.groups, plan, meter.file), first)
             progress.note(
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"

@@ -80,11 +80,12 @@ def _front_point() -> Schema:
     """One bundle of a sweep."""
     return record(
         latency_ms=NUMBER,
-        verdict={"enum": ["met", "missed", "infeasible", "not needed"]},
+        verdict={"enum": ["met", "missed", "infeasible", "not needed", None]},
         achieved_ms=nullable(NUMBER),
         top1=NUMBER,
         drop_pp=NUMBER,
         macs=INTEGER,
+        on_front={"type": "boolean"},
         exit_code=INTEGER,
         bundle=TEXT,
     )

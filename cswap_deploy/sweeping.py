@@ -19,8 +19,10 @@ from cswap_deploy.stage import Workdir
 
 COLUMNS = (
     "latency_ms", "verdict", "achieved_ms", "ratio", "ratio_low", "ratio_high", "trials", "top1", "drop_pp", "drop_low_pp",
-    "drop_high_pp", "macs", "params", "bytes", "gate", "exit_code", "bundle",
+    "drop_high_pp", "macs", "params", "bytes", "gate", "on_front", "exit_code", "bundle",
 )  # fmt: skip
+Place = tuple[float, float]
+"""Milliseconds and top-1."""
 NAME = "sweep"
 """Of the files in the work folder: .csv, .json, .html."""
 
@@ -44,17 +46,24 @@ def overrides_of(recipe: Recipe, latency_ms: float) -> list[str]:
 
 
 def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
-    """Build every recipe, which differ in their latency alone, and write table and page into the work folder."""
-    points, dense = [], {}
+    """Build every recipe, which differ in their latency alone, and write table and page into the work folder.
+
+    Where the target was lost, a point has a bundle and no latency.
+    """
+    points, dense, conditions = [], {"latency_ms": None}, None
     for number, recipe in enumerate(recipes):
         goal = recipe.prune.target
         folder = f"bundle-{goal.latency_ms:g}ms"  # type: ignore[union-attr]
         progress.note(f"latency {number + 1} of {len(recipes)}: {goal.latency_ms:g} ms")  # type: ignore[union-attr]
         bundle = pipeline.build(recipe, work, folder)
-        points.append(_point(bundle, folder))
-        dense = {"latency_ms": bundle.manifest["budget"]["dense_ms"], **_accuracy(bundle, "source")}
-    document = {"name": recipes[0].name, "dense": dense, "points": points}
-    document |= {"conditions": bundle.manifest["latency"] and bundle.manifest["latency"]["conditions"]}
+        points.append({"latency_ms": goal.latency_ms, **_point(bundle, folder)})  # type: ignore[union-attr]
+        budget, latency = bundle.manifest["budget"], bundle.manifest["latency"]
+        dense |= _accuracy(bundle, "source") | ({"latency_ms": budget["dense_ms"]} if budget else {})
+        conditions = latency["conditions"] if latency else conditions
+    places = [_place(point, dense) for point in points]
+    for point, place in zip(points, places, strict=True):
+        point["on_front"] = _on_front(place, [_place(dense, dense), *places])
+    document = {"name": recipes[0].name, "dense": dense, "points": points, "conditions": conditions}
     write(document, work.root)
     return document
 
@@ -70,13 +79,27 @@ def write(document: dict[str, Any], folder: Path) -> None:
     write_atomically(folder / f"{NAME}.html", render_sweep(document))
 
 
+def _on_front(place: Place | None, others: Sequence[Place | None]) -> bool:
+    """Whether no other that was measured is at least as fast and as accurate, and better in one of the two."""
+    return place is not None and not any(
+        there != place and there[0] <= place[0] and there[1] >= place[1] for there in others if there
+    )
+
+
+def _place(point: dict[str, Any], dense: dict[str, Any]) -> Place | None:
+    """Where the dense network ships its place, whatever noise says; None where nothing was measured."""
+    own = point is dense or point["verdict"] in ("not needed", "infeasible")
+    took = dense["latency_ms"] if own else point["achieved_ms"]
+    return None if took is None else (took, point["top1"])
+
+
 def _point(bundle: Bundle, folder: str) -> dict[str, Any]:
     manifest = bundle.manifest
-    budget, accuracy = manifest["budget"], manifest["accuracy"]
-    ratio = budget["ratio_ci95"] or (None, None)
+    budget, accuracy = manifest["budget"] or {}, manifest["accuracy"]
+    ratio = budget.get("ratio_ci95") or (None, None)
     low, high = accuracy["drop_ci95_pp"]
     return {
-        **{key: budget[key] for key in ("latency_ms", "verdict", "achieved_ms", "ratio", "trials")},
+        **{key: budget.get(key) for key in ("verdict", "achieved_ms", "ratio", "trials")},
         "ratio_low": ratio[0],
         "ratio_high": ratio[1],
         **_accuracy(bundle, "shipped"),

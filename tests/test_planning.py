@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ from cswap_deploy import (
     sweeping,
     variants,
 )
-from cswap_deploy.artifacts import ImageSet
+from cswap_deploy.artifacts import File, Groups, ImageSet, LatencyReport
+from cswap_deploy.budget import account
 from cswap_deploy.budget.narrow import Template, require_runnable
+from cswap_deploy.budget.values import Budget, BudgetVerdict
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.console import bundle_lines
 from cswap_deploy.console.front import sweep_lines
 from cswap_deploy.errors import UsageError, VerifyError
 from cswap_deploy.recipe import Variant
+from cswap_deploy.samples import Samples
 from cswap_deploy.stage import Workdir
 
 SHORT = ("latency.duration_s=0.1", "latency.warmup_s=0", "prune.round_to=auto", "accuracy.max_drop=null")
@@ -164,6 +168,26 @@ def test_a_network_of_which_nothing_left_is_asked_once(
     assert len(asked_of) == 3
 
 
+@pytest.mark.parametrize(("verdict", "there_ms", "found"), [
+    ("not needed", 20.0, "missed"), ("not needed", 3.0, "not needed"), ("infeasible", 3.0, "not needed"), ("infeasible", 20.0, "missed"),
+])  # fmt: skip
+def test_on_another_device_the_dense_network_is_judged_anew(
+    verdict: BudgetVerdict, there_ms: float, found: str, tmp_path: Path
+) -> None:
+    """Asked for 5 ms, and what ships is the dense network."""
+    samples = Samples.of([[[round(there_ms * 1e6)] * 200] * 2] * 2)
+    samples.save(tmp_path / "samples.npz")
+    report = LatencyReport(File.of(tmp_path / "samples.npz"), "onnxruntime 1", (), None, {"device": "B"})
+    planned = Budget(5.0, 50, 4.0, (4.0, 4.0), 0.5, verdict, (), None, {"device": "A"})
+    block = account.account(planned, Groups((), (), ()), report)
+    assert (block["verdict"], block["dense_ms"], block["achieved_ms"]) == (found, there_ms, there_ms)
+    said = account.reasons(block)
+    assert [reason.exit_code for reason in said] == ([8] if found == "missed" else [])
+    assert not said or "on a device that it was not planned for" in said[0].text
+    home = account.account(replace(planned, facts={"device": "B"}), Groups((), (), ()), report)
+    assert home["verdict"] == verdict
+
+
 def test_a_budget_that_no_candidate_meets_is_missed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ships is slower than any candidate said."""
     use(Simulated("local", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, slower=2.0), monkeypatch)
@@ -240,6 +264,42 @@ def test_a_sweep_makes_a_bundle_for_each_latency_from_one_staircase(project: Pro
         and "default-src &#39;none&#39;" in page
     )
     assert [*sweep_lines(front, folder)][-1].endswith("sweep.html")
+
+
+def test_a_sweep_whose_target_is_lost_keeps_what_it_has(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = fresh.load(asked(1, trials=6), *SHORT)
+    recipes = [fresh.load(*SHORT, *sweeping.overrides_of(recipe, value)) for value in (5.0, 1.9)]
+    use(Simulated("ssh://board", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, failing=[4, 5, 6]), monkeypatch)
+    with Workdir(fresh.folder / "work").open() as work:
+        front = sweeping.sweep(recipes, work)
+    first, lost = front["points"]
+    assert (first["verdict"], first["exit_code"], first["on_front"]) == ("not needed", 0, True)
+    assert (lost["latency_ms"], lost["verdict"], lost["achieved_ms"], lost["exit_code"]) == (1.9, None, None, 5)
+    assert not lost["on_front"] and front["dense"]["latency_ms"] == pytest.approx(DENSE, rel=0.01)
+    folder = fresh.folder / "work"
+    assert "target lost" in (folder / "sweep.html").read_text() and "target lost" in "\n".join(
+        sweep_lines(front, folder)
+    )
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 3
+    assert [
+        *faults({"schema": "cswap-deploy/sweep/1", "work": str(folder), **front}, schemas.of(command="sweep"))
+    ] == []
+    # a first request that fails leaves not even the dense latency
+    use(
+        Simulated("ssh://board", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, failing=[1, 2, 3], processor="other"),
+        monkeypatch,
+    )
+    with Workdir(fresh.folder / "work").open() as work:
+        front = sweeping.sweep(recipes[1:], work)
+    assert front["dense"]["latency_ms"] is None and front["points"][0]["exit_code"] == 5
+    assert "lost before anything was measured" in (folder / "sweep.html").read_text()
+
+
+def test_the_front_is_what_nothing_else_beats() -> None:
+    dense = {"latency_ms": 8.0, "top1": 0.9}
+    places = [(8.0, 0.9), (4.0, 0.8), (5.0, 0.79), (3.0, 0.7), None]
+    assert [sweeping._on_front(place, places) for place in places] == [True, True, False, True, False]
+    assert sweeping._place({"verdict": "not needed", "achieved_ms": 8.1, "top1": 0.9}, dense) == (8.0, 0.9)
 
 
 @pytest.mark.parametrize("text", ["", "3,x", "0,1", "-1", "nan", "inf", ","])

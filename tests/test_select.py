@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cswap_deploy.artifacts import Axis, CostTerm, Group, Groups, GroupScores
+from cswap_deploy.artifacts import Axis, CostTerm, Group, Groups, GroupScores, Slice
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest
+from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest, step_of
 
 many = settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -208,6 +208,19 @@ def test_the_first_lot_evens_out_a_width_that_is_no_multiple() -> None:
     scores = scored(groups, {"a": list(range(21))})
     just_below = groups.cost({"a": tuple(range(20))})[1] / groups.cost({})[1]
     assert choose_units(groups, scores, everything(groups), "macs", just_below, 8) == {"a": tuple(range(5, 21))}
+
+
+@pytest.mark.parametrize(("dims", "multiple", "step"), [(64, 32, 1), (16, 8, 1), (16, 32, 2), (24, 32, 4), (1, 32, 1)])
+def test_heads_leave_so_that_layers_keep_the_multiple(dims: int, multiple: int, step: int) -> None:
+    """A table with one entry for each head is no width of a layer."""
+    parts = (
+        *(Slice("qkv", "weight", 0, 8 * dims * part, dims) for part in range(3)),
+        Slice("proj", "weight", 1, 0, dims), Slice("", "table", 1, 0, 1),
+    )  # fmt: skip
+    heads = Group("a", "heads", 8, parts)
+    found = step_of(heads, multiple)
+    assert found == step or dims == 1
+    assert all(found * part.repeat % multiple == 0 for part in parts if part.repeat > 1)
 
 
 def test_heads_leave_one_by_one_whatever_the_multiple() -> None:

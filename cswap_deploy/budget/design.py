@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 
 from cswap_deploy.artifacts import Groups
-from cswap_deploy.prune.select import step_of
+from cswap_deploy.prune.select import floor_of, step_of
 
 Widths = dict[str, int]
 
@@ -28,7 +28,7 @@ class Design:
     prior: int
     """The multiple that is taken where no group has room to measure any."""
     narrowest: tuple[int, ...]
-    """Units of every group in the first probe."""
+    """Multiples that the widths of the first probe are the least of."""
     stop: bool
     """Multiples are measured one after the other until one does not pay; else all of them, in fewer requests."""
     alone: int
@@ -48,9 +48,9 @@ class Design:
 OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=4, together=24)
 """Of ONNX files, which take milliseconds to make. What pays is 16 in AVX-512, say."""
 OF_ENGINES = {
-    "fp32": Design((16, 8, 4), 8, (4, 8), stop=True, alone=0, together=24),
-    "fp16": Design((16, 8, 4), 8, (4, 8), stop=True, alone=0, together=24),
-    "int8": Design((32, 16, 8), 16, (8, 16), stop=True, alone=0, together=24),
+    "fp32": Design((16, 8, 4), 8, (1, 8), stop=True, alone=0, together=24),
+    "fp16": Design((16, 8, 4), 8, (1, 8), stop=True, alone=0, together=24),
+    "int8": Design((32, 16, 8), 16, (1, 16), stop=True, alone=0, together=24),
 }
 """By precision, since an engine may take minutes to build. TensorRT pads channels to 8 for fp16 on tensor cores, to 16 or 32 for int8.
 
@@ -74,9 +74,9 @@ def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
 
 
 def extremes(groups: Groups, design: Design, round_to: int | None) -> tuple[Widths, ...]:
-    """Every group as narrow as multiples of a few numbers let it be: the fastest of them is the floor."""
+    """Every group as narrow as multiples of a few numbers let it be, the first as narrow as any candidate: the fastest is the floor."""
     numbers = (round_to,) if round_to else design.narrowest
-    return tuple({group.name: min(group.units, number) for group in groups.groups} for number in numbers)
+    return tuple({group.name: floor_of(group, number) for group in groups.groups} for number in numbers)
 
 
 def steps_of(groups: Groups, multiple: int) -> tuple[Widths, Widths, Widths] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cswap_deploy.budget.values import Trial
 from cswap_deploy.samples import Ratio
@@ -31,21 +31,23 @@ class Loop:
     choose: Callable[[float], Widths]
     predict: Callable[[Mapping[str, int]], float]
     measure: Callable[[Widths, bool], Ratio | None]
+    failed: list[Widths] = field(default_factory=list)
+    """Candidates that count as trials, although no engine of them could be built."""
 
     def run(self, earlier: tuple[Trial, ...] = (), shift: float = 1.0) -> tuple[Trial, ...]:
         """`earlier` trials and the new ones, in order; ends with one that fits, with no new candidate, or after `trials`.
 
         `shift`: what a network that ships takes, divided by what its candidate took.
         """
-        done, failed, scale = list(earlier), list[Widths](), shift
+        done, scale = list(earlier), shift
         if done:
             scale = shift * done[-1].ratio / self.predict(done[-1].widths)
-        while len(done) + len(failed) < self.trials and (widths := self._fresh(done, failed, scale, shift)):
+        while len(done) + len(self.failed) < self.trials and (widths := self._fresh(done, scale, shift)):
             found = self.measure(widths, False)
             if found and found.low * shift <= self.budget <= found.high * shift:
                 found = self.measure(widths, True)
             if found is None:
-                failed.append(widths)
+                self.failed.append(widths)
                 continue
             done.append(Trial(widths, scale / shift * self.predict(widths), found.value, found.low, found.high))
             if self.fits(done[-1], shift):
@@ -53,13 +55,13 @@ class Loop:
             scale = shift * found.value / self.predict(widths)
         return tuple(done)
 
-    def _fresh(self, done: Sequence[Trial], failed: Sequence[Widths], scale: float, shift: float) -> Widths | None:
+    def _fresh(self, done: Sequence[Trial], scale: float, shift: float) -> Widths | None:
         """Widths that were not measured yet: faster than those that missed, less damaged than those that met. None: no such."""
         target = self.aim / scale
         while True:
             widths = self.choose(target)
             known = next((trial for trial in done if trial.widths == widths), None)
-            if known is None and widths not in failed:
+            if known is None and widths not in self.failed:
                 return widths
             if known is None or known.ratio * shift > self.budget:
                 faster = self.predict(widths) * (1 - CLOSER)
@@ -68,7 +70,7 @@ class Loop:
                 target = faster
             else:
                 missed = [self.predict(trial.widths) for trial in done if trial.ratio * shift > self.budget]
-                missed += map(self.predict, failed)
+                missed += map(self.predict, self.failed)
                 target *= 1 + CLOSER
                 if target >= min([1.0, *missed]):
                     return None

@@ -13,11 +13,15 @@ from cswap_deploy.wording import count_text, ms, percent
 def sweep_lines(front: dict[str, Any], folder: Path) -> Iterator[str]:
     """One row for each latency, the dense network first."""
     dense = front["dense"]
-    rows = [("dense", "", f"{ms(dense['latency_ms'])} ms", percent(dense["top1"]), "", "", "")]
+    rows = [("dense", "", _took(dense["latency_ms"]), percent(dense["top1"]), "", "", "")]
     for point in front["points"]:
-        achieved = f"{ms(point['achieved_ms'])} ms" if point["achieved_ms"] is not None else "not measured"
-        row = (f"{point['latency_ms']:g} ms", point["verdict"], achieved, percent(point["top1"]))
+        verdict, achieved = point["verdict"] or "target lost", _took(point["achieved_ms"])
+        row = (f"{point['latency_ms']:g} ms", verdict, achieved, percent(point["top1"]))
         rows.append((*row, f"{point['drop_pp']:+.2f}", count_text(point["macs"]), point["bundle"]))
     yield from table(("asked", "", "achieved", "top-1", "drop", "MACs", "bundle"), rows, f"{front['name']}: sweep")
     yield f"table    {from_here(folder / 'sweep.csv')}"
     yield f"chart    {from_here(folder / 'sweep.html')}"
+
+
+def _took(milliseconds: float | None) -> str:
+    return "not measured" if milliseconds is None else f"{ms(milliseconds)} ms"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cswap_deploy import progress
@@ -113,14 +113,16 @@ class Ablations:
     def _long_way(self, number: int, mask: Tensor, clean: Clean) -> Tensor:
         import torch
 
-        columns = torch.zeros(mask.shape, dtype=torch.float64)
+        rows, columns = mask.any(1).nonzero()[:, 0], torch.zeros(mask.shape, dtype=torch.float64)
+        some = rows.to(clean.images.device)
+        clean = replace(clean, images=clean.images[some], labels=clean.labels[some])
         runner = self._runner(number)
         layers = [reading.member.module for reading in self.readings[number]]
         with prefix_reused(runner, clean.images, layers):
             whole = _log_p(runner, clean)
             for unit in mask.any(0).nonzero()[:, 0].tolist():
                 with self._without(number, unit, clean):
-                    columns[:, unit] = (_log_p(runner, clean) - whole).double().cpu()
+                    columns[rows, unit] = (_log_p(runner, clean) - whole).double().cpu()
         return columns[mask]
 
     def _runner(self, number: int) -> nn.Module:

@@ -72,7 +72,9 @@ class NormalEquations:
 
         index = torch.tensor([len(self.gram) - 1, *columns], device=self.gram.device)
         ridge = self.ridge()[index]
-        factor = torch.linalg.cholesky(self.gram[index][:, index] + torch.diag(ridge))
+        own = self.gram[index[:, None], index]
+        own.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(own)
         right = self.cross[index] + ridge[:, None] * start.double()[index]
         half = torch.linalg.solve_triangular(factor, right, upper=False)
         return Nested(index, factor, half, len(self.gram))

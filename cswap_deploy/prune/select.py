@@ -52,14 +52,15 @@ def ranking(item: GroupScores, kept: tuple[int, ...]) -> Ranking:
 def step_of(group: Group, round_to: int) -> int:
     """Units of which the group's width is a multiple, so that every tensor keeps a multiple of `round_to` indices of it.
 
-    Heads leave one by one.
+    Of heads only what they own several indices of counts: a table with one entry for each head is no width of a layer.
     """
-    if group.kind == "heads":
-        return 1
     per_unit: dict[tuple[str, int], int] = {}
     for member in group.members:
         place = member.tensor, member.axis
         per_unit[place] = per_unit.get(place, 0) + member.repeat
+    if group.kind == "heads":
+        per_unit = {place: count for place, count in per_unit.items() if count > 1}
+        return lcm(*(round_to // gcd(round_to, count) for count in per_unit.values()))
     return lcm(*(round_to // gcd(round_to, count) for count in per_unit.values())) if per_unit else round_to
 
 

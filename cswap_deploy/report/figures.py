@@ -145,25 +145,20 @@ def stairs(budget: Facts) -> Iterator[Row]:
             yield {**kind, "chart": svg.stairs(f"{kind['name']}: {told}", points)}
 
 
-def front(sweep: Facts) -> Markup:
-    """Top-1 over latency of several bundles and of the dense network."""
+def front(sweep: Facts) -> Markup | None:
+    """Top-1 over latency of several bundles and of the dense network; None where nothing was measured."""
     dense = sweep["dense"]
-    points = [
-        (
-            dense["latency_ms"],
-            100 * dense["top1"],
-            "dense",
-            "",
-            f"dense: {ms(dense['latency_ms'])}, {percent(dense['top1'])}",
-        )
-    ]
+    points = []
+    if dense["latency_ms"] is not None:
+        tip = f"dense: {ms(dense['latency_ms'])}, {percent(dense['top1'])}"
+        points.append((dense["latency_ms"], 100 * dense["top1"], "dense", "", tip))
     for each in sweep["points"]:
         if each["achieved_ms"] is not None:
             tip = (
                 f"asked {ms(each['latency_ms'])}, {each['verdict']}: {ms(each['achieved_ms'])}, {percent(each['top1'])}"
             )
             points.append((each["achieved_ms"], 100 * each["top1"], "ship", f"{each['bundle']}/report.html", tip))
-    return svg.scatter("; ".join(tip for *_, tip in points), points)
+    return svg.scatter("; ".join(tip for *_, tip in points), points) if points else None
 
 
 def macs(m: Facts) -> Markup | None:
