@@ -259,7 +259,8 @@ Verdict = Literal["critical", "neutral", "detrimental", "unresolved"]
 
 @dataclass(frozen=True)
 class GroupScores:
-    """Per unit of one group. `keep_value`: what the network loses when the unit leaves; the lowest leave first.
+    """Per unit of one group. `keep_value`: what the network loses when the unit leaves; where units are ranked by it the lowest leave
+    first.
 
     The other fields are empty for criteria that are not causal. `effect`: mean change of log p(true class) when the unit
     leaves (negative: the unit helps, positive: it harms); `error`: its standard error; `xi`: the relative effect

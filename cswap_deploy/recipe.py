@@ -415,7 +415,7 @@ class PruneSettings(Settings):
     )
     criterion: CriterionSettings = Field(
         default_factory=CausalCriterion,
-        description="how units are ranked; the name alone stands for `{kind: name}`",
+        description="what a unit's leaving does, for verdicts and where units are ranked by it; the name alone stands for `{kind: name}`",
         json_schema_extra=_kinds_schema("causal", "taylor", "magnitude", "variance", "random", default="causal"),
     )
     compensate: CompensationSettings = Field(
@@ -428,10 +428,12 @@ class PruneSettings(Settings):
         description="how the widths of the groups are found; the name alone stands for `{kind: name}`",
         json_schema_extra=_kinds_schema("curves", "global", default="curves"),
     )
-    steps: int = Field(default=8, ge=1, le=100, description="number of steps in which units leave")
+    steps: int = Field(
+        default=8, ge=1, le=100, description="number of steps in which units leave; max_drop has steps of its own"
+    )
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description="units of a group are kept in multiples of it; "
+        description="layers keep a multiple of it of the channels that a group narrows; "
         "auto: TensorRT fp16 8, TensorRT int8 32, a latency target: from the staircase, else 1",
     )
     skip: Names = Field(default=(), description="patterns of module names to leave alone")

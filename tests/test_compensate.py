@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cswap_deploy.artifacts import Groups
 from cswap_deploy.progress import Recording, reporting
+from cswap_deploy.prune import refit
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.cut import cut_copy, masked_copy
@@ -316,6 +317,24 @@ def test_a_consumer_that_is_no_plain_product_is_left_alone_with_a_warning() -> N
     assert warning.startswith("1 is not refitted: it is no plain convolution or linear layer")
     masked: Any = masked_copy(dense, found.groups, keep)
     assert torch.equal(pruned[1].weight, masked[1].weight)
+
+
+def test_a_layer_of_more_inputs_than_memory_holds_is_left_alone_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit, "MOST_COLUMNS", 90)
+    entry = zoo.ZOO["flattened"]
+    dense, keep = entry.build(), zoo.half(entry.groups)
+    recording = Recording()
+    with reporting(recording):
+        pruned = compensated(dense, entry.groups.groups, keep, zoo.batches(entry), LeastSquaresCompensation())
+    wide = {
+        name for name, layer in dense.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.weight[0].numel() > 90
+    }  # fmt: skip
+    said = [warning for warning in recording.of("warn") if "inputs would not fit into memory" in warning]
+    assert wide and {warning.split()[0] for warning in said} == wide
+    masked = masked_copy(dense, entry.groups.groups, keep)
+    for name in wide:
+        assert torch.equal(pruned.get_submodule(name).weight, masked.get_submodule(name).weight)
 
 
 def test_a_layer_that_runs_twice_is_left_alone_with_a_warning() -> None:

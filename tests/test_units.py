@@ -284,7 +284,7 @@ def test_show_tells_people_why_a_unit_left(zeroed):
         f"ablated on {'all 36' if dense['verified'] else 'at most 5 of 36'} none of 36",
         f"from 24 to {unit['kept']} channels, in step 2 from {unit['step']['width_before']} to",
         f"{unit['step']['gone_before']} units had left before that step", "verdicts do not decide",
-        "held at 5 % (Benjamini-Hochberg)", "the interval, at 95 %, is of this unit alone",
+        "is aimed at 5 % (Benjamini-Hochberg)", "the interval, at 95 %, is of this unit alone",
         "it calls no unit critical or detrimental", "Coupled to it",
     ]  # fmt: skip
     assert [words for words in shown if words not in text] == []

@@ -93,8 +93,9 @@ def _verdicts_explained(found: list[dict[str, Any]]) -> Iterator[str]:
         "significantly negative, positive; unresolved: neither."
     )
     if (alpha := found[0]["alpha"]) is not None:
+        held = "held" if all(facts["estimator"] == "exact" for facts in found) else "aimed"
         yield (
-            f"The false discovery rate over all units is held at {100 * alpha:g} % (Benjamini-Hochberg); the interval, at "
+            f"The false discovery rate over all units is {held} at {100 * alpha:g} % (Benjamini-Hochberg); the interval, at "
             f"{100 * (1 - alpha):g} %, is of this unit alone."
         )
     if any(facts["estimator"] == "attribution" for facts in found):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 WANTED_BYTES = 1 << 30
 """Memory for what the dense network gives; beyond it that is computed for each fit."""
+MOST_COLUMNS = 10_000
+"""Inputs of a layer that is fitted, at most: its Gram matrix then has 0.8 GB, and solving takes two more of that size."""
 FEWEST_IMAGES = 64
 """Fitted on at least, however large the network's activations are."""
 
@@ -133,6 +135,12 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
                 structure.grouped |= {name: _site(dense, name, own, pair, walk.once)} if own else {}
             if rows is None and name not in structure.grouped and name in consumers:
                 progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
+            if rows and rows.columns > MOST_COLUMNS:
+                structure.sites[name] = None
+                if name in consumers:
+                    progress.warn(
+                        f"{name} is not refitted: the fit of its {rows.columns} inputs would not fit into memory"
+                    )
     structure.images = min(len(batches), max(FEWEST_IMAGES, CACHE_BYTES // largest))
     structure.movers = min(structure.images, MOST_IMAGES, max(FEWEST_MOVERS, MAPS_BYTES // largest))
     if structure.images < len(batches):
