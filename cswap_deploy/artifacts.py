@@ -500,6 +500,8 @@ class LatencyReport:
     """Per model, of one inference, everything on the board included; empty where power could not be read."""
     models: tuple[dict[str, Any], ...] = ()
     """Per model, what the agent says of it: seconds to load it, whether it ran as a CUDA graph and why not."""
+    duration_s: float | None = None
+    """Sampling of each model: the recipe's, or longer where that left open whether a budget is met."""
 
 
 @dataclass(frozen=True)

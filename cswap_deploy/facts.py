@@ -156,7 +156,7 @@ def latency_block(report: LatencyReport, settings: LatencySettings, precision: s
         "batch": settings.batch,
         "threads": settings.threads,
         "warmup_s": settings.warmup_s,
-        "duration_s": settings.duration_s,
+        "duration_s": report.duration_s or settings.duration_s,
         "source": timing_block(samples, 0, memory[0]),
         "pruned": timing_block(samples, 1, memory[1]),
         "speedup": faster.value,

@@ -103,6 +103,7 @@ def measure(
         taken.cold_ms,
         conditions.energy_mj(taken.document),
         tuple(taken.document["models"]),
+        settings.duration_s,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import sshd
-from conftest import make_project
+from conftest import Built, events, make_project
 from sshd import Device, Server
 
 from cswap_deploy import export, metering, planning, prepared, prune
@@ -120,3 +120,47 @@ def test_a_run_whose_connections_are_cut_ends_well(
     assert learned(net, server.name, tmp_path / "last").settings == 8
     sshd.wait_until(lambda: not server.agents())
     assert_bounded(device, 40)
+
+
+def test_a_whole_build_meets_its_budget_there_and_goes_on_after_it_was_cut(
+    server: Server, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The closed loop, what ships included. All connections after the first answer about widths are cut."""
+    project, short = (
+        make_project(tmp_path / "project"),
+        (*SHORT, f"latency.target={server.name}", "prune.round_to=auto"),
+    )
+    results = project.folder / "work" / "stages" / "staircase"
+    floor = budget_of(project.build("prune.target={latency_ms: 1.0e-6}", *short))
+    assert floor["verdict"] == "infeasible" and floor["floor_ms"] < floor["dense_ms"]
+    asked = f"prune.target={{latency_ms: {(floor['floor_ms'] + floor['dense_ms']) / 2}}}"
+    before, over = len([*results.iterdir()]), threading.Event()
+
+    def cut() -> None:
+        while not over.wait(0.01):
+            if len([*results.iterdir()]) > before and (sessions := server.sessions()):
+                sshd.end(*sessions)
+
+    cutter = threading.Thread(target=cut, daemon=True)
+    cutter.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(metering, "ATTEMPTS", 1)
+        lost = project.build(asked, *short).manifest
+    over.set()
+    cutter.join()
+    assert (lost["exit_code"], lost["budget"], lost["pruned"]["units_removed"]) == (5, None, 0), lost["reasons"]
+    kept = {entry.name: entry.stat().st_mtime_ns for entry in results.iterdir()}
+    assert len(kept) > before
+    built = project.build(asked, *short)
+    block = budget_of(built)
+    assert {name: (results / name).stat().st_mtime_ns for name in kept} == kept
+    assert block["trials"] >= 1 and built.manifest["pruned"]["units_removed"] > 0
+    assert block["verdict"] == ("met" if block["ratio"] <= block["ratio_asked"] else "missed")
+    assert block["ratio"] < 0.9 and built.manifest["latency"]["target"] == "ssh", block["ratio"]
+    assert set(events(project.recipe, (asked, *short), project.folder / "work").values()) == {"up to date"}
+    assert_bounded(device, 60)
+
+
+def budget_of(built: Built) -> dict[str, Any]:
+    block: dict[str, Any] = built.manifest["budget"]
+    return block

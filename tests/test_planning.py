@@ -16,12 +16,14 @@ import pytest
 from conftest import Built, Project, events, faults, make_project
 from simulated import Simulated
 from test_budget import apart
+from typer.testing import CliRunner
 
 from cswap_deploy import (
     accuracy,
     data,
     export,
     metering,
+    pipeline,
     planning,
     prepared,
     prune,
@@ -35,6 +37,7 @@ from cswap_deploy.budget import account
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.values import Budget, BudgetVerdict
 from cswap_deploy.bundle import Bundle
+from cswap_deploy.cli import app
 from cswap_deploy.console import bundle_lines
 from cswap_deploy.console.front import sweep_lines
 from cswap_deploy.errors import UsageError, VerifyError
@@ -210,6 +213,22 @@ def test_a_rate_is_a_latency_and_other_percentiles_count(project: Project, devic
     assert (block["latency_ms"], block["percentile"], block["verdict"]) == (2.0, percentile, "met")
 
 
+def test_a_rate_is_of_images_not_of_batches(project: Project) -> None:
+    recipes = [
+        project.load("prune.target={fps: 500}", f"latency={{batch: {batch}}}", "onnx.dynamic_batch=true")
+        for batch in (1, 4)
+    ]
+    assert [planning.goal_ms(recipe) for recipe in recipes] == [2.0, 8.0]
+
+
+def test_a_multiple_that_the_staircase_will_find_is_not_guessed_before(project: Project) -> None:
+    asked_for = [
+        project.load(target, "engine={precision: int8}", "latency={}")
+        for target in ("prune.target={macs: 0.6}", asked(1.9))
+    ]
+    assert [pipeline.round_to(recipe) for recipe in asked_for] == [32, 1]
+
+
 def test_a_multiple_of_the_recipe_is_kept(project: Project, device: Simulated) -> None:
     built = project.build(asked(1.9), *SHORT[:2], "accuracy.max_drop=null", "prune.round_to=6")
     widths = {group["kept"] for group in built.manifest["pruned"]["groups"]}
@@ -293,6 +312,20 @@ def test_a_sweep_whose_target_is_lost_keeps_what_it_has(fresh: Project, monkeypa
         front = sweeping.sweep(recipes[1:], work)
     assert front["dense"]["latency_ms"] is None and front["points"][0]["exit_code"] == 5
     assert "lost before anything was measured" in (folder / "sweep.html").read_text()
+
+
+@pytest.mark.parametrize(("latencies", "code"), [("5,1.9", 0), ("5,1.1", 8)])
+def test_the_command_answers_with_the_front_and_the_first_code_that_is_not_0(
+    latencies: str, code: int, project: Project, device: Simulated
+) -> None:
+    settings = [part for setting in SHORT for part in ("--set", setting)]
+    result = CliRunner().invoke(app, [
+        "sweep", str(project.recipe), "--latency", latencies, "--work", str(project.folder / "work"), "--json", *settings,
+    ])  # fmt: skip
+    document = json.loads(result.stdout)
+    assert result.exit_code == code, result.output
+    assert list(faults(document, schemas.of(command="sweep"))) == []
+    assert [point["latency_ms"] for point in document["points"]] == [float(part) for part in latencies.split(",")]
 
 
 def test_the_front_is_what_nothing_else_beats() -> None:
