@@ -13,7 +13,7 @@ from cswap_deploy import data, model, pipeline
 from cswap_deploy.artifacts import Groups, Network, Split
 from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
-from cswap_deploy.errors import CswapError, DeviceError, PruningError
+from cswap_deploy.errors import CswapError, DataError, DeviceError, PruningError
 from cswap_deploy.factory import code_files
 from cswap_deploy.prune.select import CostKind, narrowest
 from cswap_deploy.recipe import MacsTarget, ParamsTarget, Recipe
@@ -43,6 +43,7 @@ def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
         catalogue = data.catalogue(calibration.images, calibration.labels, outputs, work.digest)
         split = data.divide(catalogue, calibration.scoring, calibration.holdout, recipe.seed)
         facts["images"] = _describe(split, calibration.images)
+        faults += filter(None, [_untrained(recipe)])
         if groups is not None and recipe.prune.target is not None:
             facts["prunable"] = _prunable(recipe, groups)
             faults += filter(None, [_pruning_fault(recipe, groups)])
@@ -95,6 +96,17 @@ def _prunable(recipe: Recipe, groups: Groups) -> str:
     found = plural(len(groups.groups), "proven group")
     return (
         f"{found}; at their narrowest (round_to {multiple}) {macs} of the MACs and {params} of the parameters are left"
+    )
+
+
+def _untrained(recipe: Recipe) -> DataError | None:
+    """Random weights and a gate: scoring refuses a network near chance."""
+    settings = recipe.model
+    if not settings.name or settings.pretrained or settings.checkpoint or recipe.accuracy.max_drop is None:
+        return None
+    return DataError(
+        f"{recipe.where('model.pretrained')}: {settings.name} has random weights, so that no drop can be judged",
+        "give model.checkpoint, or set accuracy.max_drop: null",
     )
 
 

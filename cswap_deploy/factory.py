@@ -35,7 +35,8 @@ def call_factory(reference: str, kwargs: Mapping[str, Any]) -> nn.Module:
             inspect.signature(factory).bind(**kwargs)
         except TypeError as error:
             raise ModelError(
-                f"factory {reference!r} does not take these arguments: {error}", "correct model.kwargs"
+                f"factory {reference!r} does not take these arguments: {error}",
+                "correct model.kwargs; model.num_classes is given as an argument of that name, so leave it out, or take it",
             ) from error
         try:
             module = factory(**kwargs)

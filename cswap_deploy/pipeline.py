@@ -433,11 +433,14 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
     except WouldRun as first:
         stopped, reason = first.name, first.reason
     passed = {reference.partition("/")[0] for reference in work.used}
-    for name in stages(recipe):
+    names = stages(recipe)
+    for name in names:
         if name == stopped:
             yield name, reason
         elif name in passed:
             yield name, "up to date"
+        elif stopped == names[-1]:
+            yield name, "does not run while the target cannot be reached"
         else:
             yield name, reason if reason == "not run yet" else f"runs if the result of {stopped} changes"
 

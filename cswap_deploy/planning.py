@@ -25,7 +25,7 @@ from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, Recipe
 from cswap_deploy.samples import Ratio, Samples
 from cswap_deploy.stage import Workdir
-from cswap_deploy.wording import duration_text
+from cswap_deploy.wording import duration_text, percent
 
 PROBE = "probe.json"
 """In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
@@ -228,6 +228,11 @@ class _Planner:
             shift = shipped.value / best.ratio
             more = trials if loop.fits(best, shift) else loop.run(trials, shift)
             if len(more) == len(trials):
+                if good and best.ratio * shift < (1 - goal.tolerance) * ratio:
+                    progress.note(
+                        f"{percent(1 - best.ratio * shift / ratio, 0)} of the budget is left: no other network with widths in multiples of "
+                        f"{self.staircase.multiple} was found in between; prune.round_to sets a finer one"
+                    )
                 return trials, good or plan, "met" if good else "missed"
             trials = more
 

@@ -118,7 +118,11 @@ class ModelSettings(Settings):
     checkpoint: LocalPath | None = Field(
         default=None, description="weights: .safetensors, or .pth read with weights_only"
     )
-    num_classes: int | None = Field(default=None, ge=1, description="number of outputs; null: the model's own")
+    num_classes: int | None = Field(
+        default=None,
+        ge=1,
+        description="number of outputs; a factory gets it as the argument num_classes; null: the model's own",
+    )
     input: InputSettings | None = Field(default=None, description="preprocessing; null: the model's own")
 
     @property

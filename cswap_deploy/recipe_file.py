@@ -15,6 +15,8 @@ from cswap_deploy.schema_words import Schema, branches, choices, expected, flow,
 from cswap_deploy.schema_words import spelt as spelt
 
 _YAML_TAG = "tag:yaml.org,2002:"
+SYNONYMS = {"gpu": "cuda"}
+"""What people write for what is spelt otherwise, and nearer to something else."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,9 @@ def explain(errors: Sequence[Mapping[str, Any]], schema: Schema, document: Docum
 
 def unknown(key: str, valid: Sequence[str]) -> str:
     """What to say of a key that is not among the valid ones."""
+    before, colon, _ = key.partition(":")
+    if colon and before in valid:
+        return f"a space is missing after '{before}:'"
     if near := _nearest(key, valid):
         return f"unknown key; did you mean {near[0]!r}?"
     return f"unknown key; valid here: {', '.join(valid)}"
@@ -310,6 +315,8 @@ def _is_number(text: str) -> bool:
 
 
 def _nearest(word: str, valid: Sequence[str]) -> list[str]:
+    if (meant := SYNONYMS.get(str(word).lower())) and meant in valid:
+        return [meant]
     return get_close_matches(str(word).lower(), valid, n=1, cutoff=0.5)
 
 

@@ -183,7 +183,7 @@ def _lines(wishes: Wishes, seen: _Seen) -> Iterator[str]:
     yield from _calibration(wishes, seen, path)
     yield ""
     yield "prune:"
-    yield "  # one of macs, params (the fraction to keep), max_drop (points of top-1); null: export only"
+    yield "  # one of macs, params (fraction to keep), max_drop (points of top-1), latency_ms, fps (measured); null: export only"
     yield f"  target: {target_block(wishes.target)}"
     yield "  # round_to: 16                      # widths in multiples; what makes pruned networks fast, see docs/pruning.md"
     yield '  # skip: ["layer4.*"]                # modules to leave alone'

@@ -62,7 +62,7 @@ def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
         conditions = latency["conditions"] if latency else conditions
     places = [_place(point, dense) for point in points]
     for point, place in zip(points, places, strict=True):
-        point["on_front"] = _on_front(place, [_place(dense, dense), *places])
+        point["on_front"] = point["verdict"] != "infeasible" and _on_front(place, [_place(dense, dense), *places])
     document = {"name": recipes[0].name, "dense": dense, "points": points, "conditions": conditions}
     write(document, work.root)
     return document

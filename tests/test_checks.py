@@ -127,6 +127,22 @@ def test_weights_of_a_timm_network_are_found_not_to_fit(project):
     assert result.exit_code == 4 and "does not fit the network" in result.stderr
 
 
+def test_random_weights_with_a_gate_are_told_before_a_build(project):
+    random = ["--set", "model={name: resnet10t, pretrained: false, num_classes: 6}"]
+    result = call("check", project.recipe, "--work", project.folder / "work", *random)
+    assert result.exit_code == 3 and "resnet10t has random weights, so that no drop can be judged" in result.stderr
+    result = call(
+        "check", project.recipe, "--work", project.folder / "work", *random, "--set", "accuracy.max_drop=null"
+    )
+    assert result.exit_code == 0 and "random weights" not in result.stderr
+
+
+def test_a_factory_that_takes_no_number_of_classes_is_told_which_key_gives_it(project):
+    result = call("check", project.recipe, "--work", project.folder / "work", "--set", "model.num_classes=6", "--groups")
+    assert result.exit_code == 4
+    assert "model.num_classes is given as an argument of that name" in " ".join(result.stderr.split())
+
+
 def test_a_factory_s_classes_are_compared_with_the_folders(project):
     (project.folder / "labels.txt").write_text("blue\nred\n")
     result = call("check", project.recipe, "--set", f"calibration.labels={project.folder}/labels.txt")

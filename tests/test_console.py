@@ -221,6 +221,15 @@ def test_time_between_stages_belongs_to_none(monkeypatch):
     assert "images hashed 192/256 (about 1.0 s left), 3.0 s so far" in sent
 
 
+def test_another_build_begins_with_the_first_number():
+    stream = io.StringIO()
+    console = Console(STAGES, stream=stream)
+    for name in (*STAGES, "plan", *STAGES):
+        console.stage_finished(name, None, "", 0)
+    console.close()
+    assert re.findall(r"\[ *(\d)/3\]", stream.getvalue()) == [*"1233123"]
+
+
 def test_numbers_only_grow_and_parts_are_named():
     stages = ("source", "exported", "exported (dense)", "bundle")
 

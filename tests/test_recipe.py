@@ -259,6 +259,8 @@ def test_python_and_yaml_resolve_alike(write: Callable[[str], Path], tmp_path: P
 BAD = [
     # text after HEAD (which has three lines), line, key, fragment
     ("sead: 3", 4, "sead", "unknown key; did you mean 'seed'?"),
+    ("device: gpu", 4, "device", "got 'gpu'; did you mean 'cuda'?"),
+    ("prune: {target: {macs:0.7}}", 4, "prune.target.macs:0.7", "a space is missing after 'macs:'"),
     ("zzz: 3", 4, "zzz", "unknown key; valid here: name, seed, device, model"),
     ("prune: {target: {mac: 0.7}}", 4, "prune.target.mac", "unknown key; did you mean 'macs'?"),
     ("prune:\n  target:\n    flips: 1", 6, "prune.target.flips", "unknown key; "),

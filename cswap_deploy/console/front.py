@@ -19,6 +19,9 @@ def sweep_lines(front: dict[str, Any], folder: Path) -> Iterator[str]:
         row = (f"{point['latency_ms']:g} ms", verdict, achieved, percent(point["top1"]))
         rows.append((*row, f"{point['drop_pp']:+.2f}", count_text(point["macs"]), point["bundle"]))
     yield from table(("asked", "", "achieved", "top-1", "drop", "MACs", "bundle"), rows, f"{front['name']}: sweep")
+    for point in front["points"]:
+        if point["verdict"] == "infeasible":
+            yield f"{point['latency_ms']:g} ms cannot be reached: the dense network is in {point['bundle']}"
     yield f"table    {from_here(folder / 'sweep.csv')}"
     yield f"chart    {from_here(folder / 'sweep.html')}"
 

@@ -76,7 +76,8 @@ class _Activity:
 class Console:
     """A reporter. A stage begins with its number and reason and ends with time, size and path.
 
-    `stages` are the lines to expect, in order: numbers only grow, and a stage that is not among them has that of the last.
+    `stages` are the lines of a build to expect, in order: numbers only grow within one, and a stage that is not among them has that
+    of the last.
 
     On a terminal a live line tells what the stage is at, for how long still, and how long it has run; a thread moves
     its clock. Where one thing is counted within another, the time left is that of the whole. A stream that nobody reads
@@ -198,7 +199,9 @@ class Console:
         self._activities, self._activity = {}, None
 
     def _number(self, name: str) -> str:
-        """Of the next line of this name."""
+        """Of the next line of this name; where the first comes again, another build begins."""
+        if [name] == self._stages[:1]:
+            self._reached = 0
         if name in self._stages[self._reached :]:
             self._reached = self._stages.index(name, self._reached) + 1
         return f"[{self._reached:>2}/{len(self._stages)}]"

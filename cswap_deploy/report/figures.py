@@ -153,7 +153,7 @@ def front(sweep: Facts) -> Markup | None:
         tip = f"dense: {ms(dense['latency_ms'])}, {percent(dense['top1'])}"
         points.append((dense["latency_ms"], 100 * dense["top1"], "dense", "", tip))
     for each in sweep["points"]:
-        if each["achieved_ms"] is not None:
+        if each["achieved_ms"] is not None and each["verdict"] != "infeasible":  # what ships there is the dense network
             tip = (
                 f"asked {ms(each['latency_ms'])}, {each['verdict']}: {ms(each['achieved_ms'])}, {percent(each['top1'])}"
             )

@@ -46,10 +46,10 @@ def faster(latency: Facts) -> str:
 def budget(found: Facts) -> str:
     """What was asked for and what came of it, in one sentence."""
     asked = f"a p{found['percentile']} of {ms(found['latency_ms'])}"
-    dense = f", dense {ms(found['dense_ms'])}" if "dense_ms" in found else ""
+    dense = f"; the dense network took {ms(found['dense_ms'])} when the budget was set" if "dense_ms" in found else ""
     match found["verdict"]:
         case "not needed":
-            return f"No budget was needed: {asked} is met by the dense network{dense}"
+            return f"No pruning was needed: {asked} is met by the dense network{dense}"
         case "infeasible":
             floor = (
                 f"; with every group at its narrowest {ms(found['floor_ms'])} are left" if "floor_ms" in found else ""
@@ -57,6 +57,8 @@ def budget(found: Facts) -> str:
             return f"Infeasible: {asked} cannot be reached{floor}{dense}"
         case verdict:
             got = ms(found["achieved_ms"]) if found["achieved_ms"] is not None else "not measured"
+            if found.get("ratio") is not None:
+                got += f", {share(found['ratio'])} of the dense network's latency in the same run"
             trials = plural(found["trials"], "trial")
             if found.get("unbuilt"):
                 trials += f"; {plural(found['unbuilt'], 'engine')} could not be built and were left out"
