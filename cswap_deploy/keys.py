@@ -114,7 +114,16 @@ def _change(key: str, old: str | None, new: str | None) -> str:
         return f"{key} is {'new' if old is None else 'gone'}"
     if old.startswith("sha256:") or new.startswith("sha256:"):
         return f"{key} changed"
-    return f"{key}: {old} -> {new}"
+    before, after = _short(old), _short(new)
+    return f"{key}: {before} -> {after}" if before != after else f"{key}: {old} -> {new}"
+
+
+def _short(text: str) -> str:
+    """A number with six digits."""
+    try:
+        return f"{float(text):.6g}" if "." in text else text
+    except ValueError:
+        return text
 
 
 def _version(library: str) -> str:

@@ -138,7 +138,9 @@ def test_random_weights_with_a_gate_are_told_before_a_build(project):
 
 
 def test_a_factory_that_takes_no_number_of_classes_is_told_which_key_gives_it(project):
-    result = call("check", project.recipe, "--work", project.folder / "work", "--set", "model.num_classes=6", "--groups")
+    result = call(
+        "check", project.recipe, "--work", project.folder / "work", "--set", "model.num_classes=6", "--groups"
+    )
     assert result.exit_code == 4
     assert "model.num_classes is given as an argument of that name" in " ".join(result.stderr.split())
 

@@ -826,3 +826,13 @@ def test_same_process_cannot_open_a_folder_twice(root: Path) -> None:
     for _ in range(2):
         with Workdir(root).open(), pytest.raises(WorkdirError, match=f"in use by process {os.getpid()}"):
             run(root, writing())
+
+
+@pytest.mark.parametrize(("old", "new", "told"), [
+    ("0.6318516412346381", "0.5265430343621984", "ratio: 0.631852 -> 0.526543"),
+    ("0.63185164123463", "0.63185164123464", "ratio: 0.63185164123463 -> 0.63185164123464"),
+    ("1.10.0", "1.11.0", "ratio: 1.10.0 -> 1.11.0"),
+    ("3", "4", "ratio: 3 -> 4"),
+])  # fmt: skip
+def test_what_changed_is_told_with_six_digits(old: str, new: str, told: str) -> None:
+    assert keys.changes({"ratio": old}, {"ratio": new}) == [told]
