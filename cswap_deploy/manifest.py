@@ -251,6 +251,7 @@ def _budget() -> Schema:
         ratio=nullable(NUMBER),
         ratio_ci95=nullable(pair(NUMBER)),
         proven={"type": "boolean"},
+        planned_here={"type": "boolean"},
         candidates=listing(candidate),
         unbuilt={"type": "integer", "minimum": 0},
         staircase=nullable(learned),

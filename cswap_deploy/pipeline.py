@@ -439,8 +439,8 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
             yield name, reason
         elif name in passed:
             yield name, "up to date"
-        elif stopped == names[-1]:
-            yield name, "does not run while the target cannot be reached"
+        elif stopped in ("", names[-1]):
+            yield name, "did not run: not needed, or the target was lost"
         else:
             yield name, reason if reason == "not run yet" else f"runs if the result of {stopped} changes"
 

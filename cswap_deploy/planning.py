@@ -229,10 +229,14 @@ class _Planner:
             more = trials if loop.fits(best, shift) else loop.run(trials, shift)
             if len(more) == len(trials):
                 if good and best.ratio * shift < (1 - goal.tolerance) * ratio:
-                    progress.note(
-                        f"{percent(1 - best.ratio * shift / ratio, 0)} of the budget is left: no other network with widths in multiples of "
-                        f"{self.staircase.multiple} was found in between; prune.round_to sets a finer one"
+                    left, multiple = percent(1 - best.ratio * shift / ratio, 0), self.staircase.multiple
+                    more_trials = len(trials) + len(loop.failed) >= goal.trials
+                    why = (
+                        "after all trials"
+                        if more_trials
+                        else f"no other network with widths in multiples of {multiple} lies between"
                     )
+                    progress.note(f"{left} of the budget is left: {why}")
                 return trials, good or plan, "met" if good else "missed"
             trials = more
 

@@ -60,9 +60,9 @@ def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
         budget, latency = bundle.manifest["budget"], bundle.manifest["latency"]
         dense |= _accuracy(bundle, "source") | ({"latency_ms": budget["dense_ms"]} if budget else {})
         conditions = latency["conditions"] if latency else conditions
-    places = [_place(point, dense) for point in points]
+    places = [_place(point, dense["latency_ms"]) for point in points]
     for point, place in zip(points, places, strict=True):
-        point["on_front"] = point["verdict"] != "infeasible" and _on_front(place, [_place(dense, dense), *places])
+        point["on_front"] = point["verdict"] != "infeasible" and _on_front(place, places)
     document = {"name": recipes[0].name, "dense": dense, "points": points, "conditions": conditions}
     write(document, work.root)
     return document
@@ -80,16 +80,15 @@ def write(document: dict[str, Any], folder: Path) -> None:
 
 
 def _on_front(place: Place | None, others: Sequence[Place | None]) -> bool:
-    """Whether no other that was measured is at least as fast and as accurate, and better in one of the two."""
+    """Whether no other bundle that was measured is at least as fast and as accurate, and better in one of the two."""
     return place is not None and not any(
         there != place and there[0] <= place[0] and there[1] >= place[1] for there in others if there
     )
 
 
-def _place(point: dict[str, Any], dense: dict[str, Any]) -> Place | None:
-    """Where the dense network ships its place, whatever noise says; None where nothing was measured."""
-    own = point is dense or point["verdict"] in ("not needed", "infeasible")
-    took = dense["latency_ms"] if own else point["achieved_ms"]
+def _place(point: dict[str, Any], dense_ms: float | None) -> Place | None:
+    """Where the dense network ships at its latency, whatever noise says; None where nothing was measured."""
+    took = dense_ms if point["verdict"] in ("not needed", "infeasible") else point["achieved_ms"]
     return None if took is None else (took, point["top1"])
 
 

@@ -155,7 +155,7 @@ def test_a_whole_build_meets_its_budget_there_and_goes_on_after_it_was_cut(
     block = budget_of(built)
     assert {name: (results / name).stat().st_mtime_ns for name in kept} == kept
     assert block["trials"] >= 1 and built.manifest["pruned"]["units_removed"] > 0
-    assert block["verdict"] == ("met" if block["ratio"] <= block["ratio_asked"] else "missed")
+    assert block["verdict"] == "met", block
     assert block["ratio"] < 0.9 and built.manifest["latency"]["target"] == "ssh", block["ratio"]
     assert set(events(project.recipe, (asked, *short), project.folder / "work").values()) == {"up to date"}
     assert_bounded(device, 60)

@@ -22,6 +22,7 @@ from cswap_deploy import (
     accuracy,
     data,
     export,
+    latency,
     metering,
     pipeline,
     planning,
@@ -40,7 +41,7 @@ from cswap_deploy.bundle import Bundle
 from cswap_deploy.cli import app
 from cswap_deploy.console import bundle_lines
 from cswap_deploy.console.front import sweep_lines
-from cswap_deploy.errors import UsageError, VerifyError
+from cswap_deploy.errors import DeviceError, UsageError, VerifyError
 from cswap_deploy.recipe import Variant
 from cswap_deploy.samples import Samples
 from cswap_deploy.stage import Workdir
@@ -206,6 +207,33 @@ def test_where_what_ships_is_slower_the_loop_goes_on(project: Project, monkeypat
     assert block["verdict"] == "met" and block["achieved_ms"] <= 1.9
 
 
+def test_what_ships_is_measured_longer_where_that_is_too_close_to_call(
+    project: Project, device: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metering, "in_doubt", lambda asked, report: True)
+    built = project.build(asked(1.8), *SHORT)
+    assert built.manifest["latency"]["duration_s"] == pytest.approx(0.4) and budget_of(built)["verdict"] == "met"
+    found = events(project.recipe, (asked(1.8), *SHORT), project.folder / "work")
+    assert set(found.values()) == {"up to date"}
+
+
+def test_where_measuring_longer_fails_the_first_measurement_stands(
+    project: Project, device: Simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = latency.take
+
+    def take(target: Any, files: Any, timing: Any, **more: Any) -> Any:
+        if timing.duration_s > 0.3 and len(files) == 2:
+            raise DeviceError("the connection ended", "try again")
+        return really(target, files, timing, **more)
+
+    monkeypatch.setattr(metering, "in_doubt", lambda asked, report: True)
+    monkeypatch.setattr(latency, "take", take)
+    built = project.build(asked(1.8), *SHORT)
+    assert built.manifest["latency"]["duration_s"] == pytest.approx(0.1)
+    assert (built.manifest["exit_code"], budget_of(built)["verdict"]) == (0, "met")
+
+
 @pytest.mark.parametrize("percentile", [90, 99])
 def test_a_rate_is_a_latency_and_other_percentiles_count(project: Project, device: Simulated, percentile: int) -> None:
     built = project.build(f"prune.target={{fps: 500, percentile: {percentile}}}", *SHORT)
@@ -329,10 +357,9 @@ def test_the_command_answers_with_the_front_and_the_first_code_that_is_not_0(
 
 
 def test_the_front_is_what_nothing_else_beats() -> None:
-    dense = {"latency_ms": 8.0, "top1": 0.9}
     places = [(8.0, 0.9), (4.0, 0.8), (5.0, 0.79), (3.0, 0.7), None]
     assert [sweeping._on_front(place, places) for place in places] == [True, True, False, True, False]
-    assert sweeping._place({"verdict": "not needed", "achieved_ms": 8.1, "top1": 0.9}, dense) == (8.0, 0.9)
+    assert sweeping._place({"verdict": "not needed", "achieved_ms": 8.1, "top1": 0.9}, 8.0) == (8.0, 0.9)
 
 
 @pytest.mark.parametrize("text", ["", "3,x", "0,1", "-1", "nan", "inf", ","])

@@ -35,6 +35,7 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
         "verdict": verdict,
         "trials": len(budget.trials),
         "unbuilt": budget.unbuilt,
+        "planned_here": budget is planned,
         "dense_ms": budget.dense_ms,
         "dense_ci95_ms": list(budget.dense_ci95_ms),
         "floor_ms": budget.floor * budget.dense_ms,
@@ -62,7 +63,7 @@ def reasons(block: dict[str, Any]) -> list[Reason]:
         got = f"{block['achieved_ms']:.4g} ms" if block["achieved_ms"] is not None else "nothing that could be measured"
         tried = (
             f"after {plural(block['trials'], 'trial')}"
-            if block["trials"]
+            if block["planned_here"]
             else "on a device that it was not planned for"
         )
         return [Reason(MISSED, f"budget: {asked} was missed {tried}: what ships takes {got}")]

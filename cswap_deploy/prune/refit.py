@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 WANTED_BYTES = 1 << 30
 """Memory for what the dense network gives; beyond it that is computed for each fit."""
 MOST_COLUMNS = 10_000
-"""Inputs of a layer that is fitted, at most: its Gram matrix then has 0.8 GB, and solving takes two more of that size."""
+"""Inputs of a layer that is fitted, at most: its Gram matrix then has 0.8 GB, and ordering units by it three more."""
 FEWEST_IMAGES = 64
 """Fitted on at least, however large the network's activations are."""
 

@@ -18,8 +18,8 @@ def choose_units(
 ) -> Kept:
     """Remove units, least loss per saved cost first, until `fraction` of the dense cost is left.
 
-    Units leave in lots that keep a channel group's width a multiple of `round_to`; heads leave one by one; the last lot
-    of a group stays. Errors: PruningError when even that is above the target.
+    Units leave in lots that keep a group's widths multiples of `round_to` (`step_of`); the last lot of a group stays.
+    Errors: PruningError when even that is above the target.
     """
     bench = _Bench(groups, kind, round_to, {item.group: ranking(item, keep[item.group]) for item in scores})
     while bench.cost > fraction * bench.dense * (1 + 1e-12):

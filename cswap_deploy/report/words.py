@@ -46,7 +46,8 @@ def faster(latency: Facts) -> str:
 def budget(found: Facts) -> str:
     """What was asked for and what came of it, in one sentence."""
     asked = f"a p{found['percentile']} of {ms(found['latency_ms'])}"
-    dense = f"; the dense network took {ms(found['dense_ms'])} when the budget was set" if "dense_ms" in found else ""
+    when = "when the budget was set" if found.get("planned_here", True) else "on this device, which was not planned for"
+    dense = f"; the dense network took {ms(found['dense_ms'])} {when}" if "dense_ms" in found else ""
     match found["verdict"]:
         case "not needed":
             return f"No pruning was needed: {asked} is met by the dense network{dense}"
