@@ -176,7 +176,7 @@ def work(args: argparse.Namespace) -> None:
         code_of("ours", column), code_of("peer", column)
     for name in args.net:
         with TemporaryDirectory() as scratch, progress.reporting(Warnings()):
-            net = Net.load(name, args.images, args.weights, args.judge, Path(scratch))
+            net = Net.load(name, args.images, args.weights, args.judge, Path(scratch), args.scoring)
             run.dense(net)
             for seed in args.seeds:
                 one_case(Case.of(net, seed, args.target), run, args)
@@ -196,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.add_argument("--ablate", nargs="?", const="all", type=lambda text: names(text, list(ABLATIONS)),
                      help=f"of {', '.join(ABLATIONS)}, or all")  # fmt: skip
     cli.add_argument("--seeds", default=[0, 1, 2, 3, 4], type=numbers, help="0-4, or 0,2")
+    cli.add_argument("--scoring", type=int, default=0, help="images that a seed prunes with; default: 1024")
     cli.add_argument("--target", default="macs", choices=TARGETS)
     cli.add_argument(
         "--cuts", default=[0.8, 0.7, 0.6, 0.5, 0.4], type=lambda text: [float(part) for part in text.split(",")]

@@ -27,7 +27,7 @@ from cswap_deploy.prune.select import Kept
 
 HERE = Path(__file__).parent
 SCORING = 1024
-"""Images of a seed: three quarters to fit, one to choose with."""
+"""Images of a seed unless told otherwise: three quarters to fit, one to choose with."""
 RESERVED = 2000
 """Scoring images that no seed prunes with, half of what there is at most: they judge while choices are still open."""
 INPUT = {"size": 32, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 1.0}
@@ -61,9 +61,12 @@ class Net:
     catalogue: Catalogue
     """What seeds are divided from: its hold-out part is what judges."""
     judged: Batches
+    scoring: int = 0
+    """Images of a seed; 0: `SCORING`."""
 
     @staticmethod
-    def load(name: str, images: Path | None, weights: Path | None, judge: str, scratch: Path) -> Net:
+    def load(name: str, images: Path | None, weights: Path | None, judge: str, scratch: Path, scoring: int = 0) -> Net:
+        """With `scoring` images of a seed the name says so."""
         settings, folder = _settings(name, images, weights)
         network = model.load(scratch, settings, seed=0)
         if judge == "holdout":
@@ -71,7 +74,8 @@ class Net:
         else:
             catalogue = reserved(data.catalogue(folder / "scoring", None, network.outputs))
         heads: recipe.HeadsMode = "dims" if name.endswith("-dims") else "whole"
-        return Net.of(name, judge, network, prune.find_groups(scratch, network, (), heads), catalogue)
+        found = Net.of(name, judge, network, prune.find_groups(scratch, network, (), heads), catalogue)
+        return replace(found, name=f"{name} ({scoring} scoring images)", scoring=scoring) if scoring else found
 
     @staticmethod
     def of(name: str, judge: str, network: Network, groups: Groups, catalogue: Catalogue) -> Net:
@@ -152,7 +156,7 @@ class Case:
 
     @staticmethod
     def of(net: Net, seed: int, target: str) -> Case:
-        split = data.divide(net.catalogue, SCORING, None, seed)
+        split = data.divide(net.catalogue, net.scoring or SCORING, None, seed)
         fit, selection = (
             Batches.read(ImageSet(part, net.catalogue.folder), net.network.input, "cpu")
             for part in (split.fit, split.selection)

@@ -394,6 +394,14 @@ def test_reserved_images_are_in_no_split_and_the_holdout_is_not_read(tmp_path: P
         assert {image.sha256 for image in split.holdout} == judged and len(judged) == 200
 
 
+def test_cells_of_more_scoring_images_say_so(tiny: Callable[..., list[oneshot_cells.Cell]]) -> None:
+    few, many = tiny("--cuts", "0.8"), tiny("--cuts", "0.8", "--scoring", "48")
+    assert {cell.key.net for cell in few} == {"tiny"}
+    added = [cell for cell in many if cell.key.net == "tiny (48 scoring images)"]
+    assert [cell.key.method for cell in added] == ["dense", "ours"] and len(many) == len(few) + 2
+    assert added[1].kl != few[1].kl
+
+
 def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(SystemExit, match="resnet5: expected some of resnet56-jpeg"):
         oneshot_nets.names("resnet5", list(oneshot_nets.NETS))
