@@ -80,7 +80,7 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
         sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
-            multiple = planning.alignment(meter)
+            multiple = planning.alignment(meter, [])
             kinds = design.kinds_of(groups)
             options = design.options(groups, kinds, multiple, exact=False)
             pools = {

@@ -139,28 +139,29 @@ def begun(meter: Meter) -> Budget:
 def learned(meter: Meter) -> Staircase:
     """What widths cost on this device."""
     groups, wanted, exact = meter.groups, meter.design, meter.exact is not None
-    timings: list[WidthTimings] = []
-    multiple = meter.exact or alignment(meter)
+    timings = [meter.timings("floor", design.extremes(groups, wanted, meter.exact), PROBE_S)]
+    multiple = meter.exact or alignment(meter, timings)
     kinds = design.kinds_of(groups)
     options = design.options(groups, kinds, multiple, exact=exact)
     settings = [
         *design.alone(kinds, design.levels(options, wanted.alone)),
         *design.together(groups, kinds, options, wanted.together, meter.recipe.seed),
     ]
+    drawn: list[WidthTimings] = []
     for start in range(0, len(settings), meter.batch):
-        timings.append(meter.timings("widths", settings[start : start + meter.batch], WIDTHS_S))
+        drawn.append(meter.timings("widths", settings[start : start + meter.batch], WIDTHS_S))
         progress.advance("networks measured", min(start + meter.batch, len(settings)), len(settings))
-    if unbuilt := sum(len(item.unbuilt) for item in timings):
+    if unbuilt := sum(len(item.unbuilt) for item in drawn):
         progress.warn(
             f"{unbuilt} of {len(settings)} engines could not be built; the staircase is learned from the others"
         )
     if unbuilt == len(settings):
         raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
-    return meter.work.run(budget.learn, groups, tuple(timings), multiple, exact)
+    return meter.work.run(budget.learn, groups, (*timings, *drawn), multiple, exact)
 
 
-def alignment(meter: Meter) -> int:
-    """The multiple of units that this runtime on this device works in."""
+def alignment(meter: Meter, taken: list[WidthTimings]) -> int:
+    """The multiple of units that this runtime on this device works in. What was measured for it is added to `taken`."""
     wanted = meter.design
     tried = {multiple: steps for multiple in wanted.multiples if (steps := design.steps_of(meter.groups, multiple))}
     ratios: dict[int, tuple[float, float, float]] = {}
@@ -169,6 +170,7 @@ def alignment(meter: Meter) -> int:
         part = [*tried][start : start + at_once]
         settings = [setting for multiple in part for setting in tried[multiple]]
         timings = meter.timings("multiples", settings, WIDTHS_S)
+        taken.append(timings)
         failed, values = [item.widths for item in timings.unbuilt], iter(budget.ratios(timings, 50))
         for multiple in part:
             found = [next(values).value for setting in tried[multiple] if setting not in failed]

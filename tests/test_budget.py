@@ -337,6 +337,18 @@ def test_the_multiple_that_pays_is_found(step: int, noise: float) -> None:
     )  # single units drown in noise
 
 
+def test_widths_below_the_multiple_are_told_apart_where_they_cost_differently() -> None:
+    found = learned(blocks(9, 16), 4, multiple=16, noise=0.005)
+    assert found.block == 4 and found.steps[0].widths == (4, 8, 16)
+    assert learned(blocks(9, 64), 16, multiple=16, noise=0.005).block == 16
+
+
+def test_only_what_candidates_may_be_is_learned_from() -> None:
+    allowed = {"c0": (4, 8, 16), "c1": (16, 32)}
+    assert design.may_be({"c0": 8, "c1": 16}, allowed) and design.may_be({}, allowed)
+    assert not design.may_be({"c0": 8, "c1": 17}, allowed)
+
+
 def test_small_groups_may_also_be_a_part_of_the_multiple() -> None:
     groups = chained((16, 256))
     options = design.options(groups, design.kinds_of(groups), 16, exact=False)

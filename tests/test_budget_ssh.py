@@ -117,7 +117,7 @@ def test_a_run_whose_connections_are_cut_ends_well(
         over.set()
         cutter.join()
     print(f"{cuts} cuts: {runs} runs ended, {lost} reported a lost target and were run again")
-    assert learned(net, server.name, tmp_path / "last").settings == 8
+    assert learned(net, server.name, tmp_path / "last").settings == 12
     sshd.wait_until(lambda: not server.agents())
     assert_bounded(device, 40)
 

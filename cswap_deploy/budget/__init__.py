@@ -19,14 +19,17 @@ from cswap_deploy.stage import stage
 def learn(out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple: int, exact: bool) -> Staircase:
     """What each group's width costs, from networks that were measured with it; `exact`: the multiple is the recipe's own.
 
+    Widths that no candidate may have tell nothing: they are off the steps.
+
     Of medians, whatever percentile the budget is about: short measurements know no other, and the loop corrects what that leaves.
     """
     kinds = design.kinds_of(groups)
-    seen = [found for item in timings for found in observed(item, 50)]
+    options = design.options(groups, kinds, multiple, exact=exact)
+    allowed = {name: (*options[kind], groups.by_name[name].units) for kind, names in kinds.items() for name in names}
+    seen = [found for item in timings for found in observed(item, 50) if design.may_be(found.widths, allowed)]
     of_one_kind = [set(names) for names in kinds.values()]
     alone = [item for item in seen if set(item.widths) in of_one_kind and len(set(item.widths.values())) == 1]
     together = [item for item in seen if item not in alone]
-    options = design.options(groups, kinds, multiple, exact=exact)
     return staircase.learn(groups, kinds, options, multiple, alone, together)
 
 

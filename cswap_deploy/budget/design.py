@@ -128,6 +128,11 @@ def options(
     return found
 
 
+def may_be(widths: Mapping[str, int], allowed: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a candidate may have these widths."""
+    return all(width in allowed[name] for name, width in widths.items())
+
+
 def levels(options: Mapping[str, Sequence[int]], most: int) -> dict[str, tuple[int, ...]]:
     """Of the widths that each kind of group may have, about `most`: the narrowest, and others evenly spread."""
     count = min(most, max(2, MOST_ALONE // max(1, len(options))))

@@ -32,8 +32,6 @@ PRIOR_WEIGHT = 0.03
 DENSE_WEIGHT = 30.0
 """How firmly the parts add up to 1 for the dense network, which every ratio refers to."""
 FOLDS = 4
-CLEARLY = 0.8
-"""What a finer block's squared errors must be at most, as a part of those of the best coarser one."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def learn(
         for fold in range(FOLDS if len(together) >= 2 * FOLDS else 0):
             known = Steps(groups, of(block, [item for place, item in enumerate(together) if place % FOLDS != fold]))
             found += [known.total(item.widths) / item.ratio.value - 1 for item in together[fold::FOLDS]]
-        if found and (not errors or _size(found) < CLEARLY * _size(errors)):
+        if found and (not errors or _size(found) < _size(errors)):
             best, errors = block, found
     return replace(of(best, together), errors=tuple(errors))
 
