@@ -119,9 +119,9 @@ def _change(key: str, old: str | None, new: str | None) -> str:
 
 
 def _short(text: str) -> str:
-    """A number with six digits."""
+    """A number of many digits with six."""
     try:
-        return f"{float(text):.6g}" if "." in text else text
+        return f"{float(text):.6g}" if "." in text and len(text) > 9 else text
     except ValueError:
         return text
 
