@@ -80,7 +80,7 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
         sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
-            multiple = planning.alignment(meter, [])
+            multiple, _ = planning.alignment(meter)
             kinds = design.kinds_of(groups)
             options = design.options(groups, kinds, multiple, exact=False)
             pools = {
@@ -91,17 +91,13 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
                 count: measured(meter, design.together(groups, kinds, options, count, count // 8 - 1))
                 for count in sorted({count for _, count in designs})
             }
-            random, tests = Random(17), []
+            random, tests, allowed = Random(17), [], design.allowed(groups, kinds, options)
             for number in range(TESTS):
                 part = (number + random.random()) / TESTS
                 tests.append({})
                 for group in groups.groups:
-                    allowed = (
-                        *options[next(kind for kind, names in kinds.items() if group.name in names)],
-                        group.units,
-                    )
                     wanted = group.units * min(1.0, max(0.0, part + random.uniform(-0.4, 0.4)))
-                    tests[-1][group.name] = min(allowed, key=lambda width: abs(width - wanted))
+                    tests[-1][group.name] = min(allowed[group.name], key=lambda width: abs(width - wanted))
             truth = measured(meter, tuple(tests))
     rows = []
     for alone, count in designs:

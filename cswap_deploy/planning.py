@@ -140,7 +140,10 @@ def learned(meter: Meter) -> Staircase:
     """What widths cost on this device."""
     groups, wanted, exact = meter.groups, meter.design, meter.exact is not None
     timings = [meter.timings("floor", design.extremes(groups, wanted, meter.exact), PROBE_S)]
-    multiple = meter.exact or alignment(meter, timings)
+    multiple = meter.exact
+    if multiple is None:
+        multiple, found = alignment(meter)
+        timings += found
     kinds = design.kinds_of(groups)
     options = design.options(groups, kinds, multiple, exact=exact)
     settings = [
@@ -160,9 +163,9 @@ def learned(meter: Meter) -> Staircase:
     return meter.work.run(budget.learn, groups, (*timings, *drawn), multiple, exact)
 
 
-def alignment(meter: Meter, taken: list[WidthTimings]) -> int:
-    """The multiple of units that this runtime on this device works in. What was measured for it is added to `taken`."""
-    wanted = meter.design
+def alignment(meter: Meter) -> tuple[int, list[WidthTimings]]:
+    """The multiple of units that this runtime on this device works in, and what was measured for it."""
+    wanted, taken = meter.design, list[WidthTimings]()
     tried = {multiple: steps for multiple in wanted.multiples if (steps := design.steps_of(meter.groups, multiple))}
     ratios: dict[int, tuple[float, float, float]] = {}
     at_once = 1 if wanted.stop else 2
@@ -181,7 +184,7 @@ def alignment(meter: Meter, taken: list[WidthTimings]) -> int:
     multiple = design.alignment(wanted, ratios)
     shown = ", ".join(f"{key}: {' '.join(f'{value:.3f}' for value in values)}" for key, values in ratios.items())
     progress.note(f"widths count in multiples of {multiple} (ratios at three neighbouring multiples: {shown})")
-    return multiple
+    return multiple, taken
 
 
 # --- choosing

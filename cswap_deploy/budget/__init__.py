@@ -25,7 +25,7 @@ def learn(out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple
     """
     kinds = design.kinds_of(groups)
     options = design.options(groups, kinds, multiple, exact=exact)
-    allowed = {name: (*options[kind], groups.by_name[name].units) for kind, names in kinds.items() for name in names}
+    allowed = design.allowed(groups, kinds, options)
     seen = [found for item in timings for found in observed(item, 50) if design.may_be(found.widths, allowed)]
     of_one_kind = [set(names) for names in kinds.values()]
     alone = [item for item in seen if set(item.widths) in of_one_kind and len(set(item.widths.values())) == 1]

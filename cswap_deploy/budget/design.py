@@ -128,6 +128,13 @@ def options(
     return found
 
 
+def allowed(
+    groups: Groups, kinds: Mapping[str, Sequence[str]], options: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Widths that each group may have, narrow to wide, the last all its units."""
+    return {name: (*options[kind], groups.by_name[name].units) for kind, names in kinds.items() for name in names}
+
+
 def may_be(widths: Mapping[str, int], allowed: Mapping[str, Sequence[int]]) -> bool:
     """Whether a candidate may have these widths."""
     return all(width in allowed[name] for name, width in widths.items())
