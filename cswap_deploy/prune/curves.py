@@ -130,8 +130,7 @@ def _consumer(module: nn.Module, name: str, system: System, columns: Sequence[in
 
     equations = system.equations
     index = torch.tensor([*columns, len(equations.gram) - 1], device=equations.gram.device)
-    gram = equations.gram[index[:, None], index]
-    gram.diagonal().add_(equations.ridge()[index])
+    gram = equations.regularised(index)
     layer: Any = module.get_submodule(name)
     weight = layer.weight.detach().flatten(1).T[index[:-1]]
     weight = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])

@@ -62,6 +62,12 @@ class NormalEquations:
         scarcity = max(1.0, SCARCE * (len(self.gram) - 1) / max(1.0, self.rows))
         return RIDGE * scarcity * (power + 1e-3 * (live.mean() if len(live) else 1.0))
 
+    def regularised(self, index: Tensor) -> Tensor:
+        """(n, n): the Gram matrix of the n columns of `index`, the ridge on its diagonal."""
+        gram = self.gram[index[:, None], index]
+        gram.diagonal().add_(self.ridge()[index])
+        return gram
+
     def solve(self, columns: Sequence[int], start: Tensor) -> Tensor:
         """Weights (columns + 1, outputs) that use these columns and the bias alone; `start` (columns + 1, outputs)."""
         return self.nested(columns, start).leading(len(columns))
@@ -72,9 +78,7 @@ class NormalEquations:
 
         index = torch.tensor([len(self.gram) - 1, *columns], device=self.gram.device)
         ridge = self.ridge()[index]
-        own = self.gram[index[:, None], index]
-        own.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(own)
+        factor = torch.linalg.cholesky(self.regularised(index))
         right = self.cross[index] + ridge[:, None] * start.double()[index]
         half = torch.linalg.solve_triangular(factor, right, upper=False)
         return Nested(index, factor, half, len(self.gram))
