@@ -15,9 +15,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +26,6 @@ import numpy as np
 from PIL import Image as Picture
 
 from cswap_deploy import (
-    accuracy,
     budget,
     data,
     export,
@@ -46,6 +45,10 @@ from cswap_deploy.budget.values import Budget, Staircase
 from cswap_deploy.device import target as device
 from cswap_deploy.metering import Meter
 from cswap_deploy.prune.allocate import damage_at, least_damage
+from cswap_deploy.prune.batches import Batches, resolve_device
+from cswap_deploy.prune.cut import restore
+from cswap_deploy.prune.search import Bench, Search, correct
+from cswap_deploy.prune.select import Kept
 from cswap_deploy.recipe import (
     CalibrationSettings,
     LatencySettings,
@@ -66,7 +69,10 @@ ROOM = 1.08
 """Times the floor that the lowest budget is at least."""
 MACS = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.16, 4))
 UNIFORM = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.1, 4))
-"""Part of the MACs, or of every group's units, that is kept otherwise, in which multiples of units: the last are about the narrowest."""
+"""Part of the MACs, or of every group's units, that is kept otherwise, in which multiples of units: the last are about the narrowest.
+
+One path passes all targets in MACs, in two steps to each.
+"""
 UNSEEN = 16
 """Random settings that the prediction is judged on."""
 LIMIT, LEAST = 1.02, 0.93
@@ -323,35 +329,63 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
 def others(
     recipe: Callable[..., Recipe], work: Workdir, options: argparse.Namespace
 ) -> dict[str, list[tuple[float, float]]]:
-    """(ratio, drop) of a MACs target and of uniform ratios: same scores, same order of units, same compensation."""
+    """(ratio, drop) of MACs targets and of uniform ratios: same scores, same order of units, same compensation."""
     _, ready = prepared.find(work)
-    asked = recipe("null")
-    images = asked.calibration.images
+    asked, dense = recipe("null"), restore(ready.source)
+    images, spec = asked.calibration.images, ready.source.input
     catalogue = data.catalogue(images, None, ready.source.outputs, work.digest)
     split = work.run(data.split, catalogue, asked.calibration.scoring, asked.calibration.holdout, asked.seed)
-    fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
+    fit = ImageSet(split.fit, images)
+    selection, holdout = (
+        Batches.read(ImageSet(part, images), spec, resolve_device(asked.device))
+        for part in (split.selection, split.holdout)
+    )
+    right = correct(dense, holdout)
+
+    def judged(keep: Kept) -> tuple[float, float]:
+        plan = PruningPlan(keep, (), None)
+        pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
+        exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
+        shipped = work.run(export.simplify, exported, pruned, fit, asked.onnx)
+        drop = 100 * (right - correct(restore(pruned), holdout)) / len(holdout)
+        ratio = ratio_of(work, asked, shipped.graph, options.seconds).value
+        print(f"kept otherwise: ratio {ratio:.3f}, drop {drop:+.2f}", file=sys.stderr, flush=True)
+        return ratio, drop
+
+    settings, scores = asked.prune, ready.plan.dense_scores
+    assert scores
+    batches = Batches.read(fit, spec, resolve_device(asked.device))
+    bench = Bench(dense, ready.groups, batches, settings.criterion, settings.compensate, settings.allocation, 1)
+    curves = work.run(
+        prune.measure_curves, ready.source, ready.groups, scores, fit, settings.criterion,
+        settings.compensate, settings.allocation, 1, asked.device,
+    )  # fmt: skip
+    path = MacsPath(bench, selection, scores.groups, curves.groups, asked.seed)
     found: dict[str, list[tuple[float, float]]] = {"macs": [(1.0, 0.0)], "uniform": [(1.0, 0.0)]}
-    for part, multiple in MACS:
-        bundle = pipeline.build(recipe(f"{{macs: {part}}}", multiple), work, f"macs-{part}")
-        ratio = ratio_of(work, asked, bundle.file("model.onnx"), options.seconds)
-        found["macs"].append((ratio.value, bundle.manifest["accuracy"]["drop_pp"]))
+    found["macs"] += [judged(keep) for keep in path.through(MACS)]
     for part, multiple in UNIFORM:
         keep = {}
         for group in ready.groups.groups:
             width = min(group.units, max(multiple, round(part * group.units / multiple) * multiple))
             keep[group.name] = tuple(sorted(ready.plan.dense_order[group.name][group.units - width :]))
-        plan = PruningPlan(keep, (), None)
-        pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
-        exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
-        shipped = work.run(export.simplify, exported, pruned, fit, asked.onnx)
-        judged = work.run(accuracy.compare, ready.source, pruned, {"fp32": shipped}, holdout, False, asked.device)
-        right = [
-            sum(a == y for a, y in zip(each.predicted, judged.labels, strict=True))
-            for each in (judged.source, judged.models["fp32"])
-        ]
-        drop = 100 * (right[0] - right[1]) / len(judged.labels)
-        found["uniform"].append((ratio_of(work, asked, shipped.graph, options.seconds).value, drop))
+        found["uniform"].append(judged(keep))
     return found
+
+
+class MacsPath(Search):
+    """The pipeline's search for a target in MACs, stopped at several."""
+
+    def through(self, targets: Sequence[tuple[float, int]]) -> Iterator[Kept]:
+        """What is kept at each (part of the MACs, multiple of units), the least cut first."""
+        priced, dense = self.bench.priced, self.bench.groups.cost({})[1]
+        share = dense / priced.cost({})[1]  # as in `towards`
+        state, judge, level = self.start(), self._judge(), 1.0
+        for part, multiple in targets:
+            search = replace(self, bench=replace(self.bench, round_to=multiple))
+            for target in ((level + part) / 2, part):
+                state = search._step(state, "macs", target * share, judge)
+            level = part
+            yield state.keep
 
 
 def ratio_of(work: Workdir, recipe: Recipe, shipped: File, seconds: float) -> Ratio:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cswap_deploy.prune.least_squares import RIDGE, SCARCE, NormalEquations
+from cswap_deploy.prune.least_squares import RIDGE, SCARCE, WHOLE, NormalEquations
 
 COLUMNS, OUTPUTS = 6, 3
+NATURAL = torch.arange(COLUMNS)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -23,7 +24,7 @@ def system(images: int = 40, positions: int = 4) -> tuple[NormalEquations, Tenso
     targets = random(images, OUTPUTS, positions, seed=1) + fields[:, :OUTPUTS] * 2
     equations = NormalEquations.empty(COLUMNS, OUTPUTS, "cpu")
     third = images // 3
-    equations.add([(fields[:third], targets[:third]), (fields[third:], targets[third:])])
+    equations.add([(fields[:third], targets[:third]), (fields[third:], targets[third:])], NATURAL)
     rows, wanted = (values.movedim(1, -1).flatten(0, 1).double() for values in (fields, targets))
     return equations, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), wanted
 
@@ -85,7 +86,7 @@ def test_without_rows_the_weights_stay_what_they_were() -> None:
 def test_an_input_that_is_never_there_keeps_its_weight() -> None:
     equations = NormalEquations.empty(2, 1, "cpu")
     fields = torch.stack([random(50), torch.zeros(50)], 1)[:, :, None]
-    equations.add([(fields, 2 * fields[:, :1])])
+    equations.add([(fields, 2 * fields[:, :1])], torch.arange(2))
     found = equations.solve([0, 1], torch.tensor([[0.0], [7.0], [0.0]]))
     assert found[:, 0].tolist() == pytest.approx([2, 7, 0], abs=1e-3)
 
@@ -102,6 +103,26 @@ def test_another_target_reuses_the_gram_matrix() -> None:
     equations, rows, wanted = system()
     again = NormalEquations.empty(COLUMNS, OUTPUTS, "cpu")
     fields = rows[:, :-1].float().T[None]
-    again.add_cross(fields, wanted.float().T[None])
+    again.add_cross(fields, wanted.float().T[None], NATURAL)
     assert torch.allclose(again.cross, equations.cross, atol=1e-3)
     assert not again.gram.any()
+
+
+def test_columns_come_in_any_order_and_those_that_do_not_come_are_zero() -> None:
+    fields, targets = random(30, COLUMNS, 4), random(30, OUTPUTS, 4, seed=1)
+    order = torch.tensor([4, 0, 3])
+    found, expected = (NormalEquations.empty(COLUMNS, OUTPUTS, "cpu") for _ in range(2))
+    found.add([(fields[:, order], targets)], order)
+    thinned = torch.zeros_like(fields)
+    thinned[:, order] = fields[:, order]
+    expected.add([(thinned, targets)], NATURAL)
+    assert torch.allclose(found.gram, expected.gram, atol=1e-4)
+    assert torch.allclose(found.cross, expected.cross, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [WHOLE, WHOLE + 1, 2 * WHOLE + 3])
+def test_the_square_of_many_columns_is_that_of_one_product(columns: int) -> None:
+    rows = random(50, columns)
+    equations = NormalEquations.empty(columns, 1, "cpu")
+    equations.add([(rows.T[None], rows[:, :1].T[None])], torch.arange(columns))
+    assert torch.allclose(equations.gram[:-1, :-1], (rows.T @ rows).double(), atol=1e-4)

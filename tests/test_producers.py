@@ -179,7 +179,7 @@ def pair_of(name: str, producer: str, keep: dict[str, tuple[int, ...]]) -> tuple
     assert site
     system = System.begin(site, dense, frozenset())
     for place in movers.here.visit(producer, as_far_as_sum=False):
-        system.equations.add(site.rows.draw(place.inputs, place.output, 0))
+        system.equations.add(site.rows.draw(place.inputs, place.output, 0), site.rows.order())
     movers.here = Walk(module, movers.batches, structure.reads)
     gone = frozenset({*range(len(keep[producer]) + 3)} - {*keep[producer]})
     return movers._pair(producer, consumer, system, gone), dense

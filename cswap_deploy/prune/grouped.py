@@ -6,7 +6,7 @@ They never lose an input alone (a channel leaves a depthwise layer together with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.prune.least_squares import RIDGE, SCARCE
@@ -33,9 +33,10 @@ def grouped_rows(layer: nn.Module, inputs: Tensor, output: Tensor, images: int) 
     weight, outputs = layer.weight.detach(), layer.out_channels
     columns = layer.in_channels * weight[0, 0].numel()
     start = start_of(layer)
-    for fields, targets in Rows(layer, columns, outputs, 1.0).draw(inputs, output, seed=0):
+    everything = Rows(layer, columns, outputs, 1.0)
+    for fields, targets in everything.draw(inputs, output, seed=0):
         close = 1e-3 * float(targets.abs().max().clamp_min(1e-6))
-        if not torch.allclose(_product(layer, start, fields), targets, rtol=1e-3, atol=close):
+        if not torch.allclose(_product(layer, start, _in_order(everything, fields)), targets, rtol=1e-3, atol=close):
             return None
     return Rows.sampled(layer, columns, len(start), output, images)
 
@@ -50,8 +51,9 @@ def refit_grouped(
     sums, kept = _Sums.empty(layer), []
     for seed, found in enumerate(here.visit(name, as_far_as_sum=way.summed)):
         for block in Block.of(site, found, wanted[seed], seed):
-            sums.add(block.fields, block.targets)
-            kept += [block] if way.rectified else []
+            ordered = replace(block, fields=_in_order(rows, block.fields))
+            sums.add(ordered.fields, ordered.targets)
+            kept += [ordered] if way.rectified else []
     weights = sums.solve(start)
     if kept:
         again = _Sums.empty(layer)
@@ -59,6 +61,11 @@ def refit_grouped(
             again.add(block.fields, block.moved(_product(layer, weights, block.fields), way.sign(rows.outputs)))
         weights = again.solve(start)
     write(module, name, weights, *norm_of(site, dense))
+
+
+def _in_order(rows: Rows, fields: Tensor) -> Tensor:
+    """(images, columns, positions), the columns as in the layer's weight, channel after channel."""
+    return fields.index_select(1, rows.order().argsort())
 
 
 def _by_group(values: Tensor, groups: int) -> Tensor:

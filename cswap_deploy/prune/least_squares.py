@@ -16,6 +16,8 @@ RIDGE = 1e-4
 """Ridge relative to each input's own power; it pulls towards the weights that the layer had."""
 SCARCE = 8
 """With fewer rows than this per unknown the ridge is stronger in proportion."""
+WHOLE = 256
+"""Columns up to which the square is one product; beyond it what is symmetric is not computed twice."""
 
 
 @dataclass
@@ -35,21 +37,24 @@ class NormalEquations:
         gram = torch.zeros(columns + 1, columns + 1, dtype=torch.float64, device=device)
         return NormalEquations(gram, torch.zeros(columns + 1, outputs, dtype=torch.float64, device=device))
 
-    def add(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Blocks of (images, columns, positions) fields and (images, outputs, positions) targets."""
-        for fields, targets in blocks:
-            flat = fields.movedim(1, 0).flatten(1)
-            sums = flat.sum(1).double()
-            self.gram[:-1, :-1] += (flat @ flat.T).double()
-            self.gram[:-1, -1] += sums
-            self.gram[-1, :-1] += sums
-            self.gram[-1, -1] += flat.shape[1]
-            self.add_cross(fields, targets)
+    def add(self, blocks: Iterable[tuple[Tensor, Tensor]], order: Tensor) -> None:
+        """Blocks of (images, n, positions) fields and (images, outputs, positions) targets; `order` (n,): the column that each is.
 
-    def add_cross(self, fields: Tensor, targets: Tensor) -> None:
-        flat, wanted = fields.movedim(1, 0).flatten(1), targets.movedim(1, 0).flatten(1)
-        self.cross[:-1] += (flat @ wanted.T).double()
-        self.cross[-1] += wanted.sum(1).double()
+        Columns that are not in `order` are never there.
+        """
+        for fields, targets in blocks:
+            flat = _rows(fields)
+            sums = flat.sum(0).double()
+            self.gram[order[:, None], order] += _square(flat).double()
+            self.gram[order, -1] += sums
+            self.gram[-1, order] += sums
+            self.gram[-1, -1] += len(flat)
+            self.add_cross(fields, targets, order)
+
+    def add_cross(self, fields: Tensor, targets: Tensor, order: Tensor) -> None:
+        wanted = _rows(targets)
+        self.cross[order] += (_rows(fields).T @ wanted).double()
+        self.cross[-1] += wanted.sum(0).double()
 
     @property
     def rows(self) -> float:
@@ -102,3 +107,22 @@ class Nested:
         weights = torch.zeros(self.size, self.half.shape[1], dtype=torch.float32, device=self.half.device)
         weights[self.index[:count]] = found.float()
         return weights
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(images, n, positions) as (rows, n)."""
+    return values.transpose(1, 2).reshape(-1, values.shape[1])
+
+
+def _square(rows: Tensor) -> Tensor:
+    """(n, n): U'U of (rows, n), whose halves are computed once."""
+    columns = rows.shape[1]
+    if columns <= WHOLE:
+        return rows.T @ rows
+    left, right = rows[:, : columns // 2], rows[:, columns // 2 :]
+    found = rows.new_empty(columns, columns)
+    half = left.shape[1]
+    found[:half, :half], found[half:, half:] = _square(left), _square(right)
+    found[:half, half:] = left.T @ right
+    found[half:, :half] = found[:half, half:].T
+    return found

@@ -143,8 +143,8 @@ class _Watch:
     # --- modules
 
     def _capture(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self.until == "output":
-            self.inputs, self.output = inputs[0].clone(), output.clone()
+        if self.until == "output":  # nothing runs any more that could write into them
+            self.inputs, self.output = inputs[0], output
             raise Reached
         if self.until == "sum":
             self.inputs, self.output = inputs[0].clone(), output.clone()

@@ -9,7 +9,7 @@ producer reads, times what its outputs do to the consumer's, told by random prob
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.artifacts import Group
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.least_squares import SCARCE
-from cswap_deploy.prune.observe import Reached, observe
+from cswap_deploy.prune.observe import observe
 from cswap_deploy.prune.replay import Walk, answering
 from cswap_deploy.prune.systems import Site, System, rectified
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 MOST_IMAGES, FEWEST_IMAGES = 1024, 32
 """That the steps look at, all positions of each; fewer where the network's activations are large."""
@@ -189,9 +190,9 @@ class _Pair:
 
     def fit_consumer(self) -> None:
         rows, system = self.behind.rows, self.empty.emptied()
+        read, order = system.read, rows.order(system.read)
         for lesson in self.lessons:
-            read, _ = self._run(lesson)
-            system.equations.add(rows.draw(read, lesson.wanted, lesson.number))
+            system.equations.add(rows.draw(self._read(lesson), lesson.wanted, lesson.number, read), order)
         system.write(self.here.module, self.consumer, system.solve())
 
     def judged(self) -> float:
@@ -295,24 +296,48 @@ class _Pair:
 
     def _given(self, lesson: _Lesson) -> Tensor:
         """(images, outputs, positions): what the consumer gives, with the bias that the BatchNorm behind it has taken up."""
-        flat = self.behind.rows.flat(self._run(lesson)[1])
+        flat = self.behind.rows.flat(self._run(lesson))
         if self.empty.mean is None:
             return flat
         norm: Any = self.here.module.get_submodule(self.empty.norm)
         bias: Tensor = self.empty.mean - norm.running_mean
         return flat + bias[:, None]
 
-    def _run(self, lesson: _Lesson) -> tuple[Tensor, Tensor]:
-        """What the consumer reads and gives."""
-        found: list[Tensor] = []
+    def _read(self, lesson: _Lesson) -> Tensor:
+        """What the consumer reads."""
 
-        def stop(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            found.extend((inputs[0], output))
-            raise Reached
+        def stop(_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            raise _Given(inputs[0])
 
+        return self._until(lesson, self._consumer.register_forward_pre_hook(stop))
+
+    def _run(self, lesson: _Lesson) -> Tensor:
+        """What the consumer itself gives."""
+
+        def stop(_layer: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+            raise _Given(output)
+
+        return self._until(lesson, self._consumer.register_forward_hook(stop))
+
+    def _until(self, lesson: _Lesson, hook: RemovableHandle) -> Tensor:
+        """Run until the hook has what it is there for."""
         with ExitStack() as undo:
             undo.enter_context(self.here.rest(lesson.number))
-            undo.callback(self.here.module.get_submodule(self.consumer).register_forward_hook(stop).remove)
-            undo.enter_context(suppress(Reached))
-            self.here.module(lesson.images)
-        return found[0], found[1]
+            undo.callback(hook.remove)
+            try:
+                self.here.module(lesson.images)
+            except _Given as given:
+                return given.values
+        raise AssertionError("a forward reaches the consumer")
+
+    @property
+    def _consumer(self) -> nn.Module:
+        return self.here.module.get_submodule(self.consumer)
+
+
+class _Given(Exception):
+    """Ends a forward that has come far enough."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = values

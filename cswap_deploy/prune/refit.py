@@ -193,9 +193,10 @@ def _gather(
 ) -> tuple[System, list[Block]]:
     """The layer's system; the blocks that it was summed over where a rectifier follows, for which they are needed again."""
     system, kept = System.begin(site, dense, gone, tuple(silent)), []
+    order = site.rows.order(system.read)
     for seed, found in enumerate(here.visit(name, as_far_as_sum=site.outlet.summed)):
-        for block in Block.of(site, found, wanted[seed], seed):
-            system.equations.add([(block.fields, block.targets)])
+        for block in Block.of(site, found, wanted[seed], seed, system.read):
+            system.equations.add([(block.fields, block.targets)], order)
             kept += [block] if site.outlet.rectified else []
     return system, kept
 
@@ -204,15 +205,16 @@ def _solution(system: System, site: Site, blocks: Sequence[Block]) -> Tensor:
     """(columns + 1, outputs)"""
     weights = system.solve()
     if blocks:
-        cross = _rectified_cross(weights, site.outlet.sign(weights.shape[1]), blocks)
+        order = site.rows.order(system.read)
+        cross = _rectified_cross(weights, site.outlet.sign(weights.shape[1]), blocks, order)
         weights = replace(system, equations=NormalEquations(system.equations.gram, cross)).solve()
     return weights
 
 
-def _rectified_cross(weights: Tensor, sign: Tensor, blocks: Sequence[Block]) -> Tensor:
+def _rectified_cross(weights: Tensor, sign: Tensor, blocks: Sequence[Block], order: Tensor) -> Tensor:
     """U'Y with Y moved as far as the rectifier lets it be."""
     found = NormalEquations.empty(len(weights) - 1, weights.shape[1], str(weights.device))
     for block in blocks:
-        fit = weights[:-1].T @ block.fields + weights[-1][:, None]
-        found.add_cross(block.fields, block.moved(fit, sign))
+        fit = block.fields.transpose(1, 2) @ weights[order] + weights[-1]
+        found.add_cross(block.fields, block.moved(fit.transpose(1, 2), sign), order)
     return found.cross

@@ -22,18 +22,21 @@ Kept = dict[str, "Tensor"]
 
 
 @contextmanager
-def replayed(module: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[None]:
+def replayed(
+    module: nn.Module, outputs: Mapping[str, Tensor], untouched: Collection[str] = frozenset()
+) -> Iterator[None]:
     """Inside the block these submodules return what was kept; where only a shape was kept, zeros that nobody reads.
 
-    Those zeros have no memory of their own, so that writing into them is a RuntimeError.
+    Those zeros have no memory of their own, so that writing into them is a RuntimeError. Of all but the `untouched` a copy is
+    returned, since something behind them may write into it.
     """
 
-    def answer(value: Tensor) -> Any:
-        if value.numel() > 1 and not any(value.stride()):
+    def answer(name: str, value: Tensor) -> Any:
+        if name in untouched or (value.numel() > 1 and not any(value.stride())):
             return lambda *_args, **_kwargs: value
         return lambda *_args, **_kwargs: value.clone()
 
-    with _forwards(module, {name: answer(value) for name, value in outputs.items()}):
+    with _forwards(module, {name: answer(name, value) for name, value in outputs.items()}):
         yield
 
 
@@ -69,10 +72,12 @@ def finished_before(
     among: Sequence[str],
     read: Collection[str] | None = None,
     before: Mapping[str, Tensor] | None = None,
+    untouched: Collection[str] = frozenset(),
 ) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of the outermost submodules (`among` these) that end before any of `layers` begins.
 
-    Of those that are not in `read` only the shape is kept; those `before` are replayed ones, which stay as they are.
+    Of those that are not in `read` only the shape is kept; those `before` are replayed ones, which stay as they are. The
+    `untouched` are kept themselves, of the others a copy.
     """
     import torch
 
@@ -91,8 +96,10 @@ def finished_before(
                 del done[inner]
             if before is not None and name in before:
                 done[name] = before[name]
+            elif read is not None and name not in read:
+                done[name] = _unread(output)
             else:
-                done[name] = output.clone() if read is None or name in read else _unread(output)
+                done[name] = output if name in untouched and _compact(output) else output.clone()
 
         return hook
 
@@ -178,6 +185,31 @@ def _unread(value: Tensor) -> Tensor:
     return value.new_zeros(()).expand_as(value)
 
 
+def _compact(value: Tensor) -> bool:
+    """Whether keeping it keeps no more memory than it has values."""
+    return value.untyped_storage().nbytes() == value.nbytes
+
+
+def left_untouched(module: nn.Module, names: Iterable[str], images: Tensor) -> set[str]:
+    """Of these submodules, which a forward calls once, those whose output nothing behind them writes into."""
+    import torch
+
+    seen: dict[str, tuple[Tensor, int]] = {}
+
+    def leave(name: str) -> Any:
+        def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and not output.is_inference():
+                seen[name] = output, output._version
+
+        return hook
+
+    with ExitStack() as undo, torch.no_grad():
+        for name in names:
+            undo.callback(module.get_submodule(name).register_forward_hook(leave(name)).remove)
+        module(images)
+    return {name for name, (output, version) in seen.items() if output._version == version}
+
+
 @dataclass
 class Walk:
     """Visits a network's layers in execution order, each time going on from where the last visit came to."""
@@ -189,7 +221,9 @@ class Walk:
     kept: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.once = called_once(self.module, next(iter(self.batches.first(1)))[0])
+        example = next(iter(self.batches.first(1)))[0]
+        self.once = called_once(self.module, example)
+        self.untouched = left_untouched(self.module, self.once, example)
 
     def visit(self, name: str, *, as_far_as_sum: bool) -> Iterator[Place]:
         """What layer `name` reads and gives, batch by batch. Layers must come in the order in which a forward calls them."""
@@ -197,8 +231,8 @@ class Walk:
         for number, (images, _) in enumerate(self.batches):
             read = self.read_from(name, images[:1])
             before = self.kept.pop(number, {})
-            seen = finished_before(self.module, [name], self.once, read, before)
-            with replayed(self.module, before), seen as done:
+            seen = finished_before(self.module, [name], self.once, read, before, self.untouched)
+            with replayed(self.module, before, self.untouched), seen as done:
                 place = observe(self.module, name, images, as_far_as_sum=as_far_as_sum)
             if read is not None:
                 size += sum(value.nbytes for key, value in done.items() if key in read)
@@ -208,7 +242,7 @@ class Walk:
 
     def rest(self, number: int) -> AbstractContextManager[None]:
         """Inside the block a forward of batch `number` runs only what comes from the layer on that was visited last."""
-        return replayed(self.module, self.kept.get(number, {}))
+        return replayed(self.module, self.kept.get(number, {}), self.untouched)
 
     def read_from(self, name: str, images: Tensor) -> set[str] | None:
         """Which outputs the network still reads when layer `name` begins; None: replaying them is not the same."""

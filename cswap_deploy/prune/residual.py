@@ -43,7 +43,7 @@ class Residual:
         else:
             system = NormalEquations.empty(rows.columns, rows.outputs, str(layer.weight.device))
             for seed, (inputs, output) in enumerate(calls):
-                system.add(rows.draw(inputs, output, seed))
+                system.add(rows.draw(inputs, output, seed), rows.order())
             gram = system.gram
         weight = layer.weight.detach().movedim(1, 0).flatten(1)
         live = weight.any(1).repeat_interleave(kernel)

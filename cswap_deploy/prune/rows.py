@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,11 @@ CHUNK = 4_000_000
 
 @dataclass(frozen=True)
 class Rows:
-    """`columns` unknowns per output (bias aside), `outputs` outputs; `share` of the output positions is drawn."""
+    """`columns` unknowns per output (bias aside), `outputs` outputs; `share` of the output positions is drawn.
+
+    The columns of a layer are those of `weight.flatten(1)`, the columns of its receptive fields lie as `order` says: pixel by
+    pixel, as in memory, so that gathering them costs next to nothing.
+    """
 
     layer: nn.Module
     columns: int
@@ -45,7 +49,7 @@ class Rows:
         everything = Rows(layer, columns, outputs, 1.0)
         bias = own.bias if own.bias is not None else weight.new_zeros(outputs)
         for fields, targets in everything.draw(inputs, output, seed=0):
-            found = weight.flatten(1) @ fields + bias[:, None]
+            found = weight.flatten(1)[:, everything.order()] @ fields + bias[:, None]
             if not torch.allclose(found, targets, rtol=1e-3, atol=1e-3 * float(targets.abs().max().clamp_min(1e-6))):
                 return None
         return Rows.sampled(layer, columns, columns, output, images)
@@ -58,13 +62,25 @@ class Rows:
         wanted = min(max(ROWS_PER_COLUMN * unknowns, ROWS), MEMORY // (4 * (columns + 2 * outputs)))
         return Rows(layer, columns, outputs, min(1.0, wanted / positions))
 
-    def draw(self, inputs: Tensor, target: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def order(self, channels: Sequence[int] | None = None) -> Tensor:
+        """(columns,) of the receptive fields of these input channels, all where None: the layer's column that each is."""
+        import torch
+
+        weight: Any = self.layer.weight
+        kernel = weight[0, 0].numel()
+        of = torch.arange(self.columns // kernel) if channels is None else torch.tensor([*channels], dtype=torch.long)
+        found: Tensor = (of * kernel + torch.arange(kernel)[:, None]).flatten().to(weight.device)
+        return found
+
+    def draw(
+        self, inputs: Tensor, target: Tensor, seed: int, channels: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of (images, columns, positions) receptive fields and (images, outputs, positions) targets.
 
-        `inputs` is what the layer reads, `target` has the shape of what it gives; the positions are the same for all images of
-        a call.
+        `inputs` is what the layer reads, of which these `channels` count, `target` has the shape of what it gives; the positions
+        are the same for all images of a call.
         """
-        return self.fields(inputs, self.pick(target, seed), self.flat(target).shape[2], seed)
+        return self.fields(inputs, self.pick(target, seed), self.flat(target).shape[2], seed, channels)
 
     def pick(self, values: Tensor, seed: int) -> Tensor:
         """(images, outputs, drawn positions) of something that has the shape of the layer's output."""
@@ -72,12 +88,14 @@ class Rows:
         chosen = self._chosen(flat.shape[2], seed, values.device)
         return flat if chosen is None else flat[:, :, chosen]
 
-    def fields(self, inputs: Tensor, picked: Tensor, positions: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def fields(
+        self, inputs: Tensor, picked: Tensor, positions: int, seed: int, channels: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `draw`, with targets that were picked with the same seed; `positions`: of one output, before any is drawn."""
         chosen = self._chosen(positions, seed, inputs.device)
         step = max(1, CHUNK // (picked.shape[2] * self.columns))
         for start in range(0, len(inputs), step):
-            yield self._fields(inputs[start : start + step], chosen), picked[start : start + step]
+            yield self._fields(inputs[start : start + step], chosen, channels), picked[start : start + step]
 
     def _chosen(self, positions: int, seed: int, device: torch.device) -> Tensor | None:
         """None: all of them."""
@@ -89,20 +107,18 @@ class Rows:
         order = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))
         return order[:count].sort().values.to(device)
 
-    def _fields(self, inputs: Tensor, chosen: Tensor | None) -> Tensor:
-        import torch.nn.functional as F
+    def _fields(self, inputs: Tensor, chosen: Tensor | None, channels: Sequence[int] | None) -> Tensor:
+        import torch
         from torch import nn
 
         layer: Any = self.layer
+        wanted = None if channels is None else torch.tensor([*channels], dtype=torch.long, device=inputs.device)
         if isinstance(layer, nn.Linear):
-            flat = self.flat(inputs)
-            return flat if chosen is None else flat[:, :, chosen]
-        if chosen is None:
-            return F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        fields = _receptive_fields(layer, inputs)
-        width = fields.shape[3]
-        picked = fields[:, :, chosen // width, chosen % width]
-        return picked.movedim(2, -1).reshape(len(inputs), self.columns, -1)
+            rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+            rows = rows if chosen is None else rows.index_select(1, chosen)
+            return (rows if wanted is None else rows.index_select(2, wanted)).transpose(1, 2)
+        pixels = inputs if wanted is None else inputs.index_select(1, wanted)
+        return _receptive_fields(layer, pixels, chosen).transpose(1, 2)
 
     def flat(self, values: Tensor) -> Tensor:
         """(images, channels, positions) of a convolution's or a linear layer's values."""
@@ -121,15 +137,20 @@ def _is_linear_map(layer: Any) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def _receptive_fields(layer: Any, inputs: Tensor) -> Tensor:
-    """A view of a convolution's padded input as (n, channels, height, width, kernel, kernel)."""
+def _receptive_fields(layer: Any, inputs: Tensor, chosen: Tensor | None) -> Tensor:
+    """(images, positions, kernel x channels) of a convolution's input, at the `chosen` output positions."""
+    import torch
     import torch.nn.functional as F
 
     vertical, horizontal = layer.padding
-    padded = F.pad(inputs, (horizontal, horizontal, vertical, vertical)).contiguous()
-    n, channels, height, width = padded.shape
+    padded = F.pad(inputs, (horizontal, horizontal, vertical, vertical)).permute(0, 2, 3, 1).contiguous()
+    images, height, width, channels = padded.shape
     tall, wide = ((k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
     down, across = layer.stride
-    shape = (n, channels, (height - tall) // down + 1, (width - wide) // across + 1, *layer.kernel_size)
-    a, b, c, d = padded.stride()
-    return padded.as_strided(shape, (a, b, c * down, d * across, c * layer.dilation[0], d * layer.dilation[1]))
+    rows, columns = (height - tall) // down + 1, (width - wide) // across + 1
+    places = torch.arange(rows * columns, device=inputs.device) if chosen is None else chosen
+    corner = places // columns * (down * width) + places % columns * across
+    vertically, horizontally = (torch.arange(k) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    offsets = (vertically[:, None] * width + horizontally).flatten().to(inputs.device)
+    index = (corner[:, None] + offsets).flatten()
+    return padded.reshape(images, -1, channels).index_select(1, index).reshape(images, len(places), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,11 @@ class System:
         return [channel * self.kernel + k for channel in channels for k in range(self.kernel)]
 
     @property
+    def read(self) -> list[int] | None:
+        """Input channels that have to be looked at; None for all."""
+        return self.channels if self.gone else None
+
+    @property
     def channels(self) -> list[int]:
         """Input channels that are left."""
         return [c for c in range((len(self.start) - 1) // self.kernel) if c not in self.gone]
@@ -88,13 +93,18 @@ class Block:
     offsets: Tensor
 
     @staticmethod
-    def of(site: Site, found: Place, wanted: Tensor, seed: int) -> Iterator[Block]:
-        """Of one batch, `found` in the compensated network; `wanted` (images, outputs, positions) of the dense one, with its sum."""
+    def of(
+        site: Site, found: Place, wanted: Tensor, seed: int, channels: Sequence[int] | None = None
+    ) -> Iterator[Block]:
+        """Of one batch, `found` in the compensated network; `wanted` (images, outputs, positions) of the dense one, with its sum.
+
+        `channels`: that the layer may read, None for all.
+        """
         rows, way = site.rows, site.outlet
         beside = rows.pick(way.beside(found), seed)
         offsets = beside + way.constant(found.output)[:, None]
         start, positions = 0, found.output.numel() // rows.outputs // len(found.output)
-        for fields, targets in rows.fields(found.inputs, wanted - beside, positions, seed):
+        for fields, targets in rows.fields(found.inputs, wanted - beside, positions, seed, channels):
             yield Block(fields, targets, offsets[start : start + len(fields)])
             start += len(fields)
 

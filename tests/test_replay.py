@@ -1,0 +1,72 @@
+"""What is kept of a forward and replayed: the same values as without, whoever writes into them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cswap_deploy.artifacts import InputSpec
+from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.observe import observe
+from cswap_deploy.prune.replay import Walk, called_once, left_untouched
+
+
+class Writing(nn.Module):
+    """Writes into the output of `norm`, into a view of that of `second`, and into its own sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.same = nn.Identity()
+        self.third = nn.Conv2d(4, 4, 1)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        made = self.norm(self.first(images))
+        made.relu_()
+        read = self.same(self.second(made))
+        read[:, 0].mul_(2)
+        third = self.third(read)
+        third += made
+        found: Tensor = self.last(third.mean((2, 3)))
+        return found
+
+
+def network() -> Writing:
+    torch.manual_seed(0)
+    return Writing().eval()
+
+
+def batches() -> Batches:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8)
+    spec = InputSpec((3, 8, 8), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
+    return Batches(pixels, np.zeros(10, np.int64), spec, "cpu", 4)
+
+
+def test_what_is_written_into_is_told_apart() -> None:
+    module, images = network(), next(iter(batches()))[0]
+    assert left_untouched(module, called_once(module, images), images) == {"first", "last"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_far_as_sum", [False, True])
+def test_a_walk_sees_what_a_forward_sees(as_far_as_sum: bool) -> None:
+    module, images = network(), batches()
+    walk = Walk(module, images, {})
+    for name in ("first", "second", "third", "last"):
+        seen = list(walk.visit(name, as_far_as_sum=as_far_as_sum))
+        for found, (pictures, _) in zip(seen, images, strict=True):
+            fresh = observe(module, name, pictures, as_far_as_sum=as_far_as_sum)
+            assert torch.equal(found.inputs, fresh.inputs)
+            assert torch.equal(found.output, fresh.output)
+            assert (found.shortcut is None) == (fresh.shortcut is None)
+            assert found.shortcut is None or torch.equal(found.shortcut, fresh.shortcut)
+        for number, (pictures, _) in enumerate(images):
+            with walk.rest(number):
+                once = module(pictures)
+                assert torch.equal(once, module(pictures)), "a second forward finds what the first has left"
+            assert torch.equal(once, module(pictures))
