@@ -73,7 +73,7 @@ class Reading:
             return -unit_sums(taken * slope, self.member, self.layer, self.units, images)
         assert self.residual is not None
         size, start = self.member.repeat * self.residual.kernel, self.member.offset * self.residual.kernel
-        products = taken * (self.layer.weight.flatten(1).T @ slope.flatten(2))
+        products = taken * (slope.flatten(2).transpose(1, 2) @ self.layer.weight.flatten(1)).transpose(1, 2)
         own: Tensor = products[:, start : start + self.units * size].sum(2)
         return -own.reshape(images, -1, self.units, size).sum((1, 3))
 

@@ -56,8 +56,8 @@ class Residual:
 
         layer = self.layer
         if self.kernel > 1:
-            fields = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-            return self.matrix @ fields + self.offset[:, None]
+            kernels = self.matrix.reshape(len(self.matrix), -1, *layer.kernel_size)
+            return F.conv2d(inputs, kernels, self.offset, layer.stride, layer.padding, layer.dilation).flatten(2)
         axis = channel_axis(layer)
         return (inputs.movedim(axis, -1) @ self.matrix.T + self.offset).movedim(-1, axis)
 
