@@ -151,6 +151,26 @@ def test_the_live_line_tells_for_how_long_still(monkeypatch):
     assert "plan       round 2, curves 1/4, 1 min 1 s so far" in sent
 
 
+def test_a_pipe_is_told_now_and_then_what_a_long_stage_is_at(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def speak(talk: Console) -> None:
+        talk.stage_started("curves", "not run yet")
+        for number in range(1, 10):
+            clock.now += 10
+            talk.advance("curves", number, 9)
+        talk.stage_finished("curves", 90.0, "runs/x", 10)
+        talk.stage_started("plan", "not run yet")
+        clock.now += 29
+        talk.advance("steps", 1, 2)
+
+    assert [line.strip() for line in in_a_pipe(speak).splitlines() if "so far" in line] == [
+        "curves 3/9 (about 1 min 0 s left), 30 s so far",
+        "curves 6/9 (about 30 s left), 1 min 0 s so far",
+        "curves 9/9, 1 min 30 s so far",
+    ]
+
+
 def seconds_left(sent: str) -> list[int]:
     """What the live line announced, in order."""
     found = re.findall(r"\(about (?:(\d+) min )?([\d.]+) s left\)", sent)

@@ -1,4 +1,4 @@
-"""Progress of a run on standard error: numbered stages, a live line on a terminal, plain lines in a pipe."""
+"""Progress of a run on standard error: numbered stages, a live line on a terminal, in a pipe plain lines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from cswap_deploy.terminal import is_screen, painted, takes_colour
 from cswap_deploy.wording import duration_text, printable, size_text
 
 REFRESH_S = 0.1
+PIPE_S = 30.0
+"""How often at most a pipe is told what a stage is at."""
 TICK_S = 1.0
 """How often the live line's clock moves while a stage says nothing."""
 MARGIN = " " * 8
@@ -144,6 +146,9 @@ class Console:
             self._activity = current
             if self._live and (now - self._shown_at >= REFRESH_S or done >= total):
                 self._show()
+            elif not self._live and now - max(self._shown_at, self._began) >= PIPE_S:
+                self._shown_at = now
+                self._line(MARGIN, ", ".join(self._at(now)))
 
     def close(self) -> None:
         """Take the live line away, so that what follows starts on a line of its own; may be called again."""
@@ -161,18 +166,22 @@ class Console:
     def _show(self) -> None:
         """Draw the live line anew."""
         now = self._shown_at = monotonic()
-        parts = []
-        if self._activity:
-            whole = max(self._activities.values(), key=lambda activity: activity.left(now))
-            own = whole is self._activity or not whole.left(now)
-            parts = [self._activity.forecast(now)] if own else [whole.forecast(now), self._activity.count]
-        spent = self._shown_at - self._began
-        parts += [f"{duration_text(spent)} so far"] if spent >= 1 else []
+        parts = self._at(now)
         columns, line = self._columns() - 1, f"{MARGIN}{self._stage:<{self._width}} {', '.join(parts[:1])}"
         for part in parts[1:]:
             line += f", {part}" if len(line) + len(part) + 2 <= columns else ""
         self._write(cut_to(columns, line))
         self._pending = True
+
+    def _at(self, now: float) -> list[str]:
+        """What the stage is at, for how long still, and how long it has run, the most important first."""
+        parts = []
+        if self._activity:
+            whole = max(self._activities.values(), key=lambda activity: activity.left(now))
+            own = whole is self._activity or not whole.left(now)
+            parts = [self._activity.forecast(now)] if own else [whole.forecast(now), self._activity.count]
+        spent = now - self._began
+        return parts + ([f"{duration_text(spent)} so far"] if spent >= 1 else [])
 
     def _line(self, head: str, text: str) -> None:
         if not self._silent:
