@@ -300,6 +300,8 @@ def test_a_sweep_makes_a_bundle_for_each_latency_from_one_staircase(project: Pro
     for point in points:
         manifest = Bundle.read(folder / point["bundle"]).require_sealed().manifest
         assert manifest["budget"]["achieved_ms"] == point["achieved_ms"] <= point["latency_ms"]
+        top = (folder / point["bundle"] / "report.html").read_text().partition("</header>")[0]
+        assert ("Met: a p50 of" if point["verdict"] == "met" else "No pruning was needed: a p50 of") in top
     with (folder / "sweep.csv").open() as stream:
         rows = [*csv.DictReader(stream)]
     assert [float(row["achieved_ms"]) for row in rows] == [point["achieved_ms"] for point in points]
@@ -311,6 +313,8 @@ def test_a_sweep_makes_a_bundle_for_each_latency_from_one_staircase(project: Pro
         and "default-src &#39;none&#39;" in page
     )
     assert [*sweep_lines(front, folder)][-1].endswith("sweep.html")
+    longest = {**front, "points": [{**point, "latency_ms": 0.881234} for point in points]}
+    assert "\n 0.881234 ms " in "\n".join(sweep_lines(longest, folder)), "no cell breaks at 80 columns"
 
 
 def test_a_sweep_whose_target_is_lost_keeps_what_it_has(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,15 +13,16 @@ from cswap_deploy.wording import count_text, ms, percent
 def sweep_lines(front: dict[str, Any], folder: Path) -> Iterator[str]:
     """One row for each latency, the dense network first."""
     dense = front["dense"]
-    rows = [("dense", "", _took(dense["latency_ms"]), percent(dense["top1"]), "", "", "")]
+    rows = [("dense", "", _took(dense["latency_ms"]), percent(dense["top1"]), "", "")]
     for point in front["points"]:
         verdict, achieved = point["verdict"] or "target lost", _took(point["achieved_ms"])
         row = (f"{point['latency_ms']:g} ms", verdict, achieved, percent(point["top1"]))
-        rows.append((*row, f"{point['drop_pp']:+.2f}", count_text(point["macs"]), point["bundle"]))
-    yield from table(("asked", "", "achieved", "top-1", "drop", "MACs", "bundle"), rows, f"{front['name']}: sweep")
+        rows.append((*row, f"{point['drop_pp']:+.2f}", count_text(point["macs"])))
+    yield from table(("asked", "", "achieved", "top-1", "drop", "MACs"), rows, f"{front['name']}: sweep")
     for point in front["points"]:
         if point["verdict"] == "infeasible":
             yield f"{point['latency_ms']:g} ms cannot be reached: the dense network is in {point['bundle']}"
+    yield f"bundles  {from_here(folder / 'bundle-*ms')}"
     yield f"table    {from_here(folder / 'sweep.csv')}"
     yield f"chart    {from_here(folder / 'sweep.html')}"
 

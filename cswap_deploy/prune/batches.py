@@ -65,7 +65,10 @@ class Batches:
 
 
 def resolve_device(wanted: str) -> str:
-    """`auto` is cuda where PyTorch sees one, else cpu. Errors: DeviceError when cuda is asked for and absent."""
+    """`auto` is cuda where PyTorch sees one, else cpu. Errors: DeviceError when cuda is asked for and absent.
+
+    On cuda convolutions then compute in full float32, not TF32, and the same each time.
+    """
     import torch
 
     from cswap_deploy.errors import DeviceError
@@ -73,4 +76,8 @@ def resolve_device(wanted: str) -> str:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise DeviceError("the recipe asks for device: cuda, and PyTorch finds no CUDA device", "set device: auto")
-    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
+    found = ("cuda" if available else "cpu") if wanted == "auto" else wanted
+    if found == "cuda":
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+        torch.backends.cudnn.benchmark = False
+    return found

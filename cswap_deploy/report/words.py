@@ -66,6 +66,11 @@ def budget(found: Facts) -> str:
             return f"{verdict.capitalize()}: {asked} was asked for, what ships takes {got}{dense}; {trials}"
 
 
+def asked(found: Facts) -> str:
+    """The beginning of `budget`: the verdict, what was asked for and what was reached."""
+    return budget(found).partition(";")[0]
+
+
 def fact(value: Any) -> str:
     """A condition of a measurement; of two values, the one before and the one after; of several by name, each."""
     if isinstance(value, dict):
