@@ -71,8 +71,9 @@ MACS = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.16, 4))
 UNIFORM = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.1, 4))
 """Part of the MACs, or of every group's units, that is kept otherwise, in which multiples of units: the last are about the narrowest.
 
-One path passes all targets in MACs, in two steps to each.
+One path passes all targets in MACs: in as many steps to the first as a build takes to its budget, in `FURTHER` more to each other one.
 """
+FURTHER = 2
 UNSEEN = 16
 """Random settings that the prediction is judged on."""
 LIMIT, LEAST = 1.02, 0.93
@@ -331,14 +332,15 @@ def others(
 ) -> dict[str, list[tuple[float, float]]]:
     """(ratio, drop) of MACs targets and of uniform ratios: same scores, same order of units, same compensation."""
     _, ready = prepared.find(work)
-    asked, dense = recipe("null"), restore(ready.source)
+    asked = recipe("null")
+    where = resolve_device(asked.device)
+    dense = restore(ready.source).to(where)
     images, spec = asked.calibration.images, ready.source.input
     catalogue = data.catalogue(images, None, ready.source.outputs, work.digest)
     split = work.run(data.split, catalogue, asked.calibration.scoring, asked.calibration.holdout, asked.seed)
     fit = ImageSet(split.fit, images)
     selection, holdout = (
-        Batches.read(ImageSet(part, images), spec, resolve_device(asked.device))
-        for part in (split.selection, split.holdout)
+        Batches.read(ImageSet(part, images), spec, where) for part in (split.selection, split.holdout)
     )
     right = correct(dense, holdout)
 
@@ -347,22 +349,22 @@ def others(
         pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
         exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
         shipped = work.run(export.simplify, exported, pruned, fit, asked.onnx)
-        drop = 100 * (right - correct(restore(pruned), holdout)) / len(holdout)
+        drop = 100 * (right - correct(restore(pruned).to(where), holdout)) / len(holdout)
         ratio = ratio_of(work, asked, shipped.graph, options.seconds).value
         print(f"kept otherwise: ratio {ratio:.3f}, drop {drop:+.2f}", file=sys.stderr, flush=True)
         return ratio, drop
 
     settings, scores = asked.prune, ready.plan.dense_scores
     assert scores
-    batches = Batches.read(fit, spec, resolve_device(asked.device))
-    bench = Bench(dense, ready.groups, batches, settings.criterion, settings.compensate, settings.allocation, 1)
+    batches, multiple = Batches.read(fit, spec, where), MACS[0][1]
+    bench = Bench(dense, ready.groups, batches, settings.criterion, settings.compensate, settings.allocation, multiple)
     curves = work.run(
         prune.measure_curves, ready.source, ready.groups, scores, fit, settings.criterion,
-        settings.compensate, settings.allocation, 1, asked.device,
+        settings.compensate, settings.allocation, multiple, asked.device,
     )  # fmt: skip
     path = MacsPath(bench, selection, scores.groups, curves.groups, asked.seed)
     found: dict[str, list[tuple[float, float]]] = {"macs": [(1.0, 0.0)], "uniform": [(1.0, 0.0)]}
-    found["macs"] += [judged(keep) for keep in path.through(MACS)]
+    found["macs"] += [judged(keep) for keep in path.through(MACS, settings.steps)]
     for part, multiple in UNIFORM:
         keep = {}
         for group in ready.groups.groups:
@@ -375,16 +377,16 @@ def others(
 class MacsPath(Search):
     """The pipeline's search for a target in MACs, stopped at several."""
 
-    def through(self, targets: Sequence[tuple[float, int]]) -> Iterator[Kept]:
-        """What is kept at each (part of the MACs, multiple of units), the least cut first."""
+    def through(self, targets: Sequence[tuple[float, int]], steps: int) -> Iterator[Kept]:
+        """What is kept at each (part of the MACs, multiple of units), the least cut first; `steps` to that."""
         priced, dense = self.bench.priced, self.bench.groups.cost({})[1]
         share = dense / priced.cost({})[1]  # as in `towards`
         state, judge, level = self.start(), self._judge(), 1.0
         for part, multiple in targets:
             search = replace(self, bench=replace(self.bench, round_to=multiple))
-            for target in ((level + part) / 2, part):
-                state = search._step(state, "macs", target * share, judge)
-            level = part
+            for number in range(1, steps + 1):
+                state = search._step(state, "macs", (level - (level - part) * number / steps) * share, judge)
+            level, steps = part, FURTHER
             yield state.keep
 
 

@@ -155,7 +155,7 @@ def _structure(case: Case, how: How, fit: Batches, whole: Structure) -> Structur
     """Of the dense network; what `how` is without is taken out of it. `whole`: the one to use where nothing is."""
     if how.fit >= len(case.fit) and not how.without:
         return whole
-    structure = Structure(reads=whole.reads)
+    structure = Structure(reuse=whole.reuse)
     examine(case.dense, structure, fit, ())
     match how.without:
         case "all layers":

@@ -174,13 +174,13 @@ def pair_of(name: str, producer: str, keep: dict[str, tuple[int, ...]]) -> tuple
     examine(dense, structure, batches, ())
     consumer = partners(entry.groups.groups, structure.sites)[producer].consumer
     module = masked_copy(dense, entry.groups.groups, keep)
-    movers = Movers(dense, module, batches, structure.reads, structure.sites, structure.order, len(batches), 2)
+    movers = Movers(dense, module, batches, structure.reuse, structure.sites, structure.order, len(batches), 2)
     site = structure.sites[producer]
     assert site
     system = System.begin(site, dense, frozenset())
     for place in movers.here.visit(producer, as_far_as_sum=False):
         system.equations.add(site.rows.draw(place.inputs, place.output, 0), site.rows.order())
-    movers.here = Walk(module, movers.batches, structure.reads)
+    movers.here = Walk(module, movers.batches, structure.reuse)
     gone = frozenset({*range(len(keep[producer]) + 3)} - {*keep[producer]})
     return movers._pair(producer, consumer, system, gone), dense
 

@@ -10,29 +10,48 @@ from torch import Tensor, nn
 from cswap_deploy.artifacts import InputSpec
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.observe import observe
-from cswap_deploy.prune.replay import Walk, called_once, left_untouched
+from cswap_deploy.prune.replay import Reuse, Walk, called_once, left_untouched
 
 
-class Writing(nn.Module):
-    """Writes into the output of `norm`, into a view of that of `second`, and into its own sum."""
+class Buffered(nn.Module):
+    """Gives its own buffer, which each forward fills anew."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("given", torch.zeros(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.given.shape != images.shape:
+            self.given = torch.zeros_like(images)
+        self.given.copy_(images * 2)
+        return self.given
+
+
+class Writing(nn.Module):
+    """Writes into the output of `norm`, into a view of that of `second`, into its own sum and, past autograd, into that of `late`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = Buffered()
         self.first = nn.Conv2d(3, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
         self.second = nn.Conv2d(4, 4, 3, padding=1)
         self.same = nn.Identity()
         self.third = nn.Conv2d(4, 4, 1)
+        self.late = nn.Identity()
+        self.fourth = nn.Conv2d(4, 4, 1)
         self.last = nn.Linear(4, 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        made = self.norm(self.first(images))
+        made = self.norm(self.first(self.given(images)))
         made.relu_()
         read = self.same(self.second(made))
         read[:, 0].mul_(2)
         third = self.third(read)
         third += made
-        found: Tensor = self.last(third.mean((2, 3)))
+        fourth = self.late(self.fourth(third))
+        fourth.data.mul_(3)
+        found: Tensor = self.last(fourth.mean((2, 3)))
         return found
 
 
@@ -56,8 +75,8 @@ def test_what_is_written_into_is_told_apart() -> None:
 @pytest.mark.parametrize("as_far_as_sum", [False, True])
 def test_a_walk_sees_what_a_forward_sees(as_far_as_sum: bool) -> None:
     module, images = network(), batches()
-    walk = Walk(module, images, {})
-    for name in ("first", "second", "third", "last"):
+    walk = Walk(module, images, Reuse())
+    for name in ("first", "second", "third", "fourth", "last"):
         seen = list(walk.visit(name, as_far_as_sum=as_far_as_sum))
         for found, (pictures, _) in zip(seen, images, strict=True):
             fresh = observe(module, name, pictures, as_far_as_sum=as_far_as_sum)

@@ -72,7 +72,7 @@ class Gauge:
         module, begun = self._measured, self._begun
         found: dict[str, tuple[float, ...]] = {}
         with torch.no_grad():
-            walk = Walk(module, self.damage.batches, self.structure.reads)
+            walk = Walk(module, self.damage.batches, self.structure.reuse)
             inside = [(first, group) for first, group in self._in_order if asked.get(group.name)]
             for number, (first, group) in enumerate(inside, 1):
                 widths = asked[group.name]

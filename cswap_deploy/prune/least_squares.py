@@ -42,19 +42,22 @@ class NormalEquations:
 
         Columns that are not in `order` are never there.
         """
+        gram = self.gram.new_zeros(len(order), len(order))
+        sums = self.gram.new_zeros(len(order))
         for fields, targets in blocks:
             flat = _rows(fields)
-            sums = flat.sum(0).double()
-            self.gram[order[:, None], order] += _square(flat).double()
-            self.gram[order, -1] += sums
-            self.gram[-1, order] += sums
+            gram += _square(flat)
+            sums += flat.sum(0)
             self.gram[-1, -1] += len(flat)
             self.add_cross(fields, targets, order)
+        self.gram[order[:, None], order] += gram
+        self.gram[order, -1] += sums
+        self.gram[-1, order] += sums
 
     def add_cross(self, fields: Tensor, targets: Tensor, order: Tensor) -> None:
         wanted = _rows(targets)
-        self.cross[order] += (_rows(fields).T @ wanted).double()
-        self.cross[-1] += wanted.sum(0).double()
+        self.cross[order] += _rows(fields).T @ wanted
+        self.cross[-1] += wanted.sum(0)
 
     @property
     def rows(self) -> float:
@@ -111,7 +114,7 @@ class Nested:
 
 def _rows(values: Tensor) -> Tensor:
     """(images, n, positions) as (rows, n)."""
-    return values.transpose(1, 2).reshape(-1, values.shape[1])
+    return values.transpose(1, 2).reshape(values.shape[0] * values.shape[2], values.shape[1])
 
 
 def _square(rows: Tensor) -> Tensor:

@@ -103,6 +103,11 @@ def outlet(module: nn.Module, name: str, images: Tensor) -> Outlet:
     return Outlet(watch.shortcut is not None, alone, norm, watch.scale, watch.shift, watch.axis)
 
 
+def compact(value: Tensor) -> Tensor:
+    """A copy where keeping the tensor itself would keep more memory than it has values."""
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
 class Reached(Exception):
     """Ends a forward that has gone far enough."""
 
@@ -143,8 +148,8 @@ class _Watch:
     # --- modules
 
     def _capture(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self.until == "output":  # nothing runs any more that could write into them
-            self.inputs, self.output = inputs[0], output
+        if self.until == "output":  # nothing runs any more that could write into the output
+            self.inputs, self.output = inputs[0].clone(), compact(output)
             raise Reached
         if self.until == "sum":
             self.inputs, self.output = inputs[0].clone(), output.clone()

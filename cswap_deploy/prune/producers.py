@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.least_squares import SCARCE
 from cswap_deploy.prune.observe import observe
-from cswap_deploy.prune.replay import Walk, answering
+from cswap_deploy.prune.replay import Reuse, Walk, answering
 from cswap_deploy.prune.systems import Site, System, rectified
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Movers:
         dense: nn.Module,
         module: nn.Module,
         batches: Batches,
-        reads: dict[str, set[str] | None],
+        reuse: Reuse,
         sites: Mapping[str, Site | None],
         order: Sequence[str],
         images: int,
@@ -81,11 +82,11 @@ class Movers:
     ) -> None:
         """`order`: of the layers in a forward; `images`: how many the sites' rows were drawn for; `steps` for each producer."""
         batches = batches.divided(JUDGES)
-        self.dense, self.batches, self.reads, self.sites, self.steps = dense, batches, reads, sites, steps
+        self.dense, self.batches, self.reuse, self.sites, self.steps = dense, batches, reuse, sites, steps
         self.place = {name: number for number, name in enumerate(order)}
         self.share = images / len(batches)
-        self.here = Walk(module, batches, reads)
-        self.there, self.reached = Walk(dense, batches, reads), -1
+        self.here = Walk(module, batches, reuse)
+        self.there, self.reached = Walk(dense, batches, reuse), -1
 
     def move(self, producer: str, consumer: str, system: System, weights: Tensor, gone: frozenset[int]) -> bool:
         """Move the producer in the compensated network; its consumer, which must not read `gone`, is left with a passing fit.
@@ -133,7 +134,7 @@ class Movers:
         """Per batch what the dense network gives at the consumer's sum or, where there is none, its output."""
         there = self.there
         if self.place[consumer] < self.reached:  # a shorter branch beside a longer one: a walk only goes forwards
-            there = Walk(self.dense, self.batches, self.reads)
+            there = Walk(self.dense, self.batches, self.reuse)
         else:
             self.reached = self.place[consumer]
         places = there.visit(consumer, as_far_as_sum=site.outlet.summed)
@@ -191,8 +192,8 @@ class _Pair:
     def fit_consumer(self) -> None:
         rows, system = self.behind.rows, self.empty.emptied()
         read, order = system.read, rows.order(system.read)
-        for lesson in self.lessons:
-            system.equations.add(rows.draw(self._read(lesson), lesson.wanted, lesson.number, read), order)
+        drawn = (rows.draw(self._read(each), each.wanted, each.number, read) for each in self.lessons)
+        system.equations.add(chain.from_iterable(drawn), order)
         system.write(self.here.module, self.consumer, system.solve())
 
     def judged(self) -> float:

@@ -17,7 +17,7 @@ from cswap_deploy.prune.ablation import channel_axis, taps, unit_sums
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import positions
 from cswap_deploy.prune.observe import observe
-from cswap_deploy.prune.replay import Walk, in_order
+from cswap_deploy.prune.replay import Reuse, Walk, in_order
 from cswap_deploy.prune.residual import Residual
 from cswap_deploy.prune.rows import Rows
 
@@ -121,7 +121,7 @@ def readings(
     members = {member: group.units for group in groups for member in group.consumers}
     with torch.no_grad():
         means = input_means(module, groups, batches) if intervention == "mean" else {}
-        walk = Walk(module, batches, {})
+        walk = Walk(module, batches, Reuse())
         order = in_order(module, [member.module for member in members], next(iter(batches.first(1)))[0])
         place = {name: number for number, name in enumerate(order)}
         for number, member in enumerate(sorted(members, key=lambda member: place[member.module]), 1):

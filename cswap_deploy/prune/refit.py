@@ -9,7 +9,7 @@ layer is fitted (`producers`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from cswap_deploy.prune.least_squares import NormalEquations
 from cswap_deploy.prune.observe import observe, outlet
 from cswap_deploy.prune.producers import FEWEST_IMAGES as FEWEST_MOVERS
 from cswap_deploy.prune.producers import MAPS_BYTES, MOST_IMAGES, Movers, Partner
-from cswap_deploy.prune.replay import CACHE_BYTES, Walk, finished_before, in_order
+from cswap_deploy.prune.replay import CACHE_BYTES, Reuse, Walk, finished_before, in_order
 from cswap_deploy.prune.rows import Rows
 from cswap_deploy.prune.systems import Block, Site, System, Systems
 
@@ -42,7 +42,7 @@ class Structure:
     sites: dict[str, Site | None] = field(default_factory=dict)
     grouped: dict[str, Site] = field(default_factory=dict)
     """Convolutions of several groups that can be fitted group by group."""
-    reads: dict[str, set[str] | None] = field(default_factory=dict)
+    reuse: Reuse = field(default_factory=Reuse)
     order: tuple[str, ...] = ()
     """Convolutions and linear layers in the order in which a forward calls them."""
     images: int = 0
@@ -75,9 +75,9 @@ def refit(
     the outputs that stay 0, as they are in `module`.
     """
     batches = batches.first(structure.images)
-    there, here = Walk(dense, batches, structure.reads), Walk(module, batches, structure.reads)
+    there, here = Walk(dense, batches, structure.reuse), Walk(module, batches, structure.reuse)
     some = batches.first(structure.movers)
-    movers = Movers(dense, module, some, structure.reads, structure.sites, structure.order, len(batches), steps)
+    movers = Movers(dense, module, some, structure.reuse, structure.sites, structure.order, len(batches), steps)
     systems: Systems = {}
     changed, kept = False, set[str]()
     for number, name in enumerate(structure.order, 1):
@@ -121,7 +121,7 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
     largest = 1
     with torch.no_grad():
         structure.order = tuple(in_order(dense, names, image))
-        walk = Walk(dense, batches.first(1), structure.reads)
+        walk = Walk(dense, batches.first(1), structure.reuse)
         for name in structure.order:
             read = walk.read_from(name, image) or ()
             with finished_before(dense, [name], walk.once, read) as done:
@@ -192,12 +192,15 @@ def _gather(
     silent: Sequence[int],
 ) -> tuple[System, list[Block]]:
     """The layer's system; the blocks that it was summed over where a rectifier follows, for which they are needed again."""
-    system, kept = System.begin(site, dense, gone, tuple(silent)), []
-    order = site.rows.order(system.read)
-    for seed, found in enumerate(here.visit(name, as_far_as_sum=site.outlet.summed)):
-        for block in Block.of(site, found, wanted[seed], seed, system.read):
-            system.equations.add([(block.fields, block.targets)], order)
-            kept += [block] if site.outlet.rectified else []
+    system, kept = System.begin(site, dense, gone, tuple(silent)), list[Block]()
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        for seed, found in enumerate(here.visit(name, as_far_as_sum=site.outlet.summed)):
+            for block in Block.of(site, found, wanted[seed], seed, system.read):
+                kept.extend([block] if site.outlet.rectified else [])
+                yield block.fields, block.targets
+
+    system.equations.add(blocks(), site.rows.order(system.read))
     return system, kept
 
 

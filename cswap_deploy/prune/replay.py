@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.prune.batches import Batches
-from cswap_deploy.prune.observe import Place, observe
+from cswap_deploy.prune.observe import Place, compact, observe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 CACHE_BYTES = 1 << 30
 """Kept outputs of one walk (a refit makes two, and two on fewer images where makers move); batches beyond it are computed
 from the start each time."""
+
+COMPARED_BYTES = 1 << 28
+"""Outputs that are held at once to see whether anything writes into them, and as much again for their copies."""
 
 Kept = dict[str, "Tensor"]
 """Per submodule its output, or zeros without memory of their own where nothing that is still to come reads it."""
@@ -99,7 +102,7 @@ def finished_before(
             elif read is not None and name not in read:
                 done[name] = _unread(output)
             else:
-                done[name] = output if name in untouched and _compact(output) else output.clone()
+                done[name] = compact(output) if name in untouched else output.clone()
 
         return hook
 
@@ -185,29 +188,60 @@ def _unread(value: Tensor) -> Tensor:
     return value.new_zeros(()).expand_as(value)
 
 
-def _compact(value: Tensor) -> bool:
-    """Whether keeping it keeps no more memory than it has values."""
-    return value.untyped_storage().nbytes() == value.nbytes
-
-
 def left_untouched(module: nn.Module, names: Iterable[str], images: Tensor) -> set[str]:
-    """Of these submodules, which a forward calls once, those whose output nothing behind them writes into."""
+    """Of these submodules, which a forward calls once, those whose output nothing changes, in this forward or in the next.
+
+    Found by comparing, about `COMPARED_BYTES` of outputs at a time: whoever writes, in whatever way.
+    """
     import torch
 
-    seen: dict[str, tuple[Tensor, int]] = {}
+    waiting, found = [*names], set[str]()
+    with torch.no_grad():
+        while waiting:
+            seen = _outputs(module, waiting, images)
+            module(-images)
+            found |= {name for name, pair in seen.items() if pair and torch.equal(*pair)}
+            waiting = [name for name in waiting if name not in seen] if seen else []
+    return found
+
+
+def _outputs(module: nn.Module, names: Iterable[str], images: Tensor) -> dict[str, tuple[Tensor, Tensor] | None]:
+    """Outputs of one forward and copies of what they were, as many as are compared at once; None for what is no tensor."""
+    import torch
+
+    seen: dict[str, tuple[Tensor, Tensor] | None] = {}
 
     def leave(name: str) -> Any:
         def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and not output.is_inference():
-                seen[name] = output, output._version
+            if not isinstance(output, torch.Tensor):
+                seen[name] = None
+            elif sum(pair[0].nbytes for pair in seen.values() if pair) < COMPARED_BYTES:
+                seen[name] = output, output.clone()
 
         return hook
 
-    with ExitStack() as undo, torch.no_grad():
+    with ExitStack() as undo:
         for name in names:
             undo.callback(module.get_submodule(name).register_forward_hook(leave(name)).remove)
         module(images)
-    return {name for name, (output, version) in seen.items() if output._version == version}
+    return seen
+
+
+@dataclass
+class Reuse:
+    """What holds of every network of one structure: found at the first walk, used by the later ones."""
+
+    read: dict[str, set[str] | None] = field(default_factory=dict)
+    """Per visited layer what `still_read` says there."""
+    once: tuple[str, ...] | None = None
+    """What a forward calls once."""
+    untouched: frozenset[str] = frozenset()
+    """Of these what `left_untouched` says."""
+
+    def examine(self, module: nn.Module, images: Tensor) -> None:
+        if self.once is None:
+            self.once = tuple(called_once(module, images))
+            self.untouched = frozenset(left_untouched(module, self.once, images))
 
 
 @dataclass
@@ -216,14 +250,15 @@ class Walk:
 
     module: nn.Module
     batches: Batches
-    reads: dict[str, set[str] | None]
-    """Per visited layer what `still_read` says there: true of every network of the same structure."""
+    reuse: Reuse
     kept: dict[int, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        example = next(iter(self.batches.first(1)))[0]
-        self.once = called_once(self.module, example)
-        self.untouched = left_untouched(self.module, self.once, example)
+        self.reuse.examine(self.module, next(iter(self.batches.first(1)))[0])
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        return self.reuse.once or ()
 
     def visit(self, name: str, *, as_far_as_sum: bool) -> Iterator[Place]:
         """What layer `name` reads and gives, batch by batch. Layers must come in the order in which a forward calls them."""
@@ -231,8 +266,9 @@ class Walk:
         for number, (images, _) in enumerate(self.batches):
             read = self.read_from(name, images[:1])
             before = self.kept.pop(number, {})
-            seen = finished_before(self.module, [name], self.once, read, before, self.untouched)
-            with replayed(self.module, before, self.untouched), seen as done:
+            untouched = self.reuse.untouched
+            seen = finished_before(self.module, [name], self.once, read, before, untouched)
+            with replayed(self.module, before, untouched), seen as done:
                 place = observe(self.module, name, images, as_far_as_sum=as_far_as_sum)
             if read is not None:
                 size += sum(value.nbytes for key, value in done.items() if key in read)
@@ -242,12 +278,13 @@ class Walk:
 
     def rest(self, number: int) -> AbstractContextManager[None]:
         """Inside the block a forward of batch `number` runs only what comes from the layer on that was visited last."""
-        return replayed(self.module, self.kept.get(number, {}), self.untouched)
+        return replayed(self.module, self.kept.get(number, {}), self.reuse.untouched)
 
     def read_from(self, name: str, images: Tensor) -> set[str] | None:
         """Which outputs the network still reads when layer `name` begins; None: replaying them is not the same."""
-        if name not in self.reads:
+        known = self.reuse.read
+        if name not in known:
             with finished_before(self.module, [name], self.once) as done:
                 self.module(images)
-            self.reads[name] = still_read(self.module, images, done)
-        return self.reads[name]
+            known[name] = still_read(self.module, images, done)
+        return known[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Slice
@@ -42,8 +43,7 @@ class Residual:
             kernel, gram = 1, _channel_gram(layer, (inputs for inputs, _ in calls))
         else:
             system = NormalEquations.empty(rows.columns, rows.outputs, str(layer.weight.device))
-            for seed, (inputs, output) in enumerate(calls):
-                system.add(rows.draw(inputs, output, seed), rows.order())
+            system.add(chain.from_iterable(rows.draw(*call, seed) for seed, call in enumerate(calls)), rows.order())
             gram = system.gram
         weight = layer.weight.detach().movedim(1, 0).flatten(1)
         live = weight.any(1).repeat_interleave(kernel)

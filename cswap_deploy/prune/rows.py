@@ -93,7 +93,9 @@ class Rows:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `draw`, with targets that were picked with the same seed; `positions`: of one output, before any is drawn."""
         chosen = self._chosen(positions, seed, inputs.device)
-        step = max(1, CHUNK // (picked.shape[2] * self.columns))
+        weight: Any = self.layer.weight
+        columns = self.columns if channels is None else weight[0, 0].numel() * len(channels)
+        step = max(1, CHUNK // max(1, picked.shape[2] * columns))
         for start in range(0, len(inputs), step):
             yield self._fields(inputs[start : start + step], chosen, channels), picked[start : start + step]
 
@@ -153,4 +155,5 @@ def _receptive_fields(layer: Any, inputs: Tensor, chosen: Tensor | None) -> Tens
     vertically, horizontally = (torch.arange(k) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
     offsets = (vertically[:, None] * width + horizontally).flatten().to(inputs.device)
     index = (corner[:, None] + offsets).flatten()
-    return padded.reshape(images, -1, channels).index_select(1, index).reshape(images, len(places), -1)
+    pixels = padded.reshape(images, height * width, channels).index_select(1, index)
+    return pixels.reshape(images, len(places), len(offsets) * channels)
