@@ -396,7 +396,15 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
     if planning.goal_ms(recipe):
         engine = recipe.ships_engine
         order = ("staircase", "rotated", "scores", "curves", "plan", "pruned")
-        before = [*before[:2], *dense, "groups", "sizes", *([progress.spelt("engine", "dense")] if engine else ())]
+        alone = [] if engine else [progress.spelt("staircase", "dense")]
+        before = [
+            *before[:2],
+            *dense,
+            *alone,
+            "groups",
+            "sizes",
+            *([progress.spelt("engine", "dense")] if engine else ()),
+        ]
         before += [name for name in order if name in names]
         made, dense = [*made, *(["engine"] if engine else ()), "latency"], []
     return (
@@ -434,10 +442,11 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
         stopped, reason = first.name, first.reason
     passed = {reference.partition("/")[0] for reference in work.used}
     names = stages(recipe)
+    later = names[names.index(stopped) :] if stopped in names else ()
     for name in names:
         if name == stopped:
             yield name, reason
-        elif name in passed:
+        elif name in passed and name not in later:
             yield name, "up to date"
         elif stopped in ("", names[-1]):
             yield name, "did not run: not needed, or the target was lost"

@@ -15,6 +15,7 @@ from cswap_deploy import budget, engines, export, progress, prune
 from cswap_deploy.artifacts import Curves, Groups, ImageSet, Network, OnnxModel, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
+from cswap_deploy.budget.sizes import Sizes
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, WidthTimings
 from cswap_deploy.device.target import Away, Probe, Target, reach
@@ -76,18 +77,22 @@ def choose(
 
     `dense`: the dense network's files; `ship` makes those of a plan that a file which ships or becomes the engine needs.
     """
-    groups = work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
+    nothing = Groups((), (), ())
     with reached(recipe, work) as (target, probe):
+        if not recipe.ships_engine:
+            file, facts = dense[recipe.shipped_file].graph, probe.facts("onnxruntime")
+            if met := unneeded(Meter(recipe, work, file, nothing, Sizes(()), facts, target)):
+                return source, nothing, PruningPlan({}, (), None), met
+        groups = work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
         name = engines.built_from(recipe, probe.typed) if recipe.ships_engine else recipe.shipped_file
         sizes = work.run(export.sizes_of, source, groups, dense["fp32"], recipe.onnx.graph, name.startswith("int8"))
         if recipe.ships_engine:
             meter = of_engines(recipe, work, dense, source.input, groups, sizes, target, probe)
         else:
-            file = dense[recipe.shipped_file].graph
-            meter = Meter(recipe, work, file, groups, sizes, probe.facts("onnxruntime"), target)
+            meter = Meter(recipe, work, file, groups, sizes, facts, target)
         first = begun(meter)
         if first.verdict != "met":
-            return source, Groups((), (), ()), PruningPlan({}, (), None), first
+            return source, nothing, PruningPlan({}, (), None), first
         staircase = learned(meter)
         turned = rotated(recipe, source, split, groups, work)
         planner = _Planner(recipe, turned, split, groups, work, staircase)
@@ -106,6 +111,22 @@ def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work:
 
 
 # --- before anything is pruned
+
+
+def unneeded(meter: Meter) -> Budget | None:
+    """The budget where the dense network meets it: known before anything is looked for that could leave."""
+    goal = goal_ms(meter.recipe)
+    assert goal
+    for seconds in (PROBE_S, LONGER * PROBE_S):
+        samples = Samples.load(meter.timings("dense", (), seconds).samples.path)
+        dense = samples.percentile_ms(0, meter.percentile)
+        low, high = samples.percentile_ci95_ms(0, meter.percentile)
+        if not low <= goal <= high:
+            break
+    if dense > goal:
+        return None
+    progress.note(f"dense network {dense:.4g} ms (p{meter.percentile}), budget {goal:.4g} ms: not needed")
+    return Budget(goal, meter.percentile, dense, (low, high), None, "not needed", (), None, meter.facts)
 
 
 def begun(meter: Meter) -> Budget:

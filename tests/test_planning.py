@@ -139,12 +139,15 @@ def test_another_device_gets_a_staircase_of_its_own(project: Project, monkeypatc
 
 
 def test_a_budget_that_the_dense_network_meets_is_not_needed(fresh: Project, device: Simulated) -> None:
+    stages = fresh.folder / "work" / "stages"
+    shutil.rmtree(stages / "groups")
     built = fresh.build(asked(5), *SHORT)
     block = budget_of(built)
     assert (block["verdict"], block["trials"], built.manifest["exit_code"]) == ("not needed", 0, 0)
     assert built.manifest["pruned"]["units_removed"] == 0
     assert built.manifest["pruned"]["macs"] == built.manifest["model"]["macs"]
-    assert device.asked.count("measure") == 2  # the first probe, and what ships beside its twin
+    assert device.asked.count("measure") == 2  # the dense network alone, and as it ships
+    assert "floor_ms" not in block and not (stages / "groups").exists(), "nothing else was looked for"
 
 
 def test_a_budget_below_the_floor_is_infeasible_and_says_so(fresh: Project, device: Simulated) -> None:
@@ -153,7 +156,10 @@ def test_a_budget_below_the_floor_is_infeasible_and_says_so(fresh: Project, devi
     assert (block["verdict"], built.manifest["exit_code"], built.manifest["verdict"]) == ("infeasible", 8, "fail")
     assert block["floor_ms"] == pytest.approx(1.3, rel=0.02)
     assert any("cannot be reached" in reason for reason in built.manifest["reasons"])
-    assert built.manifest["pruned"]["units_removed"] == 0 and device.asked.count("measure") == 2
+    assert built.manifest["pruned"]["units_removed"] == 0
+    assert (
+        device.asked.count("measure") == 3
+    )  # the dense network alone, the first probe, and what ships beside its twin
     said = "\n".join(bundle_lines(built.bundle)), report.render(built.manifest, "html")
     assert not any("blocks of channels" in text for text in said)
 

@@ -38,7 +38,7 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
         "planned_here": budget is planned,
         "dense_ms": budget.dense_ms,
         "dense_ci95_ms": list(budget.dense_ci95_ms),
-        "floor_ms": budget.floor * budget.dense_ms,
+        **({"floor_ms": budget.floor * budget.dense_ms} if budget.floor is not None else {}),
         "ratio_asked": budget.ratio,
         "ratio": found.value if found else None,
         "ratio_ci95": [found.low, found.high] if found else None,

@@ -97,8 +97,8 @@ class Budget:
     dense_ms: float
     """Of the dense network when the budget was set."""
     dense_ci95_ms: tuple[float, float]
-    floor: float
-    """Ratio of the fastest network that groups as narrow as they can be give."""
+    floor: float | None
+    """Ratio of the fastest network that groups as narrow as they can be give; None where it was not looked for."""
     verdict: BudgetVerdict
     """Before what ships was measured."""
     trials: tuple[Trial, ...]
