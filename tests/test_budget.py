@@ -339,7 +339,7 @@ def test_the_multiple_that_pays_is_found(step: int, noise: float) -> None:
 
 def test_widths_below_the_multiple_are_told_apart_where_they_cost_differently() -> None:
     found = learned(blocks(9, 16), 4, multiple=16, noise=0.005)
-    assert found.block == 4 and found.steps[0].widths == (4, 8, 16)
+    assert found.block == 4 and found.steps[0].widths == (1, 2, 4, 8, 16)
     assert learned(blocks(9, 64), 16, multiple=16, noise=0.005).block == 16
 
 
@@ -352,7 +352,7 @@ def test_only_what_candidates_may_be_is_learned_from() -> None:
 def test_small_groups_may_also_be_a_part_of_the_multiple() -> None:
     groups = chained((16, 256))
     options = design.options(groups, design.kinds_of(groups), 16, exact=False)
-    assert options["c0"] == (4, 8) and options["c1"][:2] == (16, 32)
+    assert options["c0"] == (1, 2, 4, 8) and options["c1"][:2] == (16, 32)
     assert design.options(groups, design.kinds_of(groups), 16, exact=True)["c0"] == ()
 
 
@@ -377,7 +377,7 @@ def test_kinds_alone_and_all_groups_together_are_measured() -> None:
     groups = chained((64, 128))
     kinds = design.kinds_of(groups)
     levels = design.levels(design.options(groups, kinds, 16, exact=False), 4)
-    assert design.alone(kinds, levels)[0] == {"c0": 4}
+    assert design.alone(kinds, levels)[0] == {"c0": 1}
     settings = design.together(groups, kinds, levels, 20, 0)
     assert len(settings) == 20 and {setting["c1"] for setting in settings} >= {16, 128}
     assert settings == design.together(groups, kinds, levels, 20, 0)

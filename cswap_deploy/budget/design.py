@@ -116,15 +116,15 @@ def options(
 ) -> dict[str, tuple[int, ...]]:
     """Widths that each kind of group may have, narrow to wide, below its units: multiples, at most `CHOICES`.
 
-    Of small groups also a half and a quarter of the multiple, unless it is `exact`: the recipe's own.
+    Of small groups also halves of the multiple down to a single unit, unless it is `exact`: the recipe's own.
     """
     found = {}
     for name in kinds:
         group = groups.by_name[name]
         step = step_of(group, multiple)
         stride = step * max(1, group.units // (CHOICES * step))
-        small = [] if exact or group.units > 4 * step else [step // 4, step // 2]
-        found[name] = tuple(sorted({*range(step, group.units, stride), *(w for w in small if 0 < w < group.units)}))
+        small = [] if exact or group.units > 4 * step else [step >> halving for halving in range(1, step.bit_length())]
+        found[name] = tuple(sorted({*range(step, group.units, stride), *(w for w in small if w < group.units)}))
     return found
 
 
