@@ -305,10 +305,9 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
         *options.overrides,
     ]
 
-    def recipe(target: str, round_to: int | None = None) -> Recipe:
-        multiple = [f"prune.round_to={round_to}"] if round_to else []
+    def recipe(target: str) -> Recipe:
         file = HERE.parent / "recipes" / "cifar10-resnet56.yaml"
-        return load_recipe(file, [*overrides, f"prune.target={target}", *multiple])
+        return load_recipe(file, [*overrides, f"prune.target={target}"])
 
     with Workdir(folder).open() as work:
         begun = time.monotonic()
@@ -328,7 +327,7 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
 
 
 def others(
-    recipe: Callable[..., Recipe], work: Workdir, options: argparse.Namespace
+    recipe: Callable[[str], Recipe], work: Workdir, options: argparse.Namespace
 ) -> dict[str, list[tuple[float, float]]]:
     """(ratio, drop) of MACs targets and of uniform ratios: same scores, same order of units, same compensation."""
     _, ready = prepared.find(work)

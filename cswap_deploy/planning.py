@@ -118,15 +118,19 @@ def unneeded(meter: Meter) -> Budget | None:
     goal = goal_ms(meter.recipe)
     assert goal
     for seconds in (PROBE_S, LONGER * PROBE_S):
-        samples = Samples.load(meter.timings("dense", (), seconds).samples.path)
-        dense = samples.percentile_ms(0, meter.percentile)
-        low, high = samples.percentile_ci95_ms(0, meter.percentile)
+        dense, low, high = _dense_ms(meter, meter.timings("dense", (), seconds))
         if not low <= goal <= high:
             break
     if dense > goal:
         return None
     progress.note(f"dense network {dense:.4g} ms (p{meter.percentile}), budget {goal:.4g} ms: not needed")
     return Budget(goal, meter.percentile, dense, (low, high), None, "not needed", (), None, meter.facts)
+
+
+def _dense_ms(meter: Meter, timings: WidthTimings) -> tuple[float, float, float]:
+    """The dense network's latency at the percentile that is asked for, and the ends of its 95 % interval."""
+    samples = Samples.load(timings.samples.path)
+    return samples.percentile_ms(0, meter.percentile), *samples.percentile_ci95_ms(0, meter.percentile)
 
 
 def begun(meter: Meter) -> Budget:
@@ -136,9 +140,7 @@ def begun(meter: Meter) -> Budget:
     settings = design.extremes(meter.groups, meter.design, meter.exact) if meter.groups.groups else ()
     for seconds in (PROBE_S, LONGER * PROBE_S):
         timings = meter.timings("floor", settings, seconds)
-        samples = Samples.load(timings.samples.path)
-        dense = samples.percentile_ms(0, meter.percentile)
-        low, high = samples.percentile_ci95_ms(0, meter.percentile)
+        dense, low, high = _dense_ms(meter, timings)
         ratios = budget.ratios(timings, meter.percentile)
         if settings and not ratios:
             raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)

@@ -157,9 +157,8 @@ def test_a_budget_below_the_floor_is_infeasible_and_says_so(fresh: Project, devi
     assert block["floor_ms"] == pytest.approx(1.3, rel=0.02)
     assert any("cannot be reached" in reason for reason in built.manifest["reasons"])
     assert built.manifest["pruned"]["units_removed"] == 0
-    assert (
-        device.asked.count("measure") == 3
-    )  # the dense network alone, the first probe, and what ships beside its twin
+    # the dense network alone, the first probe, and what ships beside its twin
+    assert device.asked.count("measure") == 3
     said = "\n".join(bundle_lines(built.bundle)), report.render(built.manifest, "html")
     assert not any("blocks of channels" in text for text in said)
 
