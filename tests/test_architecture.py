@@ -22,7 +22,7 @@ FLOORS = {
     "device device.* external_data model factory checkpoint data images intervals samples "
     "paths prepared units attention onnx_file preprocess runtime manifest facts details report report.* "
     "prune.batches prune.groups prune.dims prune.rules prune.arranging prune.tracing prune.attributes "
-    "prune.proposals prune.proof prune.head_dims prune.rotation prune.costs prune.ablation prune.observe prune.rows "
+    "prune.proposals prune.proof prune.head_dims prune.rotation prune.costs prune.ablation prune.descent prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "budget.values budget.shared budget.sizes budget.narrow budget.design budget.staircase budget.loop budget.account "

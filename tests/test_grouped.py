@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from cswap_deploy.prune.batches import Batches
@@ -121,6 +122,7 @@ class Lying(nn.Conv2d):
         (nn.Conv2d(4, 4, 3, padding="same", groups=4), False),
         (nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="reflect"), False),
         (Lying(4, 4, 3, padding=1, groups=4), False),
+        (Conv2dSame(4, 8, 3, stride=2, groups=4), False),
         (nn.Linear(9, 4), False),
     ],
 )

@@ -156,22 +156,122 @@ def test_a_sum_that_something_else_reads_too_is_not_rectified(scaled: bool) -> N
         assert second.scale is not None and second.scale.tolist() == [0.5] * 6
 
 
-class TwoReaders(nn.Module):
-    """What a BatchNorm normalises is also read as it is: it cannot take up a bias for both."""
+class NormBehindTheSum(nn.Module):
+    """The only reader of the last sum is a BatchNorm with a ReLU behind it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.head = conv(3, 6), nn.BatchNorm2d(6), zoo.pooled(6)
+        self.stem, self.conv, self.norm = zoo.conv_bn(3, 6), conv(6, 6), nn.BatchNorm2d(6)
+        self.head = zoo.pooled(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        out: Tensor = self.head(self.norm(x).relu() * x.sigmoid())
+        x = self.stem(x)
+        out: Tensor = self.head(self.norm(x + self.conv(x)).relu())
         return out
 
 
-def test_a_batchnorm_that_is_not_the_only_reader_takes_up_no_bias() -> None:
-    found = outlet_of(built(TwoReaders()), "conv")
+def test_a_relu_behind_a_batchnorm_of_the_sum_does_not_rectify_the_sum() -> None:
+    found = outlet_of(built(NormBehindTheSum()), "conv")
+    assert (found.summed, found.rectified, found.norm, found.scale) == (True, False, "", None)
+
+
+def test_the_last_sum_of_a_preactivation_resnet_is_not_rectified() -> None:
+    import timm
+
+    found = outlet_of(built(timm.create_model("resnetv2_18", pretrained=False)), "stages.3.blocks.1.conv2", 32)
+    assert (found.summed, found.rectified, found.norm) == (True, False, "")
+
+
+class TwoReaders(nn.Module):
+    """What a BatchNorm normalises is also read as it is: it cannot take up a bias for both."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head, self.kind = conv(3, 6), nn.BatchNorm2d(6), zoo.pooled(6), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        match self.kind:
+            case "after":
+                both = self.norm(x).relu() * x.sigmoid()
+            case "before":
+                both = x.sigmoid() * self.norm(x).relu()
+            case _:
+                both = x.data.sigmoid() * self.norm(x).relu()
+        out: Tensor = self.head(both)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["after", "before", "through a property"])
+def test_a_batchnorm_that_is_not_the_only_reader_takes_up_no_bias(kind: str) -> None:
+    found = outlet_of(built(TwoReaders(kind)), "conv")
     assert (found.rectified, found.norm) == (False, "")
+
+
+class Stage(nn.Module):
+    """Two inverted residuals as at the start of a stage: the first without a skip, its output is the skip of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide1, self.wide2 = zoo.conv_bn(3, 8), zoo.conv_bn(8, 10, 1), zoo.conv_bn(6, 12, 1)
+        self.narrow1, self.norm1 = nn.Conv2d(10, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.narrow2, self.norm2 = nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.head = zoo.pooled(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.narrow1(self.wide1(self.stem(x))))
+        out: Tensor = self.head(self.norm2(self.narrow2(self.wide2(x))) + x)
+        return out
+
+
+def test_what_reads_a_layer_s_output_is_no_shortcut_for_it() -> None:
+    module = built(Stage())
+    first, second = outlet_of(module, "narrow1"), outlet_of(module, "narrow2")
+    assert (first.summed, first.rectified, first.norm) == (False, False, "norm1")
+    assert (second.summed, second.rectified, second.norm) == (True, False, "norm2")
+
+
+def test_the_first_block_of_a_stage_of_mobilenetv2_has_no_shortcut() -> None:
+    import timm
+
+    module = built(timm.create_model("mobilenetv2_100", pretrained=False))
+    first, second = (outlet_of(module, f"blocks.1.{number}.conv_pwl", 32) for number in (0, 1))
+    assert (first.summed, first.rectified, first.norm) == (False, False, "blocks.1.0.bn3")
+    assert (second.summed, second.rectified, second.norm) == (True, False, "blocks.1.1.bn3")
+
+
+def test_a_layer_does_not_make_up_for_what_a_later_block_lost() -> None:
+    dense = built(Stage())
+    entry = zoo.Entry(lambda: dense, zoo.spec(8), 0)
+    groups, lost = find(dense, entry.spec), {"wide1.0": tuple(range(0, 10, 2))}
+    one, two = (
+        fitted(dense, groups, keep, zoo.batches(entry, 60), steps=0)[0]
+        for keep in (lost, {**lost, "wide2.0": (0, 5, 7)})
+    )
+    assert not torch.equal(one.narrow1.weight, dense.narrow1.weight)
+    assert torch.equal(one.narrow1.weight, two.narrow1.weight)
+    assert torch.equal(one.norm1.running_mean, two.norm1.running_mean)
+
+
+class ByName(nn.Module):
+    """Calls its layers by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.head = zoo.conv_bn(3, 8), nn.Linear(8, 10), nn.Linear(10, zoo.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean((2, 3))
+        out: Tensor = self.head(input=self.fc(input=x).relu())
+        return out
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_layers_that_are_called_by_keyword_are_fitted(steps: int) -> None:
+    dense = built(ByName())
+    entry = zoo.Entry(lambda: dense, zoo.spec(8), 0)
+    module, systems = fitted(dense, find(dense, entry.spec), {"fc": (0, 3, 4)}, zoo.batches(entry, 400), steps=steps)
+    assert set(systems) == {"fc", "head"} and changed(module, dense) == ({"fc", "head"} if steps else {"head"})
 
 
 # --- who takes up the bias

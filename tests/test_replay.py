@@ -55,6 +55,45 @@ class Writing(nn.Module):
         return found
 
 
+class Seldom(nn.Module):
+    """Writes that change nothing here: a clamp that nothing reaches, a branch that gives zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branch = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.second, self.last = nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+        for parameter in self.branch.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, images: Tensor) -> Tensor:
+        made = self.second(self.first(images).clamp_(max=1e6))
+        made += self.branch(made)
+        found: Tensor = self.last(made.mean((2, 3)))
+        return found
+
+
+class Noting(nn.Module):
+    """Keeps what it is given beside its output."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.map = images.mean(1, keepdim=True).sigmoid()
+        return images
+
+
+class Remembering(nn.Module):
+    """What comes later reads what an earlier module has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.note = nn.Conv2d(3, 4, 3, padding=1), Noting()
+        self.second, self.third, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        read = self.second(self.note(self.first(images)))
+        found: Tensor = self.last(self.third(read * self.note.map).mean((2, 3)))
+        return found
+
+
 def network() -> Writing:
     torch.manual_seed(0)
     return Writing().eval()
@@ -69,6 +108,32 @@ def batches() -> Batches:
 def test_what_is_written_into_is_told_apart() -> None:
     module, images = network(), next(iter(batches()))[0]
     assert left_untouched(module, called_once(module, images), images) == {"first", "last"}
+
+
+def test_a_write_that_changes_nothing_on_these_images_is_one() -> None:
+    module, images = Seldom().eval(), next(iter(batches()))[0]
+    assert left_untouched(module, called_once(module, images), images) == {"branch", "last"}
+
+
+@torch.no_grad()
+def test_what_a_module_keeps_beside_its_output_is_of_the_same_images() -> None:
+    module = Remembering().eval()
+    walk = Walk(module, batches(), Reuse())
+    for name in ("first", "second", "third", "last"):
+        for found, (pictures, _) in zip(list(walk.visit(name, as_far_as_sum=False)), batches(), strict=True):
+            assert torch.equal(found.inputs, observe(module, name, pictures, as_far_as_sum=False).inputs)
+
+
+@torch.no_grad()
+def test_what_nothing_reads_any_more_is_let_go() -> None:
+    layers = [part for _ in range(3) for part in (nn.Conv2d(3, 3, 3, padding=1), nn.Sigmoid())]
+    module = nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Linear(192, 2)).eval()
+    walk = Walk(module, batches(), Reuse())
+    for name in ("0.0", "0.2", "0.4", "2"):
+        list(walk.visit(name, as_far_as_sum=False))
+        for kept in walk.kept.values():
+            held = {key for key, value in kept.items() if value.untyped_storage().nbytes() > value.element_size()}
+            assert held == walk.reuse.read[name]
 
 
 @torch.no_grad()

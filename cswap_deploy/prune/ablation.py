@@ -21,24 +21,34 @@ def channel_axis(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
+def first_argument(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """What a layer reads, however it is called."""
+    return inputs[0] if inputs else next(iter(named.values()), None)
+
+
+def with_first(inputs: tuple[Any, ...], named: dict[str, Any], value: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call on another value."""
+    return ((value, *inputs[1:]), named) if inputs else ((), {**named, next(iter(named)): value})
+
+
 @contextmanager
 def taps(module: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the inputs of these layers, one per call, each an autograd node that only its own layer reads."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def tap(name: str) -> Any:
-        def hook(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            own = inputs[0].clone()
+        def hook(_layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+            own = first_argument(inputs, named).clone()
             if own.requires_grad:
                 own.retain_grad()
             seen[name].append(own)
-            return (own, *inputs[1:])
+            return with_first(inputs, named, own)
 
         return hook
 
     with ExitStack() as undo:
         for name in layers:
-            handle = module.get_submodule(name).register_forward_pre_hook(tap(name))
+            handle = module.get_submodule(name).register_forward_pre_hook(tap(name), with_kwargs=True)
             undo.callback(handle.remove)
         yield seen
 
@@ -52,16 +62,17 @@ def ablated(
     def replace(member: Slice) -> Any:
         indices = positions(member, units)
 
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            changed = inputs[0].clone().movedim(channel_axis(layer), -1)
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+            changed = first_argument(inputs, named).clone().movedim(channel_axis(layer), -1)
             changed[..., indices] = means[member.module][indices] if means else 0.0
-            return (changed.movedim(-1, channel_axis(layer)), *inputs[1:])
+            return with_first(inputs, named, changed.movedim(-1, channel_axis(layer)))
 
         return hook
 
     with ExitStack() as undo:
         for member in group.consumers:
-            handle = module.get_submodule(member.module).register_forward_pre_hook(replace(member))
+            layer = module.get_submodule(member.module)
+            handle = layer.register_forward_pre_hook(replace(member), with_kwargs=True)
             undo.callback(handle.remove)
         yield
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
+
+from cswap_deploy.prune.ablation import first_argument
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,12 +37,15 @@ def _pairs(module: nn.Module, images: Tensor) -> dict[str, str]:
     calls: dict[str, list[tuple[Any, Any]]] = {}
 
     def hook(name: str) -> Any:
-        return lambda _layer, inputs, output: calls.setdefault(name, []).append((inputs[0], output))
+        def keep(_layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+            calls.setdefault(name, []).append((first_argument(inputs, named), output))
+
+        return keep
 
     with ExitStack() as undo:
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Conv2d) or _is_norm(layer):
-                undo.callback(layer.register_forward_hook(hook(name)).remove)
+                undo.callback(layer.register_forward_hook(hook(name), with_kwargs=True).remove)
         module(images)
     once = {name: found[0] for name, found in calls.items() if len(found) == 1}
     norms = {id(inputs): name for name, (inputs, _) in once.items() if _is_norm(module.get_submodule(name))}

@@ -11,24 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.prune.least_squares import RIDGE, SCARCE
 from cswap_deploy.prune.replay import Walk
-from cswap_deploy.prune.rows import Rows
+from cswap_deploy.prune.rows import Rows, is_sized
 from cswap_deploy.prune.systems import Block, Site, norm_of, start_of, write
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def grouped_rows(layer: nn.Module, inputs: Tensor, output: Tensor, images: int) -> Rows | None:
+def grouped_rows(layer: nn.Module, inputs: Tensor, output: Tensor, length: int) -> Rows | None:
     """The receptive fields of all groups side by side; None for other layers, or where the forward is not that product.
 
-    `inputs`, `output`: one example call on a batch; `images`: how many will come in all.
+    `inputs`, `output`, `length`: as in `Rows.of`.
     """
     import torch
     from torch import nn
 
-    if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
-        return None
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+    if not isinstance(layer, nn.Conv2d) or layer.groups == 1 or not is_sized(layer, inputs, output):
         return None
     weight, outputs = layer.weight.detach(), layer.out_channels
     columns = layer.in_channels * weight[0, 0].numel()
@@ -38,7 +36,7 @@ def grouped_rows(layer: nn.Module, inputs: Tensor, output: Tensor, images: int) 
         close = 1e-3 * float(targets.abs().max().clamp_min(1e-6))
         if not torch.allclose(_product(layer, start, _in_order(everything, fields)), targets, rtol=1e-3, atol=close):
             return None
-    return Rows.sampled(layer, columns, len(start), output, images)
+    return Rows.sampled(layer, columns, len(start), output, length)
 
 
 def refit_grouped(

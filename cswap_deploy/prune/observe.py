@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.prune.ablation import channel_axis
+from cswap_deploy.prune.ablation import channel_axis, first_argument
+from cswap_deploy.prune.descent import descent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 SUMS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
 RECTIFIERS = frozenset({"relu", "relu_"})
 QUESTIONS = frozenset({"__get__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point"})
-"""What asks about a tensor without reading its values."""
+"""What asks about a tensor without reading its values, unless it gives another tensor."""
+OUTWARDS = frozenset({"tolist", "numpy", "__array__"})
+"""What hands values over to Python without any operator."""
 UNIT = "unit"
 BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 SMALLEST_SCALE = 1e-3
@@ -24,7 +27,10 @@ SMALLEST_SCALE = 1e-3
 
 @dataclass(frozen=True)
 class Place:
-    """What a layer reads and gives on a batch; `shortcut` is the other operand of the sum that its output goes into."""
+    """What a layer reads and gives on a batch; `shortcut` is the other operand of the sum that its output goes into.
+
+    It does not depend on the output: a branch that reads that is no shortcut.
+    """
 
     inputs: Tensor
     output: Tensor
@@ -35,7 +41,7 @@ class Place:
 class Outlet:
     """What becomes of a layer's output, the same for all images.
 
-    `summed`: after at most a scaling it is added to something; `rectified`: the only thing that reads it then (or the sum) is a
+    `summed`: after at most a scaling it is added to a shortcut; `rectified`: the only thing that reads it then (or the sum) is a
     ReLU; `norm`: the BatchNorm that alone reads it first, "" where there is none; `scale` and `shift`: what BatchNorm and
     LayerScale on the way do to each channel, None where there is nothing. `axis` is the channels'.
     """
@@ -82,7 +88,7 @@ class Outlet:
 
 
 def observe(module: nn.Module, name: str, images: Tensor, *, as_far_as_sum: bool) -> Place:
-    """Run a forward only as far as needed: to the end of layer `name`, or to the sum that takes its output.
+    """Run a forward only as far as needed: to the end of layer `name`, or to the sum with a shortcut that takes its output.
 
     Without such a sum the forward runs to its end and `shortcut` is None.
     """
@@ -128,35 +134,42 @@ class _Watch:
         """The tensor that stands for the layer's output now."""
         self.former: list[Any] = []
         self.norm: Any = None
-        """The running mean of the BatchNorm that reads the very output."""
+        """The running mean of the BatchNorm that alone reads the very output."""
+        self.descent = descent()
+        """Of the layer's output."""
+        self.operand: Any = None
+        """What the function that runs adds to the carrier."""
+        self.apart = False
+        """Whether the operand does not depend on the layer's output."""
         self.rectified = self.read_again = self.norm_read_again = self.inside = False
 
     def run(self, images: Tensor) -> None:
         with ExitStack() as undo:
             for child_name, child in self.module.named_modules():
                 if child_name == self.name:
-                    undo.callback(child.register_forward_hook(self._capture).remove)
+                    undo.callback(child.register_forward_hook(self._capture, with_kwargs=True).remove)
                 elif _scaling(child) is not None:
-                    undo.callback(child.register_forward_pre_hook(self._enter).remove)
+                    undo.callback(child.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                     undo.callback(child.register_forward_hook(self._leave).remove)
             try:
-                with _mode(self):
+                with _mode(self), nullcontext() if self.until == "output" else self.descent:
                     self.module(images)
             except Reached:
                 pass
 
     # --- modules
 
-    def _capture(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _capture(self, _layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
         if self.until == "output":  # nothing runs any more that could write into the output
-            self.inputs, self.output = inputs[0].clone(), compact(output)
+            self.inputs, self.output = first_argument(inputs, named).clone(), compact(output)
             raise Reached
         if self.until == "sum":
-            self.inputs, self.output = inputs[0].clone(), output.clone()
+            self.inputs, self.output = first_argument(inputs, named).clone(), output.clone()
+        self.descent.begin(output)
         self.carrier = output
 
-    def _enter(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.inside = self.carrier is not None and bool(inputs) and inputs[0] is self.carrier
+    def _enter(self, _layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        self.inside = self.carrier is not None and first_argument(inputs, named) is self.carrier
 
     def _leave(self, layer: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         if self.inside and self.carrier is not None:
@@ -167,16 +180,23 @@ class _Watch:
     # --- functions
 
     def before(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Is it the sum that is waited for?"""
-        if self.until == "sum" and self._other_operand(function, args, kwargs) is not None:
-            self.shortcut = self._other_operand(function, args, kwargs).clone()
+        """Is it the sum that is waited for? Told beforehand: it may write into its operands."""
+        self.operand = self._other_operand(function, args, kwargs)
+        self.apart = self.operand is not None and not self.descent.holds(self.operand)
+        if self.until == "sum" and self.apart:
+            self.shortcut = self.operand.clone()
             raise Reached
 
     def after(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, written: bool
     ) -> None:
         """What a function made of the tensor that is followed; `written`: it wrote into it."""
-        if self.inside or getattr(function, "__name__", "") in QUESTIONS:
+        import torch
+
+        name = getattr(function, "__name__", "")
+        if name in OUTWARDS and self.descent.holds(args):
+            self.descent.lost = True
+        if self.inside or (name in QUESTIONS and not isinstance(result, torch.Tensor)):
             return
         values = [
             item
@@ -188,11 +208,10 @@ class _Watch:
         if self.carrier is None or not any(value is self.carrier for value in values):
             self.carrier = None if written else self.carrier
             return
-        name = getattr(function, "__name__", "")
         if name == "batch_norm" and args[0] is self.carrier and (norm := _in_eval(args, kwargs)):
             self._read_by_norm(norm, result)
-        elif (other := self._other_operand(function, args, kwargs)) is not None and self.shortcut is None:
-            self.shortcut = other
+        elif self.apart and self.shortcut is None:
+            self.shortcut = self.operand
             self._go_on(result, None, None)
         elif name in RECTIFIERS:
             self.rectified = True
@@ -200,18 +219,21 @@ class _Watch:
             self.carrier = None
         else:
             self.read_again = True
-            self.carrier = None if written else self.carrier
+            if written or self.operand is not None:  # a sum with what depends on the output ends the way
+                self.carrier = None
 
     def _read_by_norm(self, norm: Mapping[str, Any], result: Any) -> None:
         mean, weight, bias = norm["running_mean"], norm.get("weight"), norm.get("bias")
         factor = (norm["running_var"] + norm["eps"]).rsqrt() * (1.0 if weight is None else weight)
-        if self.norm is None and self.scale is None and self.shortcut is None:
+        if self.norm is None and self.scale is None and self.shortcut is None and not self.read_again:
             self.norm = mean
         self._go_on(result, factor, -mean * factor + (0.0 if bias is None else bias))
 
     def _go_on(self, result: Any, factor: Tensor | None, shift: Tensor | None) -> None:
         """From now on `result` is followed: what was followed times `factor` plus `shift`, per channel."""
-        if self.shortcut is None and factor is not None:
+        if self.shortcut is not None and factor is not None:  # what a ReLU behind it cuts off is not known of the sum
+            self.read_again = True
+        elif factor is not None:
             self.scale = factor if self.scale is None else self.scale * factor
             self.shift = self.shift if self.shift is None else self.shift * factor
         if self.shortcut is None and shift is not None:

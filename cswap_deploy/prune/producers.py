@@ -16,6 +16,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group
+from cswap_deploy.prune.ablation import first_argument
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.least_squares import SCARCE
 from cswap_deploy.prune.observe import observe
@@ -84,7 +85,7 @@ class Movers:
         batches = batches.divided(JUDGES)
         self.dense, self.batches, self.reuse, self.sites, self.steps = dense, batches, reuse, sites, steps
         self.place = {name: number for number, name in enumerate(order)}
-        self.share = images / len(batches)
+        self.fewer = images / len(batches)
         self.here = Walk(module, batches, reuse)
         self.there, self.reached = Walk(dense, batches, reuse), -1
 
@@ -113,18 +114,19 @@ class Movers:
         """None where there are fewer rows than a fit needs."""
         site, behind, here = self.sites[producer], self.sites[consumer], self.here
         assert site and behind
-        behind = replace(behind, rows=replace(behind.rows, share=min(1.0, behind.rows.share * self.share)))
+        behind = replace(behind, rows=behind.rows.denser(self.fewer))
         goals = self._goals(consumer, behind)
-        reads = [place.inputs for place in here.visit(producer, as_far_as_sum=False)]
+        places = here.visit(producer, as_far_as_sum=False)
+        reads = [(place.inputs, place.output.numel() // site.rows.outputs) for place in places]
         lessons = []
-        for number, ((images, _), inputs, goal) in enumerate(zip(here.batches, reads, goals, strict=True)):
+        for number, ((images, _), read, goal) in enumerate(zip(here.batches, reads, goals, strict=True)):
             with here.rest(number):
                 place = observe(here.module, consumer, images, as_far_as_sum=behind.outlet.summed)
             offsets = None
             if behind.outlet.rectified:
                 beside = behind.rows.flat(behind.outlet.beside(place))
                 offsets = beside + behind.outlet.constant(place.output)[:, None]
-            lessons.append(_Lesson(number, images, inputs, goal - behind.outlet.beside(place), offsets))
+            lessons.append(_Lesson(number, images, *read, goal - behind.outlet.beside(place), offsets))
         judges = max(1, len(lessons) // JUDGES)
         fitted = System.begin(behind, self.dense, gone)
         pair = _Pair(here, producer, consumer, site, behind, system, fitted, lessons[judges:], lessons[:judges])
@@ -143,7 +145,7 @@ class Movers:
 
 @dataclass(frozen=True)
 class _Lesson:
-    """One batch at a pair: what the producer reads, and what the consumer is to give, like its output.
+    """One batch at a pair: what the producer reads, at how many positions, and what the consumer is to give, like its output.
 
     `offsets` (images, outputs, positions), as in `Block`, where a rectifier follows.
     """
@@ -151,6 +153,7 @@ class _Lesson:
     number: int
     images: Tensor
     inputs: Tensor
+    positions: int
     wanted: Tensor
     offsets: Tensor | None
 
@@ -184,7 +187,11 @@ class _Pair:
     def enough(self) -> bool:
         """Whether there are enough rows for the consumer's passing fit and for the producer's step."""
         drawn = self.behind.rows.share * sum(self._positions(lesson.wanted, self.behind) for lesson in self.lessons)
-        return drawn >= SCARCE * len(self.empty.columns(self.empty.channels))
+        stepped = min(self.system.equations.rows, sum(lesson.positions for lesson in self.lessons))
+        return all(
+            rows >= SCARCE * len(system.columns(system.channels))
+            for rows, system in ((drawn, self.empty), (stepped, self.system))
+        )
 
     def _positions(self, values: Tensor, site: Site) -> int:
         return values.numel() // site.rows.outputs
@@ -307,10 +314,10 @@ class _Pair:
     def _read(self, lesson: _Lesson) -> Tensor:
         """What the consumer reads."""
 
-        def stop(_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            raise _Given(inputs[0])
+        def stop(_layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            raise _Given(first_argument(inputs, named))
 
-        return self._until(lesson, self._consumer.register_forward_pre_hook(stop))
+        return self._until(lesson, self._consumer.register_forward_pre_hook(stop, with_kwargs=True))
 
     def _run(self, lesson: _Lesson) -> Tensor:
         """What the consumer itself gives."""

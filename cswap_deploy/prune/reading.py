@@ -126,8 +126,9 @@ def readings(
         place = {name: number for number, name in enumerate(order)}
         for number, member in enumerate(sorted(members, key=lambda member: place[member.module]), 1):
             layer, units = module.get_submodule(member.module), members[member]
-            seen = observe(module, member.module, next(iter(batches.first(2)))[0], as_far_as_sum=False)
-            rows = Rows.of(layer, seen.inputs, seen.output, len(batches))
+            few = next(iter(batches.first(2)))[0]
+            seen = observe(module, member.module, few, as_far_as_sum=False)
+            rows = Rows.of(layer, seen.inputs, seen.output, len(seen.output) * len(batches) // len(few))
             residual = None
             if intervention == "surgery" and rows is not None:
                 places = walk.visit(member.module, as_far_as_sum=False)

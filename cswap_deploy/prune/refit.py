@@ -56,6 +56,15 @@ class Structure:
     def bytes(self) -> int:
         return sum(part.nbytes for parts in self.wanted.values() for part in parts)
 
+    def draw_denser(self, times: float) -> None:
+        """All sites, as `Rows.denser`."""
+
+        def denser(site: Site) -> Site:
+            return replace(site, rows=site.rows.denser(times))
+
+        self.sites = {name: site and denser(site) for name, site in self.sites.items()}
+        self.grouped = {name: denser(site) for name, site in self.grouped.items()}
+
 
 def refit(
     dense: nn.Module,
@@ -127,11 +136,11 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
             with finished_before(dense, [name], walk.once, read) as done:
                 place = observe(dense, name, pair, as_far_as_sum=False)
             largest = max(largest, sum(value.nbytes for key, value in done.items() if key in read) // len(pair))
-            alone = _alone(dense, name, walk.once)
-            rows = Rows.of(dense.get_submodule(name), place.inputs, place.output, len(batches)) if alone else None
+            alone, length = _alone(dense, name, walk.once), len(place.output) * len(batches) // len(pair)
+            rows = Rows.of(dense.get_submodule(name), place.inputs, place.output, length) if alone else None
             structure.sites[name] = _site(dense, name, rows, pair, walk.once) if rows else None
             if rows is None and alone:
-                own = grouped_rows(dense.get_submodule(name), place.inputs, place.output, len(batches))
+                own = grouped_rows(dense.get_submodule(name), place.inputs, place.output, length)
                 structure.grouped |= {name: _site(dense, name, own, pair, walk.once)} if own else {}
             if rows is None and name not in structure.grouped and name in consumers:
                 progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
@@ -144,6 +153,7 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
     structure.images = min(len(batches), max(FEWEST_IMAGES, CACHE_BYTES // largest))
     structure.movers = min(structure.images, MOST_IMAGES, max(FEWEST_MOVERS, MAPS_BYTES // largest))
     if structure.images < len(batches):
+        structure.draw_denser(len(batches) / structure.images)
         progress.note(
             f"layers are fitted on {structure.images} of {len(batches)} images: the activations fill the memory"
         )

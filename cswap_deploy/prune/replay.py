@@ -79,8 +79,8 @@ def finished_before(
 ) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of the outermost submodules (`among` these) that end before any of `layers` begins.
 
-    Of those that are not in `read` only the shape is kept; those `before` are replayed ones, which stay as they are. The
-    `untouched` are kept themselves, of the others a copy.
+    Of those that are not in `read` only the shape is kept; of the others those `before` are replayed ones, which stay as they
+    are. The `untouched` are kept themselves, of what is left a copy.
     """
     import torch
 
@@ -97,10 +97,10 @@ def finished_before(
                 return
             for inner in [other for other in done if other.startswith(f"{name}.")]:
                 del done[inner]
-            if before is not None and name in before:
-                done[name] = before[name]
-            elif read is not None and name not in read:
+            if read is not None and name not in read:
                 done[name] = _unread(output)
+            elif before is not None and name in before:
+                done[name] = before[name]
             else:
                 done[name] = compact(output) if name in untouched else output.clone()
 
@@ -156,12 +156,13 @@ def still_read(module: nn.Module, images: Tensor, outputs: Mapping[str, Tensor])
     """Which of these outputs the rest of the forward depends on; None where replaying them changes the logits.
 
     Autograd says which; running with the others as zeros must then give the logits of a plain forward. Where something writes
-    into one of the others, all count as read.
+    into one of the others, all count as read. Other images come in between, so that what a module keeps beside its output is theirs.
     """
     import torch
 
     with torch.no_grad():
-        plain = module(images)
+        plain = module(images).clone()
+        module(-images)
     leaves = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in outputs.items()}
     with torch.enable_grad(), replayed(module, leaves):
         total = module(images).sum()
@@ -191,7 +192,8 @@ def _unread(value: Tensor) -> Tensor:
 def left_untouched(module: nn.Module, names: Iterable[str], images: Tensor) -> set[str]:
     """Of these submodules, which a forward calls once, those whose output nothing changes, in this forward or in the next.
 
-    Found by comparing, about `COMPARED_BYTES` of outputs at a time: whoever writes, in whatever way.
+    Found by comparing, about `COMPARED_BYTES` of outputs at a time: whoever writes, in whatever way. PyTorch's count of writes
+    tells also of those that change nothing on these images.
     """
     import torch
 
@@ -200,23 +202,38 @@ def left_untouched(module: nn.Module, names: Iterable[str], images: Tensor) -> s
         while waiting:
             seen = _outputs(module, waiting, images)
             module(-images)
-            found |= {name for name, pair in seen.items() if pair and torch.equal(*pair)}
+            found |= {name for name, output in seen.items() if output and output.untouched}
             waiting = [name for name in waiting if name not in seen] if seen else []
     return found
 
 
-def _outputs(module: nn.Module, names: Iterable[str], images: Tensor) -> dict[str, tuple[Tensor, Tensor] | None]:
-    """Outputs of one forward and copies of what they were, as many as are compared at once; None for what is no tensor."""
+@dataclass(frozen=True)
+class _Output:
+    """What a submodule gave, and what that was: a copy, and how often it had been written into."""
+
+    value: Tensor
+    copy: Tensor
+    writes: int
+
+    @property
+    def untouched(self) -> bool:
+        import torch
+
+        return self.value._version == self.writes and torch.equal(self.value, self.copy)
+
+
+def _outputs(module: nn.Module, names: Iterable[str], images: Tensor) -> dict[str, _Output | None]:
+    """Outputs of one forward, as many as are compared at once; None for what is no tensor, or one that counts no writes."""
     import torch
 
-    seen: dict[str, tuple[Tensor, Tensor] | None] = {}
+    seen: dict[str, _Output | None] = {}
 
     def leave(name: str) -> Any:
         def hook(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-            if not isinstance(output, torch.Tensor):
+            if not isinstance(output, torch.Tensor) or output.is_inference():
                 seen[name] = None
-            elif sum(pair[0].nbytes for pair in seen.values() if pair) < COMPARED_BYTES:
-                seen[name] = output, output.clone()
+            elif sum(other.value.nbytes for other in seen.values() if other) < COMPARED_BYTES:
+                seen[name] = _Output(output, output.clone(), output._version)
 
         return hook
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group, GroupScores, HeadDims, HeadRows
-from cswap_deploy.prune.ablation import channel_axis
+from cswap_deploy.prune.ablation import channel_axis, first_argument
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import fresh_copy
 
@@ -153,8 +153,10 @@ def _moments(module: nn.Module, groups: Sequence[HeadDims], batches: Batches) ->
             own.keys = own.keys + _gram(centred.flatten(0, 1)) + FLOOR * _gram(heads.flatten(0, 1))
             own.rows = own.rows[0], own.rows[1] + len(heads.flatten(0, 1))
 
-        def values(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            heads = _split(inputs[0], channel_axis(layer) == -1, _heads(group), group.units).flatten(0, 1)
+        def values(layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            heads = _split(
+                first_argument(inputs, named), channel_axis(layer) == -1, _heads(group), group.units
+            ).flatten(0, 1)
             total, count = sums.get(group.name, (0.0, 0))
             sums[group.name] = total + heads.sum(0), count + len(heads)
             own.values = own.values + _gram(heads)
@@ -169,7 +171,7 @@ def _moments(module: nn.Module, groups: Sequence[HeadDims], batches: Batches) ->
                 undo.callback(module.get_submodule(group.keys.last).register_forward_hook(keys).remove)
             if group.values:
                 reader = module.get_submodule(group.consumers[0].module)
-                undo.callback(reader.register_forward_pre_hook(values).remove)
+                undo.callback(reader.register_forward_pre_hook(values, with_kwargs=True).remove)
         for images, _ in batches:
             module(images)
     for name, (total, count) in sums.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,16 +34,17 @@ class Rows:
     share: float
 
     @staticmethod
-    def of(layer: nn.Module, inputs: Tensor, output: Tensor, images: int) -> Rows | None:
+    def of(layer: nn.Module, inputs: Tensor, output: Tensor, length: int) -> Rows | None:
         """None where the layer's forward is not the plain product of its weight with its receptive fields.
 
-        `inputs`, `output`: one example call on a batch; `images`: how many will come in all.
+        `inputs`, `output`: one example call on a batch; `length`: of their first dimension over all batches, which counts images
+        or, in windowed attention, windows.
         """
         import torch
 
-        if not _is_linear_map(layer):
-            return None
         own: Any = layer
+        if getattr(own, "groups", 1) != 1 or not is_sized(own, inputs, output):
+            return None
         weight = own.weight
         columns, outputs = int(weight[0].numel()), len(weight)
         everything = Rows(layer, columns, outputs, 1.0)
@@ -52,15 +53,19 @@ class Rows:
             found = weight.flatten(1)[:, everything.order()] @ fields + bias[:, None]
             if not torch.allclose(found, targets, rtol=1e-3, atol=1e-3 * float(targets.abs().max().clamp_min(1e-6))):
                 return None
-        return Rows.sampled(layer, columns, columns, output, images)
+        return Rows.sampled(layer, columns, columns, output, length)
 
     @staticmethod
-    def sampled(layer: Any, columns: int, unknowns: int, output: Tensor, images: int) -> Rows:
-        """With as large a share as so many unknowns per output need; `output`: one example batch, of `images` to come."""
+    def sampled(layer: Any, columns: int, unknowns: int, output: Tensor, length: int) -> Rows:
+        """With as large a share as so many unknowns per output need; `output`, `length`: as in `of`."""
         outputs = len(layer.weight)
-        positions = output.numel() // outputs // len(output) * images
+        positions = output.numel() // outputs // len(output) * length
         wanted = min(max(ROWS_PER_COLUMN * unknowns, ROWS), MEMORY // (4 * (columns + 2 * outputs)))
         return Rows(layer, columns, outputs, min(1.0, wanted / positions))
+
+    def denser(self, times: float) -> Rows:
+        """As many positions in all, or all that there are, from so many times fewer images."""
+        return replace(self, share=min(1.0, self.share * times))
 
     def order(self, channels: Sequence[int] | None = None) -> Tensor:
         """(columns,) of the receptive fields of these input channels, all where None: the layer's column that each is."""
@@ -131,12 +136,20 @@ class Rows:
         return values.flatten(2)
 
 
-def _is_linear_map(layer: Any) -> bool:
+def is_sized(layer: Any, inputs: Tensor, output: Tensor) -> bool:
+    """Whether a convolution or linear layer gives the shape that its attributes say; timm's Conv2dSame pads in its forward."""
     from torch import nn
 
-    if isinstance(layer, nn.Conv2d):
-        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return isinstance(layer, nn.Linear)
+    if isinstance(layer, nn.Linear):
+        return output.shape == (*inputs.shape[:-1], len(layer.weight))
+    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return False
+    if inputs.ndim != 4:
+        return False
+    reach = ((k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    sides = zip(inputs.shape[2:], layer.padding, reach, layer.stride, strict=True)
+    found = ((side + 2 * pad - wide) // stride + 1 for side, pad, wide, stride in sides)
+    return output.shape == (len(inputs), len(layer.weight), *found)
 
 
 def _receptive_fields(layer: Any, inputs: Tensor, chosen: Tensor | None) -> Tensor:

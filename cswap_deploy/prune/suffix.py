@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group
-from cswap_deploy.prune.ablation import channel_axis, unit_sums
+from cswap_deploy.prune.ablation import channel_axis, first_argument, unit_sums, with_first
 from cswap_deploy.prune.reading import Reading
 from cswap_deploy.prune.replay import answering, finished_before, still_read
 
@@ -90,17 +90,17 @@ def observed(module: nn.Module, suffixes: Sequence[Suffix], images: Tensor, labe
     outputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
-        def keep(_layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        def keep(_layer: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> None:
             if name in wanted:
                 outputs[name] = output.detach().clone()
             if name in heads:
-                inputs[name] = given[0].detach().clone()
+                inputs[name] = first_argument(given, named).detach().clone()
 
         return keep
 
     with ExitStack() as undo:
         for name in wanted | heads:
-            undo.callback(module.get_submodule(name).register_forward_hook(hook(name)).remove)
+            undo.callback(module.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True).remove)
         log_p = module(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
     return Clean(images, labels, log_p.detach(), outputs, inputs)
 
@@ -111,17 +111,18 @@ def removed(module: nn.Module, readings: Sequence[Reading], units: Tensor) -> It
     import torch
 
     def plainly(reading: Reading) -> Any:
-        def hook(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(_layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> Tensor:
             each = units.repeat_interleave(len(output) // len(units))
             rows = torch.arange(len(each), device=each.device)
-            return reading.changed(output, reading.taken(inputs[0]), each, rows)
+            return reading.changed(output, reading.taken(first_argument(inputs, named)), each, rows)
 
         return hook
 
     def masked(reading: Reading) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            each = units.repeat_interleave(len(inputs[0]) // len(units))
-            changed = inputs[0].clone().movedim(channel_axis(layer), -1)
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            given = first_argument(inputs, named)
+            each = units.repeat_interleave(len(given) // len(units))
+            changed = given.clone().movedim(channel_axis(layer), -1)
             size = reading.member.repeat
             index = reading.member.offset + each[:, None] * size + torch.arange(size, device=each.device)
             row = torch.arange(len(each), device=each.device)[:, None]
@@ -133,7 +134,7 @@ def removed(module: nn.Module, readings: Sequence[Reading], units: Tensor) -> It
             )
             flat[row, :, index] = new.to(flat.dtype)
             changed = flat.reshape(changed.shape)
-            return (changed.movedim(-1, channel_axis(layer)), *inputs[1:])
+            return with_first(inputs, named, changed.movedim(-1, channel_axis(layer)))
 
         return hook
 
@@ -141,9 +142,9 @@ def removed(module: nn.Module, readings: Sequence[Reading], units: Tensor) -> It
         for reading in readings:
             layer = module.get_submodule(reading.member.module)
             if reading.plain:
-                undo.callback(layer.register_forward_hook(plainly(reading)).remove)
+                undo.callback(layer.register_forward_hook(plainly(reading), with_kwargs=True).remove)
             else:
-                undo.callback(layer.register_forward_pre_hook(masked(reading)).remove)
+                undo.callback(layer.register_forward_pre_hook(masked(reading), with_kwargs=True).remove)
         yield
 
 
@@ -175,12 +176,12 @@ def _calls(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:
-        def keep(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            seen.setdefault(name, (inputs[0].clone(), output.clone()))
+        def keep(_layer: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> None:
+            seen.setdefault(name, (first_argument(inputs, named).clone(), output.clone()))
 
         return keep
 
     with ExitStack() as undo:
         for name in names:
-            undo.callback(module.get_submodule(name).register_forward_hook(hook(name)).remove)
+            undo.callback(module.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True).remove)
         yield seen
