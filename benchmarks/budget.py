@@ -40,6 +40,7 @@ from cswap_deploy import (
 )
 from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, OnnxModel, PruningPlan
 from cswap_deploy.budget.loop import Loop
+from cswap_deploy.budget.narrow import Template
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Budget, Staircase
 from cswap_deploy.device import target as device
@@ -58,7 +59,7 @@ from cswap_deploy.recipe import (
     Recipe,
 )
 from cswap_deploy.recipe import load as load_recipe
-from cswap_deploy.samples import Ratio, Samples
+from cswap_deploy.samples import Ratio
 from cswap_deploy.stage import Workdir
 
 HERE = Path(__file__).parent
@@ -201,8 +202,8 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
         dense = written(source)
         sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
-            meter = Meter(recipe, work, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
-            first, staircase = planning.begun(meter), planning.learned(meter)
+            meter = Meter(recipe, work, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
+            first, staircase = planning.probed(meter, planning.asked(meter)), planning.learned(meter)
             report["weightless"][name] = weightless(meter)
             report["predictions"][name] = predictions(meter, staircase, folder)
             prepared = time.monotonic() - begun
@@ -282,8 +283,12 @@ def predictions(meter: Meter, staircase: Staircase, folder: Path) -> list[tuple[
 
 def weightless(meter: Meter) -> tuple[float, float, float]:
     """The dense file whose weights are made at loading, as a part of the one that holds them."""
-    found = Samples.load(meter.timings("weights", [{}], meter.timing.duration_s).samples.path).ratio(1, 0, 50)
-    return found.value, found.low, found.high
+    with tempfile.TemporaryDirectory() as folder:
+        twin = Path(folder) / "twin.onnx"
+        twin.write_bytes(Template.read(meter.dense.path, meter.groups, meter.sizes).narrowed({}))
+        found = latency.take(meter.target, (meter.dense, File.of(twin)), meter.timing, thorough=False)
+    ratio = found.samples.ratio(1, 0, 50)
+    return ratio.value, ratio.low, ratio.high
 
 
 def add(row: Row, report: dict[str, Any]) -> None:

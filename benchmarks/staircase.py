@@ -20,11 +20,11 @@ from budget import Log, count_cpu_time, noise, workplace
 
 from cswap_deploy import budget, data, export, metering, model, planning, progress, prune
 from cswap_deploy.artifacts import ImageSet
-from cswap_deploy.budget import design, staircase
-from cswap_deploy.budget.staircase import Observation, Steps
+from cswap_deploy.budget import design
+from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import WidthTimings
 from cswap_deploy.metering import Meter
 from cswap_deploy.recipe import CalibrationSettings, LatencySettings, ModelSettings, OnnxSettings, Recipe
-from cswap_deploy.samples import Ratio
 from cswap_deploy.stage import Workdir
 
 DESIGNS = "4:24,2:24,1:24,0:24,1:16,0:16,0:32,1:32"
@@ -79,8 +79,10 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
         dense = work.run(export.simplify, exported, source, few, OnnxSettings())
         sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
-            meter = Meter(recipe, work, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
-            multiple, _ = planning.alignment(meter)
+            meter = Meter(recipe, work, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
+            floor = meter.timings("floor", design.extremes(groups, meter.design, None), planning.PROBE_S)
+            multiple, found = planning.alignment(meter)
+            first = (floor, *found)
             kinds = design.kinds_of(groups)
             options = design.options(groups, kinds, multiple, exact=False)
             pools = {
@@ -98,21 +100,20 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
                 for group in groups.groups:
                     wanted = group.units * min(1.0, max(0.0, part + random.uniform(-0.4, 0.4)))
                     tests[-1][group.name] = min(allowed[group.name], key=lambda width: abs(width - wanted))
-            truth = measured(meter, tuple(tests))
-    rows = []
-    for alone, count in designs:
-        found = Steps(groups, staircase.learn(groups, kinds, options, multiple, pools[alone], together[count]))
-        errors = [(item.ratio.value, found.total(item.widths) / item.ratio.value - 1) for item in truth]
-        rows.append({"alone": alone, "together": count, "networks": len(pools[alone]) + count, "errors": errors})
-    return rows
+            truth = [item for timings in measured(meter, tuple(tests)) for item in budget.observed(timings, 50)]
+        rows = []
+        for alone, count in designs:
+            known = (*first, *pools[alone], *together[count])
+            learned = work.run(budget.learn, groups, known, multiple, False)
+            steps = Steps(groups, learned)
+            errors = [(item.ratio.value, steps.total(item.widths) / item.ratio.value - 1) for item in truth]
+            rows.append({"alone": alone, "together": count, "networks": learned.settings, "errors": errors})
+        return rows
 
 
-def measured(meter: Meter, settings: tuple[dict[str, int], ...]) -> list[Observation]:
-    found: list[Ratio] = []
-    for start in range(0, len(settings), metering.BATCH):
-        part = settings[start : start + metering.BATCH]
-        found += budget.ratios(meter.timings("pool", part, planning.WIDTHS_S), 50)
-    return [Observation(widths, ratio) for widths, ratio in zip(settings, found, strict=True)]
+def measured(meter: Meter, settings: tuple[dict[str, int], ...]) -> list[WidthTimings]:
+    parts = [settings[start : start + metering.BATCH] for start in range(0, len(settings), metering.BATCH)]
+    return [meter.timings("pool", part, planning.WIDTHS_S) for part in parts]
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:
@@ -123,7 +124,10 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         for row in rows:
             every = sorted(abs(error) for _, error in row["errors"])
             wide = sorted(abs(error) for ratio, error in row["errors"] if ratio >= FLOOR)
-            shown = [f"{part[len(part) // 2]:.1%} | {part[int(0.95 * (len(part) - 1))]:.1%}" for part in (every, wide)]
+            shown = [
+                f"{part[len(part) // 2]:.1%} | {part[min(len(part) - 1, int(0.95 * len(part)))]:.1%}"
+                for part in (every, wide)
+            ]
             yield f"| {name} | {row['alone']} | {row['together']} | {row['networks']} | {shown[0]} | {shown[1].replace(' |', ',')} |"
 
 

@@ -471,7 +471,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class FileLatency:
-    """Raw durations of the bundle's ONNX files, run in turn by ONNX Runtime on the target; `fp32` comes first."""
+    """Raw durations of models, run in turn on the target; of the bundle's ONNX files `fp32` comes first."""
 
     names: tuple[str, ...]
     samples: File
@@ -488,6 +488,8 @@ class LatencyReport:
     """Per model, of a process that loads and runs it alone; empty where it could not be measured."""
     overhead: float | None
     """Share of the sampling time in which no model ran."""
+    facts: dict[str, str]
+    """What the measurement depends on, of the device: as a budget's."""
     conditions: dict[str, Any]
     layers: File | None = None
     """JSON: milliseconds of each layer of the dense (`source`) and the shipped (`pruned`) model, from runs of their own; None where

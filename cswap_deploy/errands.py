@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cswap_deploy import accuracy, engine, latency, progress
+from cswap_deploy import accuracy, engine, latency, metering, progress
 from cswap_deploy.artifacts import File, OnnxModel
 from cswap_deploy.device import recorded
 from cswap_deploy.device.target import SCHEMA
@@ -42,10 +42,10 @@ def _steps(recipe: Recipe, ready: Prepared, root: Path) -> Iterator[Step]:
             yield _step(what, "infer", "outcomes", model=_made("shipped"), images=images, **order)
     if recipe.latency and recipe.latency.runtime == "tensorrt":
         yield from _engine("the dense engine", "dense", ready.dense, recipe, ready, root)
-        yield from _measured(recipe, [_made("dense"), _made("shipped")])
+        yield from _measured(recipe, ready, [_made("dense"), _made("shipped")])
     elif recipe.latency and recipe.shipped_file in ready.dense and recipe.shipped_file in ready.models:
         models = [alone(part[recipe.shipped_file]) for part in (ready.dense, ready.models)]
-        yield from _measured(recipe, [_file(model, root) for model in models])
+        yield from _measured(recipe, ready, [_file(model, root) for model in models])
         files = [_file(alone(model), root) for name, model in ready.models.items() if name in latency.COMPARED]
         if len(files) > 1:
             yield _step("latency of the files", "measure", models=files, trust=[], **latency.order(recipe.latency))
@@ -65,11 +65,11 @@ def _engine(
     yield _step(f"layers of {what}", "layers", model=_made(makes), **engine.order_of_layers(recipe.engine))
 
 
-def _measured(recipe: Recipe, models: list[Step]) -> Iterator[Step]:
-    assert recipe.latency
-    yield _step("latency, in turn", "measure", models=models, trust=[], **latency.order(recipe.latency))
+def _measured(recipe: Recipe, ready: Prepared, models: list[Step]) -> Iterator[Step]:
+    timing = metering.timing_of(recipe, ready.budget)
+    yield _step("latency, in turn", "measure", models=models, trust=[], **latency.order(timing))
     for model in models:
-        yield _step("its layers", "layers", model=model, **latency.order_of_layers(recipe.latency))
+        yield _step("its layers", "layers", model=model, **latency.order_of_layers(timing))
 
 
 def _step(what: str, verb: str, makes: str = "", **request: Any) -> Step:

@@ -10,6 +10,7 @@ CswapError             1   the base; raised bare it is a bug of ours
 │   └── PruningError       a target or a multiple that the network cannot reach
 ├── DeviceError        5   target, TensorRT, engine
 ├── ExportError        6   ONNX export, parity with PyTorch
+│   └── UnshippableError   a pruned network that cannot be made in the format that ships
 └── VerifyError        9   a bundle that differs from its manifest
 """
 
@@ -84,6 +85,10 @@ class DeviceError(CswapError):
 
 class ExportError(CswapError):
     exit_code = 6
+
+
+class UnshippableError(ExportError):
+    pass
 
 
 class VerifyError(CswapError):

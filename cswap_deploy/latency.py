@@ -97,6 +97,7 @@ def measure(
         taken.runtime,
         taken.peak_memory_mb,
         taken.document["overhead"],
+        dict(facts),
         taken.conditions,
         layers,
         on_gpu,
@@ -118,7 +119,7 @@ def of_widths(
     facts: Mapping[str, str],
     target: Target,
 ) -> WidthTimings:
-    """The dense network, and made from it (`budget.narrow`) the same without weights and narrower ones, all in turn.
+    """Made from the dense network (`budget.narrow`): the same without weights, and narrower ones, all in turn.
 
     `sizes`: how they differ. A setting: the units of the groups that are not whole. What is made is not kept. The first
     narrower one is run here before any goes to the target. Errors: DeviceError, ExportError.
@@ -130,8 +131,8 @@ def of_widths(
         ]
         for narrow in files[1:2]:
             require_runnable(narrow.path)
-        names = ("the dense model", *(f"the model with other weights or widths ({n})" for n in range(len(files))))
-        taken = take(target, (dense, *files), timing, names=names, thorough=False)
+        names = tuple(f"the model with other weights or widths ({n})" for n in range(len(files)))
+        taken = take(target, files, timing, names=names, thorough=False)
     taken.samples.save(out / "samples.npz")
     return WidthTimings(File.of(out / "samples.npz"), settings, taken.runtime, taken.conditions)
 
@@ -139,7 +140,6 @@ def of_widths(
 @stage("staircase", returns=WidthTimings, libraries=("numpy", "onnx"))
 def of_engines(
     out: Path,
-    dense: File,
     graph: File,
     groups: Groups,
     sizes: Sizes,
@@ -149,9 +149,9 @@ def of_engines(
     facts: Mapping[str, str],
     target: Target,
 ) -> WidthTimings:
-    """As `of_widths`, of engines: `dense`, and one built on the target for its twin with shared weights and for each setting.
+    """As `of_widths`, of engines that are built on the target: of the dense network with shared weights, and of each setting.
 
-    `graph`: what `dense` was built from. A setting of which TensorRT makes no engine is left out, and said. Errors: DeviceError
+    `graph`: what the dense engine was built from. A setting of which TensorRT makes no engine is left out, and said. Errors: DeviceError
     where the twin cannot be built or the target fails otherwise.
     """
     template = Template.read(graph.path, groups, sizes)
@@ -176,7 +176,7 @@ def of_engines(
             engines.append({"sha256": answer["engine"]["sha256"], "name": f"an engine of other widths ({number})"})
             seconds += [] if answer.get("reused") else [answer["seconds"]]
             measured += [widths] if number else []
-    taken = take_named(target, [*target.put(dense, names=("the dense engine",)), *engines], timing, thorough=False)
+    taken = take_named(target, engines, timing, thorough=False)
     taken.samples.save(out / "samples.npz")
     return WidthTimings(
         File.of(out / "samples.npz"), tuple(measured), taken.runtime, taken.conditions, tuple(unbuilt), tuple(seconds)
@@ -193,9 +193,18 @@ def compare_files(
     out: Path, files: Mapping[str, File], settings: LatencySettings, facts: Mapping[str, str], target: Target
 ) -> FileLatency:
     """The bundle's ONNX files in turn on `target`, which `facts` describe: is one of fewer bits faster there?"""
-    taken = take(target, tuple(files.values()), settings, names=tuple(files))
+    return _files(out, take(target, tuple(files.values()), settings, names=tuple(files)), tuple(files))
+
+
+@stage("latency", returns=FileLatency, libraries=("numpy",))
+def alone(out: Path, model: File, settings: LatencySettings, facts: Mapping[str, str], target: Target) -> FileLatency:
+    """One model, a file or an engine that was built there, on `target`, which `facts` describe. Errors: DeviceError."""
+    return _files(out, take(target, (model,), settings, names=("the dense model",), thorough=False), ("dense",))
+
+
+def _files(out: Path, taken: Measurement, names: tuple[str, ...]) -> FileLatency:
     taken.samples.save(out / "samples.npz")
-    return FileLatency(tuple(files), File.of(out / "samples.npz"))
+    return FileLatency(names, File.of(out / "samples.npz"))
 
 
 def _layers(

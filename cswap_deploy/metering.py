@@ -29,9 +29,11 @@ WARMUP_S = 0.1
 """Running before the first sample, where the recipe's own would take longer than sampling."""
 LONGER = 4
 """Times the sampling of a measurement that was too close to call."""
+TAIL = 5
+"""Calls of the dense network beyond a percentile, on average, that a measurement must see: of fewer, one slow call decides."""
 ATTEMPTS, PAUSE_S = 3, 2.0
 """At a measurement whose connection ends, or that another one keeps waiting; seconds before the second, twice as many before the third."""
-
+NOTHING = Groups((), (), ())
 
 Widths = dict[str, int]
 Measured = TypeVar("Measured")
@@ -43,14 +45,13 @@ def of_engines(
     dense: Mapping[str, OnnxModel],
     spec: InputSpec,
     groups: Groups,
-    sizes: Sizes,
     target: Target,
     probe: Probe,
 ) -> Meter:
     """A meter of engines, with the dense one built, and how many more may follow. Errors: DeviceError."""
     probe.require_tensorrt(target.name)
     graph = engines.alone(engines.chosen(recipe, dense, probe))
-    fresh = Meter(recipe, work, graph, groups, sizes, probe.facts("tensorrt"), target)
+    fresh = Meter(recipe, work, graph, probe.facts("tensorrt"), target, groups)
     if not work.dry:
         progress.note(
             f"each network that is measured needs an engine, built on the target, as a rule up to {fresh.planned}; those that were "
@@ -61,31 +62,30 @@ def of_engines(
     return replace(fresh, bench=Bench(built, spec, probe))
 
 
-def reported(
-    recipe: Recipe,
-    work: Workdir,
-    asked: Budget | None,
-    dense: File,
-    shipped: File,
-    graphs: tuple[File, File],
-    groups: Groups,
-    facts: Mapping[str, str],
-    target: Target,
-) -> LatencyReport:
-    """What the bundle says of latency: as the recipe measures, `LONGER` times as long where the interval holds the budget `asked` for.
+def lasting(timing: LatencySettings, seconds: float) -> LatencySettings:
+    """The same, with so much sampling of each model."""
+    return timing.model_copy(update={"duration_s": seconds})
 
-    A board without a network was asked once; where the longer one fails, the first stands. Errors: DeviceError.
-    """
+
+def sampling_s(percentile: int, dense_ms: float, seconds: float) -> float:
+    """Sampling of each model: `seconds`, or longer where `TAIL` calls beyond the percentile take longer."""
+    return max(seconds, TAIL / (1 - percentile / 100) * dense_ms / 1000)
+
+
+def timing_of(recipe: Recipe, asked: Budget | None) -> LatencySettings:
+    """How what ships is measured: as the recipe says, long enough for the percentile that is `asked` for."""
     assert recipe.latency
-    timing = recipe.latency
-    report = work.run(latency.measure, dense, shipped, graphs, groups, timing, facts, target)
-    if asked and in_doubt(asked, report):
-        longer = timing.model_copy(update={"duration_s": LONGER * timing.duration_s})
-        try:
-            return work.run(latency.measure, dense, shipped, graphs, groups, longer, facts, target)
-        except DeviceError as error:
-            progress.warn(f"whether the budget is met is open, and measuring longer failed: {error.message}")
-    return report
+    if asked is None:
+        return recipe.latency
+    return lasting(recipe.latency, sampling_s(asked.percentile, asked.dense_ms, recipe.latency.duration_s))
+
+
+def reported(
+    timing: LatencySettings, asked: Budget | None, measure: Callable[[LatencySettings], LatencyReport]
+) -> LatencyReport:
+    """What the bundle says of latency: `LONGER` times as long where the interval holds the budget `asked` for. Errors: DeviceError."""
+    report = measure(timing)
+    return measure(lasting(timing, LONGER * timing.duration_s)) if asked and in_doubt(asked, report) else report
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,14 @@ class Meter:
     work: Workdir
     dense: File
     """The ONNX file that is narrowed."""
-    groups: Groups
-    sizes: Sizes
     facts: dict[str, str]
     target: Target
+    groups: Groups = NOTHING
+    sizes: Sizes = field(default_factory=lambda: Sizes(()))
     bench: Bench | None = None
     """None: ONNX Runtime runs the files."""
+    dense_ms: float = 0.0
+    """Of the dense network, once that is known: how long it takes to see enough calls."""
     unbuilt: list[Unbuilt] = field(default_factory=list)
     """What no engine could be built of."""
 
@@ -137,10 +139,11 @@ class Meter:
 
     @property
     def planned(self) -> int:
-        """Engines that are built, as a rule at most: for the dense network twice, before any is chosen, for candidates, for what ships."""
+        """Engines that are built, as a rule at most: for the dense network twice, before any is chosen, where the approach ends, for
+        candidates, for what ships."""
         goal = self.recipe.prune.target
         assert isinstance(goal, LatencyTarget | FpsTarget)
-        return 2 + self.design.most(self.groups, self.exact) + goal.trials + 1
+        return 2 + self.design.most(self.groups, self.exact) + 1 + goal.trials + 1
 
     @property
     def batch(self) -> int:
@@ -148,9 +151,20 @@ class Meter:
         fit = ENGINES_BYTES // self.bench.dense.file.bytes - 2 if self.bench else BATCH
         return max(1, min(BATCH, fit))
 
+    def alone(self, seconds: float) -> Samples:
+        """Of the dense network as it is, nothing beside it. Errors: DeviceError, after some attempts."""
+        run, timing = self.bench.dense.file if self.bench else self.dense, lasting(self.timing, seconds)
+        with progress.part("dense"):
+            found = self.patiently(lambda: self.work.run(latency.alone, run, timing, self.facts, self.target))
+        return Samples.load(found.samples.path)
+
+    def sampling_s(self, seconds: float) -> float:
+        """`seconds`, or longer where the percentile takes it."""
+        return sampling_s(self.percentile, self.dense_ms, seconds)
+
     def timings(self, what: str, settings: Sequence[Widths], seconds: float, warmup: float = WARMUP_S) -> WidthTimings:
         """In one request; `what` it is for is reported. Errors: DeviceError, after some attempts."""
-        timing = self.timing.model_copy(update={"duration_s": seconds, "warmup_s": min(warmup, self.timing.warmup_s)})
+        timing = lasting(self.timing, seconds).model_copy(update={"warmup_s": min(warmup, self.timing.warmup_s)})
         with progress.part(what):
             found = self.patiently(lambda: self._timed(tuple(settings), timing))
         self.unbuilt += [item for item in found.unbuilt if item not in self.unbuilt]
@@ -161,23 +175,14 @@ class Meter:
             return self.work.run(
                 latency.of_widths, self.dense, self.groups, self.sizes, settings, timing, self.facts, self.target
             )
-        order, dense = engines.order(self.recipe, self.bench.spec), self.bench.dense.file
+        order = engines.order(self.recipe, self.bench.spec)
         return self.work.run(
-            latency.of_engines,
-            dense,
-            self.dense,
-            self.groups,
-            self.sizes,
-            settings,
-            order,
-            timing,
-            self.facts,
-            self.target,
+            latency.of_engines, self.dense, self.groups, self.sizes, settings, order, timing, self.facts, self.target
         )
 
     def ratio(self, widths: Widths, longer: bool) -> Ratio | None:
-        """Of one candidate, as long as the recipe measures, or `LONGER` times as long. None: no engine of it can be built."""
-        seconds = self.timing.duration_s * (LONGER if longer else 1)
+        """Of one candidate, as long as what ships, or `LONGER` times as long. None: no engine of it can be built."""
+        seconds = self.sampling_s(self.timing.duration_s) * (LONGER if longer else 1)
         found = budget.ratios(self.timings("candidate", [widths], seconds, self.timing.warmup_s), self.percentile)
         return found[0] if found else None
 
@@ -192,7 +197,11 @@ class Meter:
             probe, spec = self.bench.probe, self.bench.spec
             built = engines.build(self.recipe, models, spec, self.groups, self.work, self.target, probe)
             run = self.bench.dense.file, built.file
-        return reported(self.recipe, self.work, asked, *run, graphs, self.groups, self.facts, self.target)
+
+        def measure(timing: LatencySettings) -> LatencyReport:
+            return self.work.run(latency.measure, *run, graphs, self.groups, timing, self.facts, self.target)
+
+        return reported(timing_of(self.recipe, asked), asked, measure)
 
     @property
     def file(self) -> str:

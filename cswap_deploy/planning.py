@@ -6,25 +6,24 @@ The one part of the host's half that needs the target. Every measurement is a re
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cswap_deploy import budget, engines, export, progress, prune
+from cswap_deploy import budget, export, progress, prune
 from cswap_deploy.artifacts import Curves, Groups, ImageSet, Network, OnnxModel, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
-from cswap_deploy.budget.sizes import Sizes
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, WidthTimings
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError
-from cswap_deploy.metering import LONGER, Meter, of_engines
+from cswap_deploy.metering import LONGER, NOTHING, Meter, of_engines, sampling_s
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, Recipe
-from cswap_deploy.samples import Ratio, Samples
+from cswap_deploy.samples import Ratio
 from cswap_deploy.stage import Workdir
 from cswap_deploy.wording import duration_text, percent
 
@@ -77,23 +76,27 @@ def choose(
 
     `dense`: the dense network's files; `ship` makes those of a plan that a file which ships or becomes the engine needs.
     """
-    nothing = Groups((), (), ())
+
+    def leaving() -> Groups:
+        return work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
+
     with reached(recipe, work) as (target, probe):
-        if not recipe.ships_engine:
-            file, facts = dense[recipe.shipped_file].graph, probe.facts("onnxruntime")
-            if met := unneeded(Meter(recipe, work, file, nothing, Sizes(()), facts, target)):
-                return source, nothing, PruningPlan({}, (), None), met
-        groups = work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
-        name = engines.built_from(recipe, probe.typed) if recipe.ships_engine else recipe.shipped_file
-        sizes = work.run(export.sizes_of, source, groups, dense["fp32"], recipe.onnx.graph, name.startswith("int8"))
         if recipe.ships_engine:
-            meter = of_engines(recipe, work, dense, source.input, groups, sizes, target, probe)
+            meter = of_engines(recipe, work, dense, source.input, leaving(), target, probe)
         else:
-            meter = Meter(recipe, work, file, groups, sizes, facts, target)
-        first = begun(meter)
-        if first.verdict != "met":
-            return source, nothing, PruningPlan({}, (), None), first
-        staircase = learned(meter)
+            meter = Meter(recipe, work, dense[recipe.shipped_file].graph, probe.facts("onnxruntime"), target)
+        first = asked(meter)
+        if first.verdict == "not needed":
+            return source, NOTHING, PruningPlan({}, (), None), first
+        groups, quantised = meter.groups if recipe.ships_engine else leaving(), meter.file.startswith("int8")
+        sizes = work.run(export.sizes_of, source, groups, dense["fp32"], recipe.onnx.graph, quantised)
+        meter = replace(meter, groups=groups, sizes=sizes, dense_ms=first.dense_ms)
+        first = probed(meter, first)
+        staircase = learned(meter) if first.verdict == "met" else None
+        if staircase:
+            first = reachable(meter, first, staircase)
+        if not staircase or first.verdict != "met":
+            return source, NOTHING, PruningPlan({}, (), None), first
         turned = rotated(recipe, source, split, groups, work)
         planner = _Planner(recipe, turned, split, groups, work, staircase)
         trials, plan, verdict = planner.settled(meter, first, ship)
@@ -113,56 +116,74 @@ def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work:
 # --- before anything is pruned
 
 
-def unneeded(meter: Meter) -> Budget | None:
-    """The budget where the dense network meets it: known before anything is looked for that could leave."""
-    goal = goal_ms(meter.recipe)
+def asked(meter: Meter) -> Budget:
+    """What is asked for beside what the dense network takes, alone, before anything is looked for that could leave: `not needed`, or `met`
+    for the time being."""
+    goal, percentile = goal_ms(meter.recipe), meter.percentile
     assert goal
-    for seconds in (PROBE_S, LONGER * PROBE_S):
-        dense, low, high = _dense_ms(meter, meter.timings("dense", (), seconds))
-        if not low <= goal <= high:
-            break
-    if dense > goal:
-        return None
-    progress.note(f"dense network {dense:.4g} ms (p{meter.percentile}), budget {goal:.4g} ms: not needed")
-    return Budget(goal, meter.percentile, dense, (low, high), None, "not needed", (), None, meter.facts)
+
+    def dense(seconds: float) -> tuple[float, float, float]:
+        samples = meter.alone(seconds)
+        return samples.percentile_ms(0, percentile), *samples.percentile_ci95_ms(0, percentile)
+
+    seconds = meter.timing.duration_s
+    took, low, high = dense(seconds)
+    if (enough := sampling_s(percentile, took, seconds)) > seconds:
+        progress.note(
+            f"p{percentile} takes {enough:.0f} s of sampling in place of {seconds:g}, so that some calls lie beyond it"
+        )
+        took, low, high = dense(enough)
+    if low <= goal <= high:
+        took, low, high = dense(LONGER * enough)
+    needed = took > goal
+    progress.note(
+        f"dense network {took:.4g} ms (p{percentile}), budget {goal:.4g} ms{'' if needed else ': not needed'}"
+    )
+    verdict: BudgetVerdict = "met" if needed else "not needed"
+    return Budget(goal, percentile, took, (low, high), None, verdict, (), None, meter.facts)
 
 
-def _dense_ms(meter: Meter, timings: WidthTimings) -> tuple[float, float, float]:
-    """The dense network's latency at the percentile that is asked for, and the ends of its 95 % interval."""
-    samples = Samples.load(timings.samples.path)
-    return samples.percentile_ms(0, meter.percentile), *samples.percentile_ci95_ms(0, meter.percentile)
-
-
-def begun(meter: Meter) -> Budget:
-    """The dense network and the narrowest ones: is a budget needed, and can it be met? `met` stands for: it may be."""
-    goal = goal_ms(meter.recipe)
-    assert goal
+def probed(meter: Meter, first: Budget) -> Budget:
+    """With the floor: the fastest of the narrowest networks that there are. `met` stands for: it may be."""
     settings = design.extremes(meter.groups, meter.design, meter.exact) if meter.groups.groups else ()
-    for seconds in (PROBE_S, LONGER * PROBE_S):
-        timings = meter.timings("floor", settings, seconds)
-        dense, low, high = _dense_ms(meter, timings)
+    found, took = _floored(meter, first, settings)
+    if found.verdict == "met" and meter.bench and took:
+        took = (meter.bench.dense.seconds, *took)
+        each, more = sum(took) / len(took), meter.planned - len(settings) - 2
+        progress.note(f"an engine took {each:.0f} s: up to {duration_text(each * more)} for the {more} that may follow")
+    return found
+
+
+def reachable(meter: Meter, first: Budget, staircase: Staircase) -> Budget:
+    """With the floor of what candidates may be: where not all the narrowest ones may, of those that may."""
+    extremes = design.extremes(meter.groups, meter.design, meter.exact)
+    settings = design.narrowest(extremes, Steps(meter.groups, staircase).allowed)
+    return first if settings == extremes else _floored(meter, first, settings)[0]
+
+
+def _floored(meter: Meter, first: Budget, settings: Sequence[Widths]) -> tuple[Budget, tuple[float, ...]]:
+    """The budget with the fastest of some networks for its floor, and the seconds that building engines of them took."""
+    goal, dense = first.latency_ms, first.dense_ms
+    seconds = meter.sampling_s(PROBE_S)
+    for sampling in (seconds, LONGER * seconds):
+        timings = meter.timings("floor", settings, sampling)
         ratios = budget.ratios(timings, meter.percentile)
         if settings and not ratios:
             raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
         floor = min(ratios, key=lambda ratio: ratio.value, default=Ratio(1.0, 1.0, 1.0))
-        if not (low <= goal <= high or floor.low * dense <= goal <= floor.high * dense):
+        if not floor.low * dense <= goal <= floor.high * dense:
             break
-    verdict: BudgetVerdict = "not needed" if dense <= goal else "infeasible" if floor.value * dense > goal else "met"
+    verdict: BudgetVerdict = "infeasible" if floor.value * dense > goal else "met"
     progress.note(
-        f"dense network {dense:.4g} ms (p{meter.percentile}), budget {goal:.4g} ms, with every group at its narrowest "
-        f"{floor.value * dense:.4g} ms{'' if verdict == 'met' else f': {verdict}'}"
+        f"with every group at its narrowest {floor.value * dense:.4g} ms{'' if verdict == 'met' else f': {verdict}'}"
     )
-    if verdict == "met" and meter.bench and timings.build_s:
-        took = (meter.bench.dense.seconds, *timings.build_s)
-        each, more = sum(took) / len(took), meter.planned - len(settings) - 2
-        progress.note(f"an engine took {each:.0f} s: up to {duration_text(each * more)} for the {more} that may follow")
-    return Budget(goal, meter.percentile, dense, (low, high), floor.value, verdict, (), None, meter.facts)
+    return replace(first, floor=floor.value, verdict=verdict), timings.build_s
 
 
 def learned(meter: Meter) -> Staircase:
     """What widths cost on this device."""
     groups, wanted, exact = meter.groups, meter.design, meter.exact is not None
-    timings = [meter.timings("floor", design.extremes(groups, wanted, meter.exact), PROBE_S)]
+    timings = [meter.timings("floor", design.extremes(groups, wanted, meter.exact), meter.sampling_s(PROBE_S))]
     multiple = meter.exact
     if multiple is None:
         multiple, found = alignment(meter)
@@ -214,6 +235,29 @@ def alignment(meter: Meter) -> tuple[int, list[WidthTimings]]:
 
 
 @dataclass(frozen=True)
+class _Made:
+    """A plan that was cut, exported and measured; `ratio`: of what ships to its dense twin."""
+
+    widths: Widths
+    plan: PruningPlan
+    ratio: float
+
+
+def _is_worth_making(
+    trial: Trial, made: Sequence[_Made], ratio: float, damage: Callable[[Mapping[str, int]], float]
+) -> bool:
+    """Whether it was not made yet, and is less damaged than all that were made and are within the budget."""
+    return all(
+        each.widths != trial.widths and (each.ratio > ratio or damage(trial.widths) < damage(each.widths))
+        for each in made
+    )
+
+
+def _widths(approach: Approach) -> Widths:
+    return {name: len(units) for name, units in approach.keep.items()}
+
+
+@dataclass(frozen=True)
 class _Planner:
     """What the closed loop runs on."""
 
@@ -229,10 +273,10 @@ class _Planner:
         goal, ratio = self.recipe.prune.target, first.ratio
         assert isinstance(goal, LatencyTarget | FpsTarget)
         scores, curves = self._scored()
-        approach = self._approach(scores, curves, ratio)
         steps = Steps(self.groups, self.staircase)
         allowed = {group.name: steps.allowed(group.name) for group in self.groups.groups}
-        now = {name: len(units) for name, units in approach.keep.items()}
+        approach, scale = self._approached(meter, scores, curves, steps, ratio)
+        now = _widths(approach)
         loop = Loop(
             ratio,
             goal.tolerance,
@@ -240,33 +284,55 @@ class _Planner:
             lambda target: least_damage(steps, approach.curves, now, allowed, target),
             steps.total,
             meter.ratio,
+            scale,
         )
-        trials, shift, good = loop.run(), 1.0, None
+
+        def damage(widths: Mapping[str, int]) -> float:
+            return damage_at(approach.curves, widths)
+
+        trials, made, shift = loop.run(), list[_Made](), 1.0
         if not trials:
             raise DeviceError("no engine of a candidate can be built", NARROW_HINT, public=UNBUILT)
-        while True:
-            best = loop.best(trials, lambda widths: damage_at(approach.curves, widths), shift)
+        while _is_worth_making(best := loop.best(trials, damage, shift), made, ratio, damage):
             plan = self._settle(scores, curves, approach, best.widths)
             shipped = meter.shipped(ship(self.source, self.groups, plan, meter.file), first)
             progress.note(
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"
             )
-            good = plan if shipped.value <= ratio else good
+            made.append(_Made(best.widths, plan, shipped.value))
             shift = shipped.value / best.ratio
-            more = trials if loop.fits(best, shift) else loop.run(trials, shift)
-            if len(more) == len(trials):
-                if good and best.ratio * shift < (1 - goal.tolerance) * ratio:
-                    left, multiple = percent(1 - best.ratio * shift / ratio, 0), self.staircase.multiple
-                    more_trials = len(trials) + len(loop.failed) >= goal.trials
-                    why = (
-                        "after all trials"
-                        if more_trials
-                        else f"no other network with widths in multiples of {multiple} lies between"
-                    )
-                    progress.note(f"{left} of the budget is left: {why}")
-                return trials, good or plan, "met" if good else "missed"
-            trials = more
+            if not loop.fits(best, shift):
+                trials = loop.run(trials, shift)
+        met = [each for each in made if each.ratio <= ratio]
+        if not met:
+            return trials, min(made, key=lambda each: each.ratio).plan, "missed"
+        final = min(met, key=lambda each: damage(each.widths))
+        if final.ratio < (1 - goal.tolerance) * ratio:
+            why = f"no other network with widths in multiples of {self.staircase.multiple} lies between"
+            if len(trials) + len(loop.failed) >= goal.trials:
+                why = "after all trials"
+            progress.note(f"{percent(1 - final.ratio / ratio, 0)} of the budget is left: {why}")
+        return trials, final.plan, "met"
+
+    def _approached(
+        self, meter: Meter, scores: Scores, curves: Curves, steps: Steps, ratio: float
+    ) -> tuple[Approach, float]:
+        """Where candidates begin, and what it takes as a part of what is predicted.
+
+        They are no wider than that; so where it is faster than the budget already, the approach goes less far.
+        """
+        approach = self._approach(scores, curves, ratio)
+        widths = _widths(approach)
+        narrower = any(widths[group.name] < group.units for group in self.groups.groups)
+        found = meter.ratio(widths, False) if narrower else None
+        if found is None:
+            return approach, 1.0
+        scale = found.value / steps.total(widths)
+        if found.high < ratio:
+            progress.note(f"{found.value:.3f} of the dense latency before the last step already: once more, less far")
+            approach = self._approach(scores, curves, min(1.0, ratio / scale))
+        return approach, scale
 
     def _images(self) -> tuple[ImageSet, ImageSet]:
         root = self.recipe.calibration.images

@@ -17,12 +17,14 @@ from cswap_deploy.recipe import Recipe
 from cswap_deploy.report import render_sweep
 from cswap_deploy.stage import Workdir
 
+MEASURED = ("percentile", "runtime", "runtime_version", "precision", "batch", "threads")
+"""What was measured, and how."""
 COLUMNS = (
     "latency_ms", "verdict", "achieved_ms", "ratio", "ratio_low", "ratio_high", "trials", "top1", "drop_pp", "drop_low_pp",
-    "drop_high_pp", "macs", "params", "bytes", "gate", "on_front", "exit_code", "bundle",
+    "drop_high_pp", "macs", "params", "bytes", "gate", "on_front", "exit_code", "bundle", *MEASURED,
 )  # fmt: skip
 Place = tuple[float, float]
-"""Milliseconds and top-1."""
+"""Part of the dense latency, and top-1."""
 NAME = "sweep"
 """Of the files in the work folder: .csv, .json, .html."""
 
@@ -48,23 +50,23 @@ def overrides_of(recipe: Recipe, latency_ms: float) -> list[str]:
 def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
     """Build every recipe, which differ in their latency alone, and write table and page into the work folder.
 
-    Where the target was lost, a point has a bundle and no latency.
+    Where the target was lost, a point has a bundle and no latency. What is written is complete after each bundle, as far as it goes.
     """
     points, dense, conditions = [], {"latency_ms": None}, None
     for number, recipe in enumerate(recipes):
         goal = recipe.prune.target
-        folder = f"bundle-{goal.latency_ms:g}ms"  # type: ignore[union-attr]
+        folder = f"bundle-{goal.latency_ms:.12g}ms"  # type: ignore[union-attr]
         progress.note(f"latency {number + 1} of {len(recipes)}: {goal.latency_ms:g} ms")  # type: ignore[union-attr]
         bundle = pipeline.build(recipe, work, folder)
         points.append({"latency_ms": goal.latency_ms, **_point(bundle, folder)})  # type: ignore[union-attr]
         budget, latency = bundle.manifest["budget"], bundle.manifest["latency"]
         dense |= _accuracy(bundle, "source") | ({"latency_ms": budget["dense_ms"]} if budget else {})
         conditions = latency["conditions"] if latency else conditions
-    places = [_place(point, dense["latency_ms"]) for point in points]
-    for point, place in zip(points, places, strict=True):
-        point["on_front"] = point["verdict"] != "infeasible" and _on_front(place, places)
-    document = {"name": recipes[0].name, "dense": dense, "points": points, "conditions": conditions}
-    write(document, work.root)
+        places = [_place(point) for point in points]
+        for point, place in zip(points, places, strict=True):
+            point["on_front"] = point["verdict"] != "infeasible" and _on_front(place, places)
+        document = {"name": recipe.name, "dense": dense, "points": points, "conditions": conditions}
+        write(document, work.root)
     return document
 
 
@@ -86,15 +88,16 @@ def _on_front(place: Place | None, others: Sequence[Place | None]) -> bool:
     )
 
 
-def _place(point: dict[str, Any], dense_ms: float | None) -> Place | None:
+def _place(point: dict[str, Any]) -> Place | None:
     """Where the dense network ships at its latency, whatever noise says; None where nothing was measured."""
-    took = dense_ms if point["verdict"] in ("not needed", "infeasible") else point["achieved_ms"]
+    took = 1.0 if point["verdict"] in ("not needed", "infeasible") else point["ratio"]
     return None if took is None else (took, point["top1"])
 
 
 def _point(bundle: Bundle, folder: str) -> dict[str, Any]:
     manifest = bundle.manifest
     budget, accuracy = manifest["budget"] or {}, manifest["accuracy"]
+    latency = manifest["latency"] or {}
     ratio = budget.get("ratio_ci95") or (None, None)
     low, high = accuracy["drop_ci95_pp"]
     return {
@@ -110,6 +113,7 @@ def _point(bundle: Bundle, folder: str) -> dict[str, Any]:
         "gate": accuracy["gate"]["verdict"],
         "exit_code": manifest["exit_code"],
         "bundle": folder,
+        **{key: {**latency, **budget}.get(key) for key in MEASURED},
     }
 
 

@@ -5,6 +5,7 @@ Values were put together from public descriptions of these files, not copied fro
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ FILES: dict[str, dict[str, str]] = {
         "proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\0",
         "proc/device-tree/compatible": "nvidia,p3971-0089+p3834-0008\0nvidia,tegra264\0",
         "proc/meminfo": "MemTotal:      128790572 kB\nMemAvailable:  120000000 kB\n",
-        "proc/cpuinfo": "processor\t: 0\nBogoMIPS\t: 2000.00\n",
+        "proc/cpuinfo": "processor\t: 0\nBogoMIPS\t: 2000.00\nCPU implementer\t: 0x41\nCPU part\t: 0xd83\n" * 2,
         "proc/driver/nvidia/gpus/0000:01:00.0/information": "Model: \t\t NVIDIA Thor\nIRQ:   \t\t 300\n",
         "etc/nv_tegra_release": L4T.format(38, "2.0"),
         "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=120W >\n",
@@ -129,7 +130,7 @@ FACTS: dict[str, dict[str, Any]] = {
         },
         "gpu": {"mhz": 1575, "min_mhz": 315, "max_mhz": 1575, "locked": False, "governor": "nvhost_podgov", "load": None},
         "rails_mw": {}, "temperature_c": 51.0,
-        "cpu": {"mhz": 2601, "locked": False},
+        "cpu": {"mhz": 2601, "locked": False, "model": f"{os.uname().machine} 0x41 0xd83"},
         "tensorrt": {"gpu": "NVIDIA Thor"},
     },
     "x86 with a GPU": {

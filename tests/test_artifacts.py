@@ -107,7 +107,7 @@ EXAMPLES: list[Any] = [
     ONNX,
     ACCURACY,
     Gate(None, "bound", 0.95, "off", False, None),
-    LatencyReport(FILE, "onnxruntime 1.32.0", (61.5, 60.25), 0.01, {"device": "x", "load": [0.1, None]}),
+    LatencyReport(FILE, "onnxruntime 1.32.0", (61.5, 60.25), 0.01, {"device": "x"}, {"load": [0.1, None]}),
     FileLatency(("fp32", "int8"), FILE),
     Engine(FILE, FILE, "10.3.0", "Orin", 27.8, ""),
     Prepared(

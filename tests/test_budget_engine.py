@@ -104,9 +104,9 @@ def test_it_is_said_how_many_engines_may_be_built_and_how_long_one_takes(met: tu
     [planned] = [
         re.search(r"built on the target, as a rule up to (\d+)", note) for note in notes if "needs an engine" in note
     ]
-    dense, floor, multiple, together, trials, ships = 2, 1, 3, 8, 8, 1
-    assert planned and int(planned[1]) == dense + floor + multiple + together + trials + ships
-    assert any(re.search(r"an engine took \d+ s: up to .* for the 20 that may follow", note) for note in notes), notes
+    dense, floors, multiple, together, approach, trials, ships = 2, 2, 3, 8, 1, 8, 1
+    assert planned and int(planned[1]) == dense + floors + multiple + together + approach + trials + ships
+    assert any(re.search(r"an engine took \d+ s: up to .* for the 22 that may follow", note) for note in notes), notes
 
 
 def test_a_second_run_builds_nothing(met: tuple[Built, list[str]], surroundings: dict[str, str]) -> None:
@@ -187,11 +187,9 @@ def batch(ready: tuple[Prepared, Groups, Sizes], tmp_path: Path) -> Batch:
         (tmp_path / "out").mkdir(exist_ok=True)
         with reach("local") as near:
             target = replace(near, name="ssh://board") if far else near
-            answer, _ = order.build(target, target.put(graph)[0])
-            dense = target.get(answer["engine"], tmp_path / "dense.engine")
             facts = Probe.of(target).facts("tensorrt")
             return latency.of_engines.function(
-                tmp_path / "out", dense, graph, groups, sizes, settings, order, TIMING, facts, target
+                tmp_path / "out", graph, groups, sizes, settings, order, TIMING, facts, target
             )
 
     return measured
@@ -221,7 +219,7 @@ def test_files_go_once_and_weights_are_found_beside_them(
     [found] = budget.ratios(timings, 50)
     assert found.value == pytest.approx((BASE_US + BLOCK_US * (3 + 9 + 3)) / 1000 / DENSE_MS, rel=0.02)
     files = [*(tmp_path / "cache" / "cswap-deploy" / "files").iterdir()]
-    assert len(files) == 3 + 3 + 1  # dense, twin and narrow: a file and an engine each; and their weights
+    assert len(files) == 2 + 2 + 1  # twin and narrow: a file and an engine each; and their weights
     assert all(sha256(path.read_bytes()).hexdigest() == path.name for path in files)
 
 
@@ -234,7 +232,7 @@ def test_engines_of_a_request_that_failed_are_not_built_again(
         batch(settings)
     before = builds(surroundings)
     timings = batch(settings)
-    assert builds(surroundings) == before + 1  # the dense one, which this test asks for anew
+    assert builds(surroundings) == before
     assert timings.build_s == () and len(timings.settings) == 2
 
 
@@ -257,5 +255,5 @@ def test_the_oldest_passing_engines_leave(
     store = tmp_path / "cache" / "cswap-deploy"
     ledger = {path.name: json.loads(path.read_text()) for path in (store / "engines").iterdir()}
     assert ["answer" in entry for entry in ledger.values()].count(True) == 4
-    assert len(ledger) == 5  # and the dense one, which is none of them
+    assert len(ledger) == 4
     assert all((store / "files" / sha256).is_file() for sha256 in ledger)

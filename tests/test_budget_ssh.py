@@ -60,8 +60,8 @@ def learned(
     recipe = recipe.on(place)
     with Workdir(folder).open() as opened, planning.reached(recipe, opened) as (target, probe):
         work(target)
-        meter = metering.Meter(recipe, opened, dense.graph, groups, sizes, probe.facts("onnxruntime"), target)
-        assert planning.begun(meter).verdict == "not needed"
+        meter = metering.Meter(recipe, opened, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
+        assert planning.asked(meter).verdict == "not needed"
         return planning.learned(meter)
 
 

@@ -41,4 +41,4 @@ def observed(timings: WidthTimings, percentile: int) -> list[Observation]:
 def ratios(timings: WidthTimings, percentile: int) -> list[Ratio]:
     """Of each setting, to the dense network without weights."""
     samples = Samples.load(timings.samples.path)
-    return [samples.ratio(number, 1, percentile) for number in range(2, samples.models)]
+    return [samples.ratio(number, 0, percentile) for number in range(1, samples.models)]

@@ -77,8 +77,8 @@ def in_doubt(budget: Budget, report: LatencyReport) -> bool:
 
 
 def _there(budget: Budget, report: LatencyReport | None) -> Budget:
-    """On another device than the one that was planned for, the dense network has a latency of its own."""
-    if report is None or report.conditions["device"] == budget.facts["device"]:
+    """On another device than was planned for, or in another power mode, the dense network has a latency of its own."""
+    if report is None or report.facts == budget.facts:
         return budget
     samples = Samples.load(report.samples.path)
     interval = samples.percentile_ci95_ms(0, budget.percentile)

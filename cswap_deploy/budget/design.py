@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -42,7 +42,8 @@ class Design:
         kinds = kinds_of(groups)
         widths = levels(options(groups, kinds, multiple, exact=round_to is not None), self.alone)
         multiples = 0 if round_to else 3 * sum(steps_of(groups, number) is not None for number in self.multiples)
-        return len(extremes(groups, self, round_to)) + multiples + sum(map(len, widths.values())) + self.together
+        floors = len(extremes(groups, self, round_to)) * (1 if round_to else 2)
+        return floors + multiples + sum(map(len, widths.values())) + self.together
 
 
 OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=4, together=24)
@@ -77,6 +78,15 @@ def extremes(groups: Groups, design: Design, round_to: int | None) -> tuple[Widt
     """Every group as narrow as multiples of a few numbers let it be, the first as narrow as any candidate: the fastest is the floor."""
     numbers = (round_to,) if round_to else design.narrowest
     return tuple({group.name: floor_of(group, number) for group in groups.groups} for number in numbers)
+
+
+def narrowest(extremes: Sequence[Widths], allowed: Callable[[str], Sequence[int]]) -> tuple[Widths, ...]:
+    """Extremes with the next width that each group of a candidate may have (`allowed`, narrow to wide) in place of its own."""
+    found = [
+        {name: min(wide for wide in allowed(name) if wide >= width) for name, width in setting.items()}
+        for setting in extremes
+    ]
+    return tuple(setting for number, setting in enumerate(found) if setting not in found[:number])
 
 
 def steps_of(groups: Groups, multiple: int) -> tuple[Widths, Widths, Widths] | None:

@@ -31,6 +31,8 @@ class Loop:
     choose: Callable[[float], Widths]
     predict: Callable[[Mapping[str, int]], float]
     measure: Callable[[Widths, bool], Ratio | None]
+    scale: float = 1.0
+    """What networks take as a part of what is predicted, as far as that is known before the first candidate."""
     failed: list[Widths] = field(default_factory=list)
     """Candidates that count as trials, although no engine of them could be built."""
 
@@ -39,7 +41,7 @@ class Loop:
 
         `shift`: what a network that ships takes, divided by what its candidate took.
         """
-        done, scale = list(earlier), shift
+        done, scale = list(earlier), shift * self.scale
         if done:
             scale = shift * done[-1].ratio / self.predict(done[-1].widths)
         while len(done) + len(self.failed) < self.trials and (widths := self._fresh(done, scale, shift)):

@@ -18,14 +18,14 @@ class Unbuilt:
 
 @dataclass(frozen=True)
 class WidthTimings:
-    """Networks with narrower groups and their dense twin, run in turn. Groups that a setting does not name are whole.
+    """Networks with narrower groups and the dense one's twin, run in turn. Groups that a setting does not name are whole.
 
-    Narrower ones are compared with model 1: files of weights made at loading lie elsewhere in memory than weights that were read,
-    which is worth 5 % to a network that just fits into a cache.
+    None has weights of its own, nor has the twin: files of weights made at loading lie elsewhere in memory than weights that were
+    read, which is worth 5 % to a network that just fits into a cache.
     """
 
     samples: File
-    """`samples.Samples`: model 0 is the dense one, 1 its twin without weights, n + 2 has the widths `settings[n]`."""
+    """`samples.Samples`: model 0 is the twin, n + 1 has the widths `settings[n]`."""
     settings: tuple[dict[str, int], ...]
     """Those that were measured."""
     runtime: str
@@ -95,7 +95,7 @@ class Budget:
     latency_ms: float
     percentile: int
     dense_ms: float
-    """Of the dense network when the budget was set."""
+    """Of the dense network, alone, when the budget was set."""
     dense_ci95_ms: tuple[float, float]
     floor: float | None
     """Ratio of the fastest network that groups as narrow as they can be give; None where it was not looked for."""

@@ -299,8 +299,14 @@ def cpu() -> Json:
     name = re.search(r"^(?:model name|Model|Hardware)\s*: (.+)$", text_of("/proc/cpuinfo"), re.M)
     facts: Json = {key: None if value is None else value // 1000 for key, value in kilohertz.items()}
     facts.update({"cores": len(os.sched_getaffinity(0)), "governor": text_of(folder + "scaling_governor") or None})
-    model, locked = name.group(1).strip() if name else os.uname().machine, bounds[0] == bounds[1]
+    model, locked = name.group(1).strip() if name else unnamed(), bounds[0] == bounds[1]
     return {**facts, "model": model, "locked": None if None in bounds else locked}
+
+
+def unnamed() -> str:
+    """A processor that Linux has numbers for and no name, as those of ARM servers and phones: the architecture and the kinds of core."""
+    found = re.findall(r"^CPU (implementer|part)\s*: (\S+)$", text_of("/proc/cpuinfo"), re.M)
+    return " ".join([os.uname().machine, *dict.fromkeys(value for _, value in found)])
 
 
 def board() -> Json | None:

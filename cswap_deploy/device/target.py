@@ -233,6 +233,7 @@ class Probe:
         version = document["onnxruntime"]["version"] if runtime == "onnxruntime" else tensorrt["version"]
         known = {
             "device": self.device,
+            "cores": str(document["cpu"]["cores"]) if runtime == "onnxruntime" else None,
             "runtime": f"{runtime} {version or 'absent'}",
             "power_mode": board.get("power_mode"),
             "gpu": tensorrt["gpu"],

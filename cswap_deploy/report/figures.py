@@ -157,7 +157,8 @@ def front(sweep: Facts) -> Markup | None:
             tip = (
                 f"asked {ms(each['latency_ms'])}, {each['verdict']}: {ms(each['achieved_ms'])}, {percent(each['top1'])}"
             )
-            points.append((each["achieved_ms"], 100 * each["top1"], "ship", f"{each['bundle']}/report.html", tip))
+            kind = "ship" if each["on_front"] else "ship beaten"
+            points.append((each["achieved_ms"], 100 * each["top1"], kind, f"{each['bundle']}/report.html", tip))
     return svg.scatter("; ".join(tip for *_, tip in points), points) if points else None
 
 

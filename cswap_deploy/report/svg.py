@@ -77,7 +77,7 @@ def stairs(label: str, points: Sequence[tuple[float, float]], height: int = 26) 
 
 
 def scatter(label: str, points: Sequence[tuple[float, float, str, str, str]], height: int = 260) -> Markup:
-    """Points of (milliseconds, percent, class, link or "", tip); those that ship are joined, fastest first."""
+    """Points of (milliseconds, percent, class, link or "", tip); those of the class `ship` alone, the front, are joined, fastest first."""
     across = Axis.around(min(x for x, *_ in points), max(x for x, *_ in points), 0.08)
     up = Axis.around(min(y for _, y, *_ in points), max(y for _, y, *_ in points), 0.15)
     placed = sorted((across.place(x), height * (1 - up.place(y)), kind, link, tip) for x, y, kind, link, tip in points)

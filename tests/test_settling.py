@@ -1,0 +1,187 @@
+"""How a latency budget ends: what is cut, exported and measured in the end, where the loop begins, how long is measured.
+
+No network is pruned here: latencies are formulas, and of a plan only its widths count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from conftest import make_project
+from test_budget import FILES, Device, blocks, exact, learned, measured, truth, whole
+
+from cswap_deploy import metering, planning
+from cswap_deploy.artifacts import Curves, File, Groups, Network, PruningPlan, Scores, Split
+from cswap_deploy.budget import design
+from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import Approach, Budget, WidthTimings
+from cswap_deploy.metering import Meter
+from cswap_deploy.prune.allocate import damage_at
+from cswap_deploy.recipe import Recipe
+from cswap_deploy.samples import Ratio, Samples
+from cswap_deploy.stage import Workdir
+
+GROUPS = blocks(12, 64)
+Widths = Mapping[str, int]
+
+
+class Planner(planning._Planner):
+    """Of networks that are nothing but widths; `asked_for`: how far the approaches went."""
+
+    asked_for: list[float]
+
+    def _scored(self) -> tuple[Scores, Curves]:
+        return cast(Any, (None, None))
+
+    def _approach(self, scores: Scores, curves: Curves, ratio: float) -> Approach:
+        self.asked_for.append(ratio)
+        width = 64 if len(self.asked_for) > 1 else self.begin
+        keep = {name: tuple(range(width)) for name in whole(self.groups)}
+        return Approach(keep, tuple(measured(self.groups, Random(0), 16)), (), ())
+
+    def _settle(self, scores: Scores, curves: Curves, approach: Approach, widths: Widths) -> PruningPlan:
+        return PruningPlan({name: tuple(range(width)) for name, width in widths.items()}, (), None)
+
+    begin = 64
+    """Units of each group where the first approach ends."""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return make_project(tmp_path / "project").load("prune.target={latency_ms: 7, trials: 2}", "latency={}")
+
+
+def settled(
+    recipe: Recipe, device: Device, slower: list[float], begin: int = 64
+) -> tuple[tuple[float, ...], float, str, list[Widths], list[float]]:
+    """Ratios of candidates, that of what ships, the verdict, what was shipped in turn, and how far the approaches went.
+
+    `slower`: what each network that ships takes as a part of what its candidate did.
+    """
+    staircase, made = learned(GROUPS, 16), list[Widths]()
+    planner = Planner(recipe, cast(Network, None), cast(Split, None), GROUPS, cast(Workdir, None), staircase)
+    object.__setattr__(planner, "asked_for", [])
+    object.__setattr__(planner, "begin", begin)
+
+    def shipped(plan: Any, asked: Budget) -> Ratio:
+        made.append({name: len(units) for name, units in plan.keep.items()})
+        return exact(slower[len(made) - 1] * device.off * truth(GROUPS, made[-1], 16))
+
+    meter = SimpleNamespace(ratio=device.measure, shipped=shipped, file="fp32")
+    first = Budget(7.0, 50, 10.0, (10.0, 10.0), 0.1, "met", (), None, {})
+    trials, plan, verdict = planner.settled(
+        cast(Meter, meter), first, lambda source, groups, plan, name: cast(Any, plan)
+    )
+    widths = {name: len(units) for name, units in plan.keep.items()}
+    ratio = slower[made.index(widths)] * device.off * truth(GROUPS, widths, 16)
+    return tuple(trial.ratio for trial in trials), ratio, verdict, made, planner.asked_for
+
+
+def test_where_what_ships_misses_an_earlier_candidate_that_meets_the_budget_is_made(recipe: Recipe) -> None:
+    """Both trials are used up: the first left room, the second fits, and what ships of it takes 4 % more."""
+    candidates, ratio, verdict, made, _ = settled(recipe, Device(GROUPS, 0.85), [1.04, 1.04])
+    assert len(candidates) == 2 and candidates[0] < candidates[1] <= 0.7 < 1.04 * candidates[1]
+    assert (verdict, len(made)) == ("met", 2) and ratio == pytest.approx(1.04 * candidates[0])
+
+
+def test_what_met_the_budget_ships_and_not_what_is_more_damaged(recipe: Recipe) -> None:
+    """The first that ships leaves room, so the loop goes on; nothing that comes later replaces it unless it loses less."""
+    candidates, ratio, verdict, made, _ = settled(recipe, Device(GROUPS, 1.0), [0.9, 1.2, 1.2])
+    curves = measured(GROUPS, Random(0), 16)
+    assert verdict == "met" and ratio <= 0.7 and len(candidates) == 2
+    met = [
+        widths
+        for widths, slower in zip(made, [0.9, 1.2, 1.2], strict=False)
+        if slower * truth(GROUPS, widths, 16) <= 0.7
+    ]
+    assert damage_at(curves, made[0]) == min(damage_at(curves, widths) for widths in met)
+
+
+def test_where_all_that_ships_misses_the_fastest_of_it_ships(recipe: Recipe) -> None:
+    _, ratio, verdict, made, _ = settled(recipe, Device(GROUPS, 0.85), [1.5, 1.4])
+    assert verdict == "missed" and len(made) == 2
+    assert ratio == min(
+        slower * 0.85 * truth(GROUPS, widths, 16) for slower, widths in zip([1.5, 1.4], made, strict=True)
+    )
+
+
+def test_an_approach_that_is_faster_than_the_budget_already_is_made_again_less_far(recipe: Recipe) -> None:
+    """Predicted 0.8 of the dense latency before the last step, of which the device takes three quarters."""
+    candidates, _, verdict, _, went = settled(recipe, Device(GROUPS, 0.75, width=0.01), [1.0, 1.0], begin=48)
+    assert went == [0.7, pytest.approx(0.7 / 0.75, rel=0.02)] and verdict == "met"
+    assert 0.95 * 0.7 <= candidates[0] <= 0.7, "the first candidate knows what the approach took"
+    _, _, _, _, went = settled(recipe, Device(GROUPS, 1.0, width=0.01), [1.0, 1.0], begin=48)
+    assert went == [0.7]
+
+
+# --- how long
+
+
+@pytest.mark.parametrize(
+    ("percentile", "dense_ms", "seconds"), [(50, 8.0, 5.0), (99, 8.0, 5.0), (99, 100.0, 50.0), (90, 200.0, 10.0)]
+)
+def test_a_percentile_is_measured_until_some_calls_lie_beyond_it(
+    percentile: int, dense_ms: float, seconds: float
+) -> None:
+    assert metering.sampling_s(percentile, dense_ms, 5.0) == pytest.approx(seconds)
+
+
+def test_the_dense_network_is_measured_as_long_as_its_percentile_takes(recipe: Recipe) -> None:
+    taken: list[float] = []
+
+    def alone(seconds: float) -> Samples:
+        """100 ms, and 8 % of the calls take half as long again: fewer than one in ten."""
+        taken.append(seconds)
+        count = max(2, round(seconds / 0.1))
+        calls = [150_000_000 if number % 25 in (3, 16) else 100_000_000 for number in range(count)]
+        return Samples.of([[part] for part in (calls[: count // 2], calls[count // 2 :])])
+
+    meter = SimpleNamespace(recipe=recipe, percentile=99, timing=recipe.latency, alone=alone, facts={})
+    first = planning.asked(cast(Meter, meter))
+    assert recipe.latency and taken[0] == recipe.latency.duration_s and taken[1] == pytest.approx(75.0)
+    assert first.dense_ms == 150.0 and first.verdict == "met" and first.floor is None
+
+
+# --- the floor
+
+
+def test_the_floor_is_of_what_candidates_may_be(recipe: Recipe, tmp_path: Path) -> None:
+    """Groups of 512 in multiples of 16 have no narrower width; of 48 they may have a single unit."""
+    groups = Groups(blocks(2, 512).groups, (), blocks(2, 512).terms)
+    staircase = learned(groups, 16)
+    assert staircase.multiple == 16
+    allowed = Steps(groups, staircase).allowed
+    corners = design.extremes(groups, FILES, None)
+    assert design.narrowest(corners, allowed) == ({"b0": 16, "b1": 16},)
+    small = blocks(2, 48)
+    corners = design.extremes(small, FILES, None)
+    assert design.narrowest(corners, Steps(small, learned(small, 16)).allowed) == corners
+
+    asked: list[tuple[dict[str, int], ...]] = []
+
+    def timings(what: str, settings: tuple[dict[str, int], ...], seconds: float) -> WidthTimings:
+        asked.append(settings)
+        ratios = [1.0, *(truth(groups, widths, 16) for widths in settings)]
+        Samples.of([[[round(1e7 * ratio)] * 5 for ratio in ratios] for _ in range(8)]).save(tmp_path / "samples.npz")
+        return WidthTimings(File.of(tmp_path / "samples.npz"), settings, "none", {})
+
+    meter = SimpleNamespace(
+        groups=groups,
+        design=FILES,
+        exact=None,
+        percentile=50,
+        sampling_s=lambda seconds: seconds,
+        timings=timings,
+        bench=None,
+    )
+    narrowest = 10 * truth(groups, {"b0": 16, "b1": 16}, 16)
+    for goal, verdict in ((narrowest * 1.2, "met"), (narrowest * 0.9, "infeasible")):
+        first = Budget(goal, 50, 10.0, (10.0, 10.0), 0.01, "met", (), None, {})
+        found = planning.reachable(cast(Meter, meter), first, staircase)
+        assert found.verdict == verdict and found.floor == pytest.approx(narrowest / 10, rel=0.01)
+    assert asked[0] == ({"b0": 16, "b1": 16},)
