@@ -21,6 +21,7 @@ TREE = {
     "PruningError": 4,
     "DeviceError": 5,
     "ExportError": 6,
+    "UnshippableError": 6,
     "VerifyError": 9,
 }
 

@@ -292,21 +292,16 @@ def rails() -> dict[str, float]:
 
 
 def cpu() -> Json:
-    folder = "/sys/devices/system/cpu/cpu0/cpufreq/"
-    names = {"mhz": "scaling_cur_freq", "max_mhz": "cpuinfo_max_freq"}
+    """ARM servers and phones name no processor, only kinds of core by number."""
+    folder, names = "/sys/devices/system/cpu/cpu0/cpufreq/", {"mhz": "scaling_cur_freq", "max_mhz": "cpuinfo_max_freq"}
     kilohertz = {key: number_of(folder + name) for key, name in names.items()}
     bounds = [number_of(folder + name) for name in ("scaling_min_freq", "scaling_max_freq")]
     name = re.search(r"^(?:model name|Model|Hardware)\s*: (.+)$", text_of("/proc/cpuinfo"), re.M)
+    kinds = dict.fromkeys(re.findall(r"^CPU (?:implementer|part)\s*: (\S+)$", text_of("/proc/cpuinfo"), re.M))
     facts: Json = {key: None if value is None else value // 1000 for key, value in kilohertz.items()}
     facts.update({"cores": len(os.sched_getaffinity(0)), "governor": text_of(folder + "scaling_governor") or None})
-    model, locked = name.group(1).strip() if name else unnamed(), bounds[0] == bounds[1]
-    return {**facts, "model": model, "locked": None if None in bounds else locked}
-
-
-def unnamed() -> str:
-    """A processor that Linux has numbers for and no name, as those of ARM servers and phones: the architecture and the kinds of core."""
-    found = re.findall(r"^CPU (implementer|part)\s*: (\S+)$", text_of("/proc/cpuinfo"), re.M)
-    return " ".join([os.uname().machine, *dict.fromkeys(value for _, value in found)])
+    model = name.group(1).strip() if name else " ".join([os.uname().machine, *kinds])
+    return {**facts, "model": model, "locked": None if None in bounds else bounds[0] == bounds[1]}
 
 
 def board() -> Json | None:
