@@ -292,7 +292,6 @@ def rails() -> dict[str, float]:
 
 
 def cpu() -> Json:
-    """ARM servers and phones name no processor, only kinds of core by number."""
     folder, names = "/sys/devices/system/cpu/cpu0/cpufreq/", {"mhz": "scaling_cur_freq", "max_mhz": "cpuinfo_max_freq"}
     kilohertz = {key: number_of(folder + name) for key, name in names.items()}
     bounds = [number_of(folder + name) for name in ("scaling_min_freq", "scaling_max_freq")]
@@ -300,7 +299,7 @@ def cpu() -> Json:
     kinds = dict.fromkeys(re.findall(r"^CPU (?:implementer|part)\s*: (\S+)$", text_of("/proc/cpuinfo"), re.M))
     facts: Json = {key: None if value is None else value // 1000 for key, value in kilohertz.items()}
     facts.update({"cores": len(os.sched_getaffinity(0)), "governor": text_of(folder + "scaling_governor") or None})
-    model = name.group(1).strip() if name else " ".join([os.uname().machine, *kinds])
+    model = name.group(1).strip() if name else " ".join([os.uname().machine, *kinds])  # ARM says numbers alone
     return {**facts, "model": model, "locked": None if None in bounds else bounds[0] == bounds[1]}
 
 
