@@ -196,7 +196,7 @@ def compare_files(
     return _files(out, take(target, tuple(files.values()), settings, names=tuple(files)), tuple(files))
 
 
-@stage("latency", returns=FileLatency, libraries=("numpy",))
+@stage("staircase", returns=FileLatency, libraries=("numpy",))
 def alone(out: Path, model: File, settings: LatencySettings, facts: Mapping[str, str], target: Target) -> FileLatency:
     """One model, a file or an engine that was built there, on `target`, which `facts` describe. Errors: DeviceError."""
     return _files(out, take(target, (model,), settings, names=("the dense model",), thorough=False), ("dense",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import TypeVar
 
 from cswap_deploy import budget, engines, latency, progress
@@ -22,13 +23,15 @@ from cswap_deploy.samples import Ratio, Samples
 from cswap_deploy.stage import Workdir
 
 BATCH = 8
-"""Networks that are measured in turn with the dense one in one request."""
+"""Networks that are measured in turn with the dense one's twin in one request."""
 ENGINES_BYTES = 1 << 30
 """Of all engines that are loaded at once, about: a board's memory is shared by all that runs there."""
 WARMUP_S = 0.1
 """Running before the first sample, where the recipe's own would take longer than sampling."""
 LONGER = 4
 """Times the sampling of a measurement that was too close to call."""
+SLOWER = 1.5
+"""Times the sampling that was made, from which on too little of it is made good."""
 TAIL = 5
 """Calls of the dense network beyond a percentile, on average, that a measurement must see: of fewer, one slow call decides."""
 ATTEMPTS, PAUSE_S = 3, 2.0
@@ -67,9 +70,10 @@ def lasting(timing: LatencySettings, seconds: float) -> LatencySettings:
     return timing.model_copy(update={"duration_s": seconds})
 
 
-def sampling_s(percentile: int, dense_ms: float, seconds: float) -> float:
-    """Sampling of each model: `seconds`, or longer where `TAIL` calls beyond the percentile take longer."""
-    return max(seconds, TAIL / (1 - percentile / 100) * dense_ms / 1000)
+def sampling_s(percentile: int, call_ms: float, seconds: float) -> float:
+    """Sampling of each model: `seconds`, or longer, in halves of a second, where `TAIL` calls beyond the percentile take longer."""
+    needed = TAIL / (1 - percentile / 100) * call_ms / 1000
+    return seconds if needed <= seconds else ceil(2 * needed) / 2
 
 
 def timing_of(recipe: Recipe, asked: Budget | None) -> LatencySettings:
@@ -77,15 +81,19 @@ def timing_of(recipe: Recipe, asked: Budget | None) -> LatencySettings:
     assert recipe.latency
     if asked is None:
         return recipe.latency
-    return lasting(recipe.latency, sampling_s(asked.percentile, asked.dense_ms, recipe.latency.duration_s))
+    return lasting(recipe.latency, sampling_s(asked.percentile, asked.call_ms, recipe.latency.duration_s))
 
 
 def reported(
     timing: LatencySettings, asked: Budget | None, measure: Callable[[LatencySettings], LatencyReport]
 ) -> LatencyReport:
-    """What the bundle says of latency: `LONGER` times as long where the interval holds the budget `asked` for. Errors: DeviceError."""
-    report = measure(timing)
-    return measure(lasting(timing, LONGER * timing.duration_s)) if asked and in_doubt(asked, report) else report
+    """What the bundle says of latency: measured again where calls are so much slower here that too few lie beyond the percentile,
+    and `LONGER` times as long where the interval holds the budget `asked` for. Errors: DeviceError."""
+    report, seconds = measure(timing), timing.duration_s
+    if asked:
+        enough = sampling_s(asked.percentile, Samples.load(report.samples.path).percentile_ms(0, 50), seconds)
+        seconds = (enough if enough > SLOWER * seconds else seconds) * (LONGER if in_doubt(asked, report) else 1)
+    return report if seconds == timing.duration_s else measure(lasting(timing, seconds))
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class Meter:
     sizes: Sizes = field(default_factory=lambda: Sizes(()))
     bench: Bench | None = None
     """None: ONNX Runtime runs the files."""
-    dense_ms: float = 0.0
+    call_ms: float = 0.0
     """Of the dense network, once that is known: how long it takes to see enough calls."""
     unbuilt: list[Unbuilt] = field(default_factory=list)
     """What no engine could be built of."""
@@ -148,7 +156,7 @@ class Meter:
     @property
     def batch(self) -> int:
         """Networks in one request."""
-        fit = ENGINES_BYTES // self.bench.dense.file.bytes - 2 if self.bench else BATCH
+        fit = ENGINES_BYTES // self.bench.dense.file.bytes - 1 if self.bench else BATCH
         return max(1, min(BATCH, fit))
 
     def alone(self, seconds: float) -> Samples:
@@ -160,7 +168,7 @@ class Meter:
 
     def sampling_s(self, seconds: float) -> float:
         """`seconds`, or longer where the percentile takes it."""
-        return sampling_s(self.percentile, self.dense_ms, seconds)
+        return sampling_s(self.percentile, self.call_ms, seconds)
 
     def timings(self, what: str, settings: Sequence[Widths], seconds: float, warmup: float = WARMUP_S) -> WidthTimings:
         """In one request; `what` it is for is reported. Errors: DeviceError, after some attempts."""

@@ -142,7 +142,10 @@ def choose_plan(
 
     def ship(pruning: Network, groups: Groups, plan: PruningPlan, name: str) -> dict[str, OnnxModel]:
         wanted = [variant for variant in recipe.wanted_variants if variant in (name, recipe.shipped_file)]
-        _, _, models, reasons = _made(recipe, pruning, split, groups, plan, work, wanted)
+        try:
+            _, _, models, reasons = _made(recipe, pruning, split, groups, plan, work, wanted)
+        except ExportError as error:
+            raise UnshippableError(f"the network with this latency cannot be exported: {error}") from error
         if name not in models:
             raise UnshippableError(f"the network with this latency cannot be made in {name}: {reasons[0].text}")
         return models
@@ -409,7 +412,7 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
     dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
     before = [*names[: names.index("exported")]]
     if planning.goal_ms(recipe):
-        engine, alone = recipe.ships_engine, progress.spelt("latency", "dense")
+        engine, alone = recipe.ships_engine, progress.spelt("staircase", "dense")
         first = ["groups", progress.spelt("engine", "dense"), alone] if engine else [alone, "groups"]
         order = ("staircase", "rotated", "scores", "curves", "plan", "pruned")
         before = [*before[:2], *dense, *first, "sizes", *(name for name in order if name in names)]

@@ -19,7 +19,7 @@ from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, WidthTimings
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
-from cswap_deploy.errors import DeviceError
+from cswap_deploy.errors import DeviceError, UnshippableError
 from cswap_deploy.metering import LONGER, NOTHING, Meter, of_engines, sampling_s
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, Recipe
@@ -90,7 +90,7 @@ def choose(
             return source, NOTHING, PruningPlan({}, (), None), first
         groups, quantised = meter.groups if recipe.ships_engine else leaving(), meter.file.startswith("int8")
         sizes = work.run(export.sizes_of, source, groups, dense["fp32"], recipe.onnx.graph, quantised)
-        meter = replace(meter, groups=groups, sizes=sizes, dense_ms=first.dense_ms)
+        meter = replace(meter, groups=groups, sizes=sizes, call_ms=first.call_ms)
         first = probed(meter, first)
         staircase = learned(meter) if first.verdict == "met" else None
         if staircase:
@@ -117,36 +117,35 @@ def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work:
 
 
 def asked(meter: Meter) -> Budget:
-    """What is asked for beside what the dense network takes, alone, before anything is looked for that could leave: `not needed`, or `met`
-    for the time being."""
+    """What is asked for, beside what the dense network takes: `not needed`, or `met` for the time being."""
     goal, percentile = goal_ms(meter.recipe), meter.percentile
     assert goal
 
-    def dense(seconds: float) -> tuple[float, float, float]:
-        samples = meter.alone(seconds)
-        return samples.percentile_ms(0, percentile), *samples.percentile_ci95_ms(0, percentile)
-
     seconds = meter.timing.duration_s
-    took, low, high = dense(seconds)
-    if (enough := sampling_s(percentile, took, seconds)) > seconds:
+    dense = meter.alone(seconds)
+    call_ms = dense.percentile_ms(0, 50)
+    if (enough := sampling_s(percentile, call_ms, seconds)) > seconds:
         progress.note(
-            f"p{percentile} takes {enough:.0f} s of sampling in place of {seconds:g}, so that some calls lie beyond it"
+            f"a p{percentile} is sampled for {enough:g} s in place of {seconds:g}: some calls must lie beyond it"
         )
-        took, low, high = dense(enough)
+        dense = meter.alone(enough)
+    low, high = dense.percentile_ci95_ms(0, percentile)
     if low <= goal <= high:
-        took, low, high = dense(LONGER * enough)
-    needed = took > goal
-    progress.note(
-        f"dense network {took:.4g} ms (p{percentile}), budget {goal:.4g} ms{'' if needed else ': not needed'}"
-    )
-    verdict: BudgetVerdict = "met" if needed else "not needed"
-    return Budget(goal, percentile, took, (low, high), None, verdict, (), None, meter.facts)
+        dense = meter.alone(LONGER * enough)
+    took = dense.percentile_ms(0, percentile)
+    verdict: BudgetVerdict = "met" if took > goal else "not needed"
+    said = f"dense network {took:.4g} ms (p{percentile}), budget {goal:.4g} ms"
+    progress.note(said if verdict == "met" else f"{said}: {verdict}")
+    interval = dense.percentile_ci95_ms(0, percentile)
+    return Budget(goal, percentile, took, interval, None, verdict, (), None, meter.facts, call_ms=call_ms)
 
 
 def probed(meter: Meter, first: Budget) -> Budget:
     """With the floor: the fastest of the narrowest networks that there are. `met` stands for: it may be."""
     settings = design.extremes(meter.groups, meter.design, meter.exact) if meter.groups.groups else ()
     found, took = _floored(meter, first, settings)
+    if settings and found.floor is None:
+        raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
     if found.verdict == "met" and meter.bench and took:
         took = (meter.bench.dense.seconds, *took)
         each, more = sum(took) / len(took), meter.planned - len(settings) - 2
@@ -155,21 +154,27 @@ def probed(meter: Meter, first: Budget) -> Budget:
 
 
 def reachable(meter: Meter, first: Budget, staircase: Staircase) -> Budget:
-    """With the floor of what candidates may be: where not all the narrowest ones may, of those that may."""
+    """With the floor of what candidates may be: where not all the narrowest networks may be one, of the narrowest that may."""
     extremes = design.extremes(meter.groups, meter.design, meter.exact)
     settings = design.narrowest(extremes, Steps(meter.groups, staircase).allowed)
-    return first if settings == extremes else _floored(meter, first, settings)[0]
+    if all(setting in settings for setting in extremes):
+        return first
+    found, _ = _floored(meter, first, settings)
+    return first if found.floor is None else found
 
 
 def _floored(meter: Meter, first: Budget, settings: Sequence[Widths]) -> tuple[Budget, tuple[float, ...]]:
-    """The budget with the fastest of some networks for its floor, and the seconds that building engines of them took."""
+    """The budget with the fastest of some networks for its floor, and the seconds that building engines of them took.
+
+    Without settings it is the dense network, and without a floor where no engine of them can be built.
+    """
     goal, dense = first.latency_ms, first.dense_ms
     seconds = meter.sampling_s(PROBE_S)
     for sampling in (seconds, LONGER * seconds):
         timings = meter.timings("floor", settings, sampling)
         ratios = budget.ratios(timings, meter.percentile)
         if settings and not ratios:
-            raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
+            return first, ()
         floor = min(ratios, key=lambda ratio: ratio.value, default=Ratio(1.0, 1.0, 1.0))
         if not floor.low * dense <= goal <= floor.high * dense:
             break
@@ -295,15 +300,23 @@ class _Planner:
             raise DeviceError("no engine of a candidate can be built", NARROW_HINT, public=UNBUILT)
         while _is_worth_making(best := loop.best(trials, damage, shift), made, ratio, damage):
             plan = self._settle(scores, curves, approach, best.widths)
-            shipped = meter.shipped(ship(self.source, self.groups, plan, meter.file), first)
+            try:
+                models = ship(self.source, self.groups, plan, meter.file)
+            except UnshippableError as error:
+                if all(each.ratio > ratio for each in made):
+                    raise
+                progress.warn(f"{error.message}; what was within the budget before it ships")
+                break
+            shipped = meter.shipped(models, first)
             progress.note(
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"
             )
             made.append(_Made(best.widths, plan, shipped.value))
+            if shipped.value <= ratio and shipped.high >= (1 - goal.tolerance) * ratio:
+                break  # no more room is left than the tolerance, as far as that is known
             shift = shipped.value / best.ratio
-            if not loop.fits(best, shift):
-                trials = loop.run(trials, shift)
+            trials = loop.run(trials, shift)
         met = [each for each in made if each.ratio <= ratio]
         if not met:
             return trials, min(made, key=lambda each: each.ratio).plan, "missed"
@@ -328,11 +341,12 @@ class _Planner:
         found = meter.ratio(widths, False) if narrower else None
         if found is None:
             return approach, 1.0
-        scale = found.value / steps.total(widths)
-        if found.high < ratio:
-            progress.note(f"{found.value:.3f} of the dense latency before the last step already: once more, less far")
-            approach = self._approach(scores, curves, min(1.0, ratio / scale))
-        return approach, scale
+        predicted = steps.total(widths)
+        if found.high >= ratio:
+            return approach, found.value / predicted
+        progress.note(f"{found.value:.3f} of the dense latency before the last step already: once more, less far")
+        aimed = 1 - (1 - ratio) * (1 - predicted) / (1 - found.value)  # the dense network takes what is predicted
+        return self._approach(scores, curves, aimed), ratio / aimed
 
     def _images(self) -> tuple[ImageSet, ImageSet]:
         root = self.recipe.calibration.images

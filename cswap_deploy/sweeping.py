@@ -17,11 +17,11 @@ from cswap_deploy.recipe import Recipe
 from cswap_deploy.report import render_sweep
 from cswap_deploy.stage import Workdir
 
-MEASURED = ("percentile", "runtime", "runtime_version", "precision", "batch", "threads")
-"""What was measured, and how."""
+HOW = ("runtime", "runtime_version", "precision", "batch", "threads")
+"""What was measured, beside the percentile."""
 COLUMNS = (
     "latency_ms", "verdict", "achieved_ms", "ratio", "ratio_low", "ratio_high", "trials", "top1", "drop_pp", "drop_low_pp",
-    "drop_high_pp", "macs", "params", "bytes", "gate", "on_front", "exit_code", "bundle", *MEASURED,
+    "drop_high_pp", "macs", "params", "bytes", "gate", "on_front", "exit_code", "bundle", "percentile", *HOW,
 )  # fmt: skip
 Place = tuple[float, float]
 """Part of the dense latency, and top-1."""
@@ -58,7 +58,8 @@ def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
         folder = f"bundle-{goal.latency_ms:.12g}ms"  # type: ignore[union-attr]
         progress.note(f"latency {number + 1} of {len(recipes)}: {goal.latency_ms:g} ms")  # type: ignore[union-attr]
         bundle = pipeline.build(recipe, work, folder)
-        points.append({"latency_ms": goal.latency_ms, **_point(bundle, folder)})  # type: ignore[union-attr]
+        about = {"latency_ms": goal.latency_ms, "percentile": goal.percentile}  # type: ignore[union-attr]
+        points.append({**about, **_point(bundle, folder)})
         budget, latency = bundle.manifest["budget"], bundle.manifest["latency"]
         dense |= _accuracy(bundle, "source") | ({"latency_ms": budget["dense_ms"]} if budget else {})
         conditions = latency["conditions"] if latency else conditions
@@ -113,7 +114,7 @@ def _point(bundle: Bundle, folder: str) -> dict[str, Any]:
         "gate": accuracy["gate"]["verdict"],
         "exit_code": manifest["exit_code"],
         "bundle": folder,
-        **{key: {**latency, **budget}.get(key) for key in MEASURED},
+        **{key: latency.get(key) for key in HOW},
     }
 
 

@@ -475,14 +475,17 @@ def test_the_choice_lands_on_the_steps_and_beats_rounding_to_8(budget: float) ->
 
 
 class Device:
-    """A ratio that is `off` times the prediction; counts what was asked."""
+    """A ratio that is `off` times a power of the prediction; counts what was asked."""
 
-    def __init__(self, groups: Groups, off: float, width: float = 0.01) -> None:
-        self.groups, self.off, self.width, self.longer = groups, off, width, 0
+    def __init__(self, groups: Groups, off: float, width: float = 0.01, power: float = 1.0) -> None:
+        self.groups, self.off, self.width, self.power, self.longer = groups, off, width, power, 0
+
+    def takes(self, widths: Mapping[str, int]) -> float:
+        return float(self.off * truth(self.groups, widths, 16) ** self.power)
 
     def measure(self, widths: Mapping[str, int], longer: bool) -> Ratio:
         self.longer += longer
-        value = self.off * truth(self.groups, widths, 16)
+        value = self.takes(widths)
         width = self.width / (4 if longer else 1)
         return Ratio(value, value * (1 - width), value * (1 + width))
 

@@ -192,11 +192,13 @@ def test_on_another_device_the_dense_network_is_judged_anew(
     assert (block["verdict"], block["dense_ms"], block["achieved_ms"]) == (found, there_ms, there_ms)
     said = account.reasons(block)
     assert [reason.exit_code for reason in said] == ([8] if found == "missed" else [])
-    assert not said or "on a device that it was not planned for" in said[0].text
+    assert not said or "that it was not planned for" in said[0].text
     home = account.account(replace(planned, facts={"device": "B"}), Groups((), (), ()), report)
     assert home["verdict"] == verdict
     slowed = replace(planned, facts={"device": "B", "power_mode": "15W"})
     assert account.account(slowed, Groups((), (), ()), report)["dense_ms"] == there_ms
+    other_agent = replace(planned, facts={"device": "B", "agent": "an older one", "cores": "2"})
+    assert account.account(other_agent, Groups((), (), ()), report)["planned_here"]
 
 
 def test_a_budget_that_no_candidate_meets_is_missed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,8 +301,8 @@ def test_a_rate_is_a_latency_and_other_percentiles_count(project: Project, devic
     built = project.build(f"prune.target={{fps: 500, percentile: {percentile}}}", *SHORT)
     block = budget_of(built)
     assert (block["latency_ms"], block["percentile"], block["verdict"]) == (2.0, percentile, "met")
-    beyond = built.manifest["latency"]["duration_s"] / DENSE * 1000 * (1 - percentile / 100)
-    assert beyond == pytest.approx(metering.TAIL, rel=0.02)
+    seconds = built.manifest["latency"]["duration_s"]
+    assert seconds == {90: 0.5, 99: 1.5}[percentile] >= metering.TAIL / (1 - percentile / 100) * DENSE / 1000
 
 
 def test_a_rate_is_of_images_not_of_batches(project: Project) -> None:

@@ -14,6 +14,8 @@ from cswap_deploy.wording import plural
 
 MISSED = 8
 """Exit code."""
+PLACE = ("device", "power_mode", "gpu", "compute_capability", "runtime")
+"""Facts of a measurement that make it another place than was planned for."""
 
 
 def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def reasons(block: dict[str, Any]) -> list[Reason]:
         tried = (
             f"after {plural(block['trials'], 'trial')}"
             if block["planned_here"]
-            else "on a device that it was not planned for"
+            else "on a device, in a power mode or with a runtime that it was not planned for"
         )
         return [Reason(MISSED, f"budget: {asked} was missed {tried}: what ships takes {got}")]
     return []
@@ -77,8 +79,8 @@ def in_doubt(budget: Budget, report: LatencyReport) -> bool:
 
 
 def _there(budget: Budget, report: LatencyReport | None) -> Budget:
-    """On another device than was planned for, or in another power mode, the dense network has a latency of its own."""
-    if report is None or report.facts == budget.facts:
+    """On another device than was planned for, in another power mode or with another runtime the dense network has a latency of its own."""
+    if report is None or all(report.facts.get(key) == budget.facts.get(key) for key in PLACE):
         return budget
     samples = Samples.load(report.samples.path)
     interval = samples.percentile_ci95_ms(0, budget.percentile)

@@ -107,6 +107,8 @@ class Budget:
     """Of the device."""
     unbuilt: int = 0
     """Narrower networks of which no engine could be built."""
+    call_ms: float = 0.0
+    """Of the dense network, the median: how long it takes to see so many calls."""
 
     @property
     def ratio(self) -> float:

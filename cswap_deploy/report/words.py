@@ -46,7 +46,7 @@ def faster(latency: Facts) -> str:
 def budget(found: Facts) -> str:
     """What was asked for and what came of it, in one sentence."""
     asked = f"a p{found['percentile']} of {ms(found['latency_ms'])}"
-    when = "when the budget was set" if found.get("planned_here", True) else "on this device, which was not planned for"
+    when = "when the budget was set" if found.get("planned_here", True) else "here, which is not what was planned for"
     dense = f"; the dense network took {ms(found['dense_ms'])} {when}" if "dense_ms" in found else ""
     match found["verdict"]:
         case "not needed":
