@@ -163,7 +163,7 @@ def choose_plan(
         if isinstance(error, DeviceError):
             what, further = f"target: {error.public}", "the same command again goes on"
         text = f"{what}. Nothing was pruned for the latency: {further}"
-        return source, Groups((), (), ()), PruningPlan({}, (), None), None, [Reason(error.exit_code, text)]
+        return source, *planning.UNPRUNED, None, [Reason(error.exit_code, text)]
 
 
 def _made(
@@ -186,7 +186,7 @@ def _made(
 def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple[Network, Groups, PruningPlan]:
     settings, device, seed = recipe.prune, recipe.device, recipe.seed
     if settings.target is None:
-        return source, Groups((), (), ()), PruningPlan({}, (), None)
+        return source, *planning.UNPRUNED
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
     groups = find_groups(recipe, source, work)

@@ -33,6 +33,8 @@ PROBE_S, WIDTHS_S = 1.5, 0.4
 """Sampling of each network while the floor is looked for and while the staircase is learned."""
 UNBUILT = "TensorRT on the target builds no engine of narrower groups"
 NARROW_HINT = "prune for macs in place of a latency, or report this network with the warnings above"
+UNPRUNED = NOTHING, PruningPlan({}, (), None)
+"""No groups, and the plan of which nothing leaves."""
 
 Widths = dict[str, int]
 Ship = Callable[[Network, Groups, PruningPlan, str], Mapping[str, OnnxModel]]
@@ -87,7 +89,7 @@ def choose(
             meter = Meter(recipe, work, dense[recipe.shipped_file].graph, probe.facts("onnxruntime"), target)
         first = asked(meter)
         if first.verdict == "not needed":
-            return source, NOTHING, PruningPlan({}, (), None), first
+            return source, *UNPRUNED, first
         groups, quantised = meter.groups if recipe.ships_engine else leaving(), meter.file.startswith("int8")
         sizes = work.run(export.sizes_of, source, groups, dense["fp32"], recipe.onnx.graph, quantised)
         meter = replace(meter, groups=groups, sizes=sizes, call_ms=first.call_ms)
@@ -96,7 +98,7 @@ def choose(
         if staircase:
             first = reachable(meter, first, staircase)
         if not staircase or first.verdict != "met":
-            return source, NOTHING, PruningPlan({}, (), None), first
+            return source, *UNPRUNED, first
         turned = rotated(recipe, source, split, groups, work)
         planner = _Planner(recipe, turned, split, groups, work, staircase)
         trials, plan, verdict = planner.settled(meter, first, ship)
