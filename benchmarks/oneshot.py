@@ -49,6 +49,7 @@ from oneshot_paths import ABLATIONS, SCORED, How, begun, passing, shipped
 
 from cswap_deploy import progress, recipe
 from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.batches import resolve_device
 from cswap_deploy.prune.select import CostKind
 
 COLUMNS = ("bare", "compensated", "curves")
@@ -68,7 +69,7 @@ class Run:
     def dense(self, net: Net) -> None:
         key = net.key("macs", 1.0, "dense", "dense", None, 0.0)
         if not self._has(net, key):
-            self._add(net.cell(key, net.dense, {}, 0.0, conditions()))
+            self._add(net.cell(key, net.dense, {}, 0.0, conditions(net)))
 
     def bare(self, case: Case, name: str) -> None:
         """torch-pruning's own result."""
@@ -85,7 +86,7 @@ class Run:
             except peers.OutOfReachError as fault:
                 self._add(net.refused(key, str(fault)))
                 continue
-            self._add(net.cell(key, module, keep, time.monotonic() - start, conditions()))
+            self._add(net.cell(key, module, keep, time.monotonic() - start, conditions(net)))
 
     def own_units(self, case: Case, name: str) -> None:
         """What the bare pruner kept, with our compensation."""
@@ -103,7 +104,7 @@ class Run:
             start, keep = time.monotonic(), net.kept(bare.units)
             module = shipped(case, How(), keep)
             seconds = bare.seconds + time.monotonic() - start
-            self._add(net.cell(key, module, keep, seconds, conditions()))
+            self._add(net.cell(key, module, keep, seconds, conditions(net)))
 
     def path(self, case: Case, method: str, column: str, how: How, stride: float) -> None:
         """All missing cuts of one path."""
@@ -119,7 +120,7 @@ class Run:
                 passed = time.monotonic()
                 module = shipped(case, how, state.keep)
                 seconds = time.monotonic() - spent
-                self._add(net.cell(keys[cut], module, state.keep, seconds, conditions()))
+                self._add(net.cell(keys[cut], module, state.keep, seconds, conditions(net)))
                 missing.remove(cut)
                 spent += time.monotonic() - passed  # a path to a deeper cut alone ships nothing on the way
         except PruningError as fault:
@@ -140,9 +141,16 @@ class Run:
         print(oneshot_table.line(cell), file=sys.stderr, flush=True)
 
 
-def conditions() -> dict[str, Any]:
-    return {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-            "threads": torch.get_num_threads(), "load": os.getloadavg()}  # fmt: skip
+def conditions(net: Net) -> dict[str, Any]:
+    device = net.judged.device
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+    }
 
 
 def one_case(case: Case, run: Run, args: argparse.Namespace) -> None:
@@ -171,12 +179,12 @@ class Warnings(progress.Silent):
 
 
 def work(args: argparse.Namespace) -> None:
-    run = Run(Results.read(args.results), args.cuts, args.stride)
+    run, device = Run(Results.read(args.results), args.cuts, args.stride), resolve_device(args.device)
     for column in COLUMNS:  # of what is loaded now, whatever becomes of the files while this runs
         code_of("ours", column), code_of("peer", column)
     for name in args.net:
         with TemporaryDirectory() as scratch, progress.reporting(Warnings()):
-            net = Net.load(name, args.images, args.weights, args.judge, Path(scratch), args.scoring)
+            net = Net.load(name, args.images, args.weights, args.judge, Path(scratch), args.scoring, device)
             run.dense(net)
             for seed in args.seeds:
                 one_case(Case.of(net, seed, args.target), run, args)
@@ -203,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     cli.add_argument("--stride", type=float, default=0.1, help="fraction of the dense cost that leaves in one step")
     cli.add_argument("--judge", default="selection", choices=("selection", "holdout"))
+    cli.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"), help="where PyTorch runs")
     cli.add_argument("--threads", type=int, help="of torch; default: its own choice")
     cli.add_argument("--results", type=Path, default=here / "oneshot.jsonl")
     cli.add_argument("--json", type=Path, default=here / "oneshot.json", help="the table's figures")

@@ -65,7 +65,9 @@ class Net:
     """Images of a seed; 0: `SCORING`."""
 
     @staticmethod
-    def load(name: str, images: Path | None, weights: Path | None, judge: str, scratch: Path, scoring: int = 0) -> Net:
+    def load(
+        name: str, images: Path | None, weights: Path | None, judge: str, scratch: Path, scoring: int = 0, device: str = "cpu"
+    ) -> Net:  # fmt: skip
         """With `scoring` images of a seed the name says so."""
         settings, folder = _settings(name, images, weights)
         network = model.load(scratch, settings, seed=0)
@@ -74,13 +76,13 @@ class Net:
         else:
             catalogue = reserved(data.catalogue(folder / "scoring", None, network.outputs))
         heads: recipe.HeadsMode = "dims" if name.endswith("-dims") else "whole"
-        found = Net.of(name, judge, network, prune.find_groups(scratch, network, (), heads), catalogue)
+        found = Net.of(name, judge, network, prune.find_groups(scratch, network, (), heads), catalogue, device)
         return replace(found, name=f"{name} ({scoring} scoring images)", scoring=scoring) if scoring else found
 
     @staticmethod
-    def of(name: str, judge: str, network: Network, groups: Groups, catalogue: Catalogue) -> Net:
+    def of(name: str, judge: str, network: Network, groups: Groups, catalogue: Catalogue, device: str = "cpu") -> Net:
         held = sorted(data.divide(catalogue, SCORING, None, 0).holdout, key=lambda image: image.path)
-        judged = Batches.read(ImageSet(tuple(held), catalogue.folder), network.input, "cpu")
+        judged = Batches.read(ImageSet(tuple(held), catalogue.folder), network.input, device)
         return Net(name, judge, network, groups, catalogue, judged)
 
     @cached_property
@@ -91,7 +93,7 @@ class Net:
 
     @cached_property
     def dense(self) -> nn.Module:
-        return restore(self.network)
+        return restore(self.network).to(self.judged.device)
 
     @cached_property
     def logits(self) -> paired.Floats:
@@ -158,7 +160,7 @@ class Case:
     def of(net: Net, seed: int, target: str) -> Case:
         split = data.divide(net.catalogue, net.scoring or SCORING, None, seed)
         fit, selection = (
-            Batches.read(ImageSet(part, net.catalogue.folder), net.network.input, "cpu")
+            Batches.read(ImageSet(part, net.catalogue.folder), net.network.input, net.judged.device)
             for part in (split.fit, split.selection)
         )
         inner = any(group.kind == "dims" for group in net.groups.groups)
@@ -194,7 +196,7 @@ def reserved(pool: Catalogue) -> Catalogue:
 def logits(module: nn.Module, batches: Batches) -> paired.Floats:
     """(images, classes)"""
     with torch.no_grad():
-        found: paired.Floats = torch.cat([module(images) for images, _ in batches]).double().numpy()
+        found: paired.Floats = torch.cat([module(images) for images, _ in batches]).double().cpu().numpy()
     return found
 
 
