@@ -151,7 +151,17 @@ def _code(ours: bool, bare: bool) -> str:
 
 
 def _digest(files: Sequence[Path], settings: str) -> str:
-    return digest_of([settings, *(ast.dump(_stripped(path)) for path in files)])[:16]
+    return digest_of([settings, *(_plain(_stripped(path)) for path in files)])[:16]
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as lists, without empty fields, of which Pythons have different ones."""
+    if isinstance(node, ast.AST):
+        return [
+            type(node).__name__,
+            *([name, _plain(value)] for name, value in ast.iter_fields(node) if value not in (None, [])),
+        ]
+    return [_plain(item) for item in node] if isinstance(node, list) else repr(node)
 
 
 def _stripped(path: Path) -> ast.Module:
