@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -72,9 +73,10 @@ MACS = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.16, 4))
 UNIFORM = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.1, 4))
 """Part of the MACs, or of every group's units, that is kept otherwise, in which multiples of units: the last are about the narrowest.
 
-One path passes all targets in MACs: in as many steps to the first as a build takes to its budget, in `FURTHER` more to each other one.
+One path passes all targets in MACs.
 """
-FURTHER = 2
+STEP = 0.1
+"""Of the dense MACs that leave in one step of that path, at most: less than in the builds beside it, which take five to any budget."""
 UNSEEN = 16
 """Random settings that the prediction is judged on."""
 LIMIT, LEAST = 1.02, 0.93
@@ -364,11 +366,11 @@ def others(
     bench = Bench(dense, ready.groups, batches, settings.criterion, settings.compensate, settings.allocation, multiple)
     curves = work.run(
         prune.measure_curves, ready.source, ready.groups, scores, fit, settings.criterion,
-        settings.compensate, settings.allocation, multiple, asked.device,
+        settings.compensate, settings.allocation, 1, asked.device,
     )  # fmt: skip
     path = MacsPath(bench, selection, scores.groups, curves.groups, asked.seed)
     found: dict[str, list[tuple[float, float]]] = {"macs": [(1.0, 0.0)], "uniform": [(1.0, 0.0)]}
-    found["macs"] += [judged(keep) for keep in path.through(MACS, settings.steps)]
+    found["macs"] += [judged(keep) for keep in path.through(MACS)]
     for part, multiple in UNIFORM:
         keep = {}
         for group in ready.groups.groups:
@@ -381,16 +383,17 @@ def others(
 class MacsPath(Search):
     """The pipeline's search for a target in MACs, stopped at several."""
 
-    def through(self, targets: Sequence[tuple[float, int]], steps: int) -> Iterator[Kept]:
-        """What is kept at each (part of the MACs, multiple of units), the least cut first; `steps` to that."""
+    def through(self, targets: Sequence[tuple[float, int]]) -> Iterator[Kept]:
+        """What is kept at each (part of the MACs, multiple of units), the least cut first."""
         priced, dense = self.bench.priced, self.bench.groups.cost({})[1]
         share = dense / priced.cost({})[1]  # as in `towards`
         state, judge, level = self.start(), self._judge(), 1.0
         for part, multiple in targets:
             search = replace(self, bench=replace(self.bench, round_to=multiple))
+            steps = ceil((level - part) / STEP - 1e-9)
             for number in range(1, steps + 1):
                 state = search._step(state, "macs", (level - (level - part) * number / steps) * share, judge)
-            level, steps = part, FURTHER
+            level = part
             yield state.keep
 
 

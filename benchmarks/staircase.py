@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +28,7 @@ from cswap_deploy.metering import Meter
 from cswap_deploy.recipe import CalibrationSettings, LatencySettings, ModelSettings, OnnxSettings, Recipe
 from cswap_deploy.stage import Workdir
 
-DESIGNS = "4:24,2:24,1:24,0:24,1:16,0:16,0:32,1:32"
+DESIGNS = "3:40,3:24,1:40,0:40,0:24,0:16"
 TESTS = 24
 FLOOR = 0.2
 """Of the dense latency: below that nothing is asked for, as a rule, and errors are told apart."""
@@ -84,16 +85,18 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
             multiple, found = planning.alignment(meter)
             first = (floor, *found)
             kinds = design.kinds_of(groups)
-            options = design.options(groups, kinds, multiple, exact=False)
-            pools = {
-                alone: measured(meter, design.alone(kinds, design.levels(options, alone)))
-                for alone in sorted({alone for alone, _ in designs})
-            }
-            together = {
-                count: measured(meter, design.together(groups, kinds, options, count, count // 8 - 1))
-                for count in sorted({count for _, count in designs})
-            }
-            random, tests, allowed = Random(17), [], design.allowed(groups, kinds, options)
+            pools, together, widest = {}, {}, design.options(groups, kinds, multiple)
+            for alone, count in sorted(set(designs)):
+                wanted = replace(meter.design, alone=alone)
+                if alone not in pools:
+                    narrow = wanted.widths_alone(groups, kinds, multiple, exact=False) if alone else {}
+                    pools[alone] = measured(meter, design.alone(kinds, narrow))
+                seen = [item for timings in (*first, *pools[alone]) for item in budget.observed(timings, 50)]
+                options = budget.widths(groups, seen, multiple, False)
+                settings = design.together(groups, kinds, options, count, count // 8 - 1)
+                together[alone, count] = measured(meter, settings)
+                widest = {kind: max(widest[kind], options[kind], key=len) for kind in kinds}
+            random, tests, allowed = Random(17), [], design.allowed(groups, kinds, widest)
             for number in range(TESTS):
                 part = (number + random.random()) / TESTS
                 tests.append({})
@@ -103,7 +106,7 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
             truth = [item for timings in measured(meter, tuple(tests)) for item in budget.observed(timings, 50)]
         rows = []
         for alone, count in designs:
-            known = (*first, *pools[alone], *together[count])
+            known = (*first, *pools[alone], *together[alone, count])
             learned = work.run(budget.learn, groups, known, multiple, False)
             steps = Steps(groups, learned)
             errors = [(item.ratio.value, steps.total(item.widths) / item.ratio.value - 1) for item in truth]

@@ -28,6 +28,8 @@ COMPARED = ("fp32", "fp16", "int8", "int8-arm")
 """Files whose speed is compared on the target; what TensorRT's file is worth, an engine of it shows."""
 LOAD_S, WAIT_S = 900.0, 120.0
 """Time for loading the models; time that another measurement on the target may still take."""
+BLOCK_S, ROUND_S = 0.05, 0.2
+"""A model's turn, and a round of many models at most: what slows the machine down for half a second then slows all of a round."""
 COLD, LONGEST_PAUSE_S = 10, 0.1
 """Single inferences after pauses, as a camera of ten pictures a second calls; in short measurements the pauses are shorter."""
 
@@ -260,6 +262,7 @@ def take_named(
         LOAD_S + WAIT_S + sampling,
         models=[dict(model) for model in models],
         trust=list(trust),
+        block_s=min(BLOCK_S, ROUND_S / len(models)),
         **order(settings, thorough),
     )
     if "times" in document:

@@ -29,7 +29,7 @@ from cswap_deploy.wording import duration_text, percent
 
 PROBE = "probe.json"
 """In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
-PROBE_S, WIDTHS_S = 1.5, 0.4
+PROBE_S, WIDTHS_S = 1.5, 0.5
 """Sampling of each network while the floor is looked for and while the staircase is learned."""
 UNBUILT = "TensorRT on the target builds no engine of narrower groups"
 NARROW_HINT = "prune for macs in place of a latency, or report this network with the warnings above"
@@ -196,20 +196,21 @@ def learned(meter: Meter) -> Staircase:
         multiple, found = alignment(meter)
         timings += found
     kinds = design.kinds_of(groups)
-    options = design.options(groups, kinds, multiple, exact=exact)
-    settings = [
-        *design.alone(kinds, design.levels(options, wanted.alone)),
-        *design.together(groups, kinds, options, wanted.together, meter.recipe.seed),
-    ]
-    drawn: list[WidthTimings] = []
-    for start in range(0, len(settings), meter.batch):
-        drawn.append(meter.timings("widths", settings[start : start + meter.batch], WIDTHS_S))
-        progress.advance("networks measured", min(start + meter.batch, len(settings)), len(settings))
+    narrow = design.alone(kinds, wanted.widths_alone(groups, kinds, multiple, exact=exact))
+    drawn, asked = list[WidthTimings](), len(narrow) + wanted.together
+
+    def draw(settings: Sequence[Widths], before: int) -> None:
+        for start in range(0, len(settings), meter.batch):
+            drawn.append(meter.timings("widths", settings[start : start + meter.batch], WIDTHS_S))
+            progress.advance("networks measured", before + min(start + meter.batch, len(settings)), asked)
+
+    draw(narrow, 0)
+    seen = [found for item in (*timings, *drawn) for found in budget.observed(item, 50)]
+    options = budget.widths(groups, seen, multiple, exact)
+    draw(design.together(groups, kinds, options, wanted.together, meter.recipe.seed), len(narrow))
     if unbuilt := sum(len(item.unbuilt) for item in drawn):
-        progress.warn(
-            f"{unbuilt} of {len(settings)} engines could not be built; the staircase is learned from the others"
-        )
-    if unbuilt == len(settings):
+        progress.warn(f"{unbuilt} of {asked} engines could not be built; the staircase is learned from the others")
+    if unbuilt == asked:
         raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
     return meter.work.run(budget.learn, groups, (*timings, *drawn), multiple, exact)
 

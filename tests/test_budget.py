@@ -313,11 +313,13 @@ def learned(groups: Groups, step: int, *, noise: float = 0.0, multiple: int | No
     found = {n: tuple(measure(widths).value for widths in steps) for n, steps in tried.items()}
     multiple = multiple or design.alignment(FILES, {n: (a, b, c) for n, (a, b, c) in found.items()})
     kinds = design.kinds_of(groups)
-    options = design.options(groups, kinds, multiple, exact=False)
-    levels = design.levels(options, FILES.alone)
-    alone, together = design.alone(kinds, levels), design.together(groups, kinds, options, FILES.together, 0)
-    seen = [[Observation(widths, measure(widths)) for widths in part] for part in (alone, together)]
-    return learn(groups, kinds, options, multiple, *seen)
+    narrow = design.alone(kinds, FILES.widths_alone(groups, kinds, multiple, exact=False))
+    alone = [Observation(widths, measure(widths)) for widths in narrow]
+    options = budget_stage.widths(groups, alone, multiple, False)
+    allowed = design.allowed(groups, kinds, options)
+    alone = [item for item in alone if design.may_be(item.widths, allowed)]
+    settings = design.together(groups, kinds, options, FILES.together, 0)
+    return learn(groups, kinds, options, multiple, alone, [Observation(widths, measure(widths)) for widths in settings])
 
 
 # --- what to measure
@@ -337,23 +339,30 @@ def test_the_multiple_that_pays_is_found(step: int, noise: float) -> None:
     )  # single units drown in noise
 
 
-def test_widths_below_the_multiple_are_told_apart_where_they_cost_differently() -> None:
+def test_small_groups_get_finer_widths_down_to_the_first_that_does_not_pay() -> None:
     found = learned(blocks(9, 16), 4, multiple=16, noise=0.005)
-    assert found.block == 4 and found.steps[0].widths == (1, 2, 4, 8, 16)
-    assert learned(blocks(9, 64), 16, multiple=16, noise=0.005).block == 16
+    assert found.block == 4 and found.steps[0].widths == (4, 8, 16)
+    assert learned(blocks(9, 16), 1, multiple=16).steps[0].widths == (1, 2, 4, 8, 16)
+    assert learned(blocks(9, 64), 16, multiple=16, noise=0.005).steps[0].widths == (16, 32, 48, 64)
+
+
+def test_what_is_finer_must_have_been_measured_to_be_faster() -> None:
+    groups = chained((16, 64, 256))
+    kinds = design.kinds_of(groups)
+    options, finer = design.options(groups, kinds, 16), design.finer(groups, kinds, 16)
+    assert options["c0"] == () and finer["c0"] == finer["c1"] == (8, 4, 2, 1) and finer["c2"] == ()
+    alone = {"c0": {8: 0.97, 4: 0.99}, "c1": {16: 0.8, 8: 0.795, 4: 0.6}}
+    assert design.paying(groups, options, finer, alone)["c0"] == (8,)  # 4 is slower than 8
+    assert design.paying(groups, options, finer, alone)["c1"] == (16, 32, 48)  # 8 brings less than a fifth of its part
+    assert (
+        design.paying(groups, options, finer, {"c1": {8: 0.5}}) == options
+    )  # 16 was not measured, so nothing is known of 8
 
 
 def test_only_what_candidates_may_be_is_learned_from() -> None:
     allowed = {"c0": (4, 8, 16), "c1": (16, 32)}
     assert design.may_be({"c0": 8, "c1": 16}, allowed) and design.may_be({}, allowed)
     assert not design.may_be({"c0": 8, "c1": 17}, allowed)
-
-
-def test_small_groups_may_also_be_a_part_of_the_multiple() -> None:
-    groups = chained((16, 256))
-    options = design.options(groups, design.kinds_of(groups), 16, exact=False)
-    assert options["c0"] == (1, 2, 4, 8) and options["c1"][:2] == (16, 32)
-    assert design.options(groups, design.kinds_of(groups), 16, exact=True)["c0"] == ()
 
 
 @pytest.mark.parametrize("wanted", [design.OF_FILES, *design.OF_ENGINES.values()])
@@ -368,16 +377,20 @@ def test_no_candidate_is_narrower_than_the_floor(wanted: design.Design, round_to
     groups = Groups(tuple(found), (), ())
     floor = design.extremes(groups, wanted, round_to)[0]
     for multiple in (round_to,) if round_to else wanted.multiples:
-        options = design.options(groups, {name: (name,) for name in kinds}, multiple, exact=round_to is not None)
-        for name, widths in options.items():
+        own = {name: (name,) for name in kinds}
+        options, finer = design.options(groups, own, multiple), design.finer(groups, own, multiple)
+        for name in kinds:
+            widths = options[name] if round_to or not wanted.alone else (*options[name], *finer[name])
             assert floor[name] <= min(widths, default=48), (name, multiple, floor)
 
 
 def test_kinds_alone_and_all_groups_together_are_measured() -> None:
     groups = chained((64, 128))
     kinds = design.kinds_of(groups)
-    levels = design.levels(design.options(groups, kinds, 16, exact=False), 4)
-    assert design.alone(kinds, levels)[0] == {"c0": 1}
+    levels = FILES.widths_alone(groups, kinds, 16, exact=False)
+    assert levels == {"c0": (16, 32, 48, 8, 4, 2, 1), "c1": (16, 48, 96)}
+    assert FILES.widths_alone(groups, kinds, 16, exact=True) == {"c0": (16, 32, 48), "c1": (16, 48, 96)}
+    assert design.alone(kinds, levels)[0] == {"c0": 16}
     settings = design.together(groups, kinds, levels, 20, 0)
     assert len(settings) == 20 and {setting["c1"] for setting in settings} >= {16, 128}
     assert settings == design.together(groups, kinds, levels, 20, 0)

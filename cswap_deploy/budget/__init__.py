@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cswap_deploy.artifacts import Groups
@@ -24,13 +25,29 @@ def learn(out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple
     Of medians, whatever percentile the budget is about: short measurements know no other, and the loop corrects what that leaves.
     """
     kinds = design.kinds_of(groups)
-    options = design.options(groups, kinds, multiple, exact=exact)
+    seen = [found for item in timings for found in observed(item, 50)]
+    options = widths(groups, seen, multiple, exact)
     allowed = design.allowed(groups, kinds, options)
-    seen = [found for item in timings for found in observed(item, 50) if design.may_be(found.widths, allowed)]
+    seen = [item for item in seen if design.may_be(item.widths, allowed)]
     of_one_kind = [set(names) for names in kinds.values()]
     alone = [item for item in seen if set(item.widths) in of_one_kind and len(set(item.widths.values())) == 1]
     together = [item for item in seen if item not in alone]
     return staircase.learn(groups, kinds, options, multiple, alone, together)
+
+
+def widths(groups: Groups, seen: Sequence[Observation], multiple: int, exact: bool) -> dict[str, tuple[int, ...]]:
+    """Those that each kind of group may have: multiples, and of small groups, unless they are `exact`, finer ones that pay."""
+    kinds = design.kinds_of(groups)
+    found = design.options(groups, kinds, multiple)
+    if exact:
+        return found
+    of_names = {frozenset(names): kind for kind, names in kinds.items()}
+    alone: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
+    for item in seen:
+        kind, own = of_names.get(frozenset(item.widths)), set(item.widths.values())
+        if kind and len(own) == 1:
+            alone[kind][own.pop()] = item.ratio.value
+    return design.paying(groups, found, design.finer(groups, kinds, multiple), alone)
 
 
 def observed(timings: WidthTimings, percentile: int) -> list[Observation]:

@@ -15,6 +15,10 @@ PAYS = 0.2
 """A multiple pays when the step in the middle of its double brings at least this part of the double's time; 0.5 is in proportion."""
 CHOICES = 32
 """Widths that a group may have, about."""
+SMALL = 4
+"""Multiples that a group has at most whose widths may be finer: it would have few widths otherwise."""
+SPREAD = 0.4
+"""By how much a group's part of its units differs from the common one, at most, where all are narrow."""
 MOST_ALONE = 72
 """Settings in which one kind of group alone is narrow, at most."""
 
@@ -40,13 +44,23 @@ class Design:
         """Networks that are measured before any is chosen, at most; the dense one and its twin come on top."""
         multiple = round_to or self.prior
         kinds = kinds_of(groups)
-        widths = levels(options(groups, kinds, multiple, exact=round_to is not None), self.alone)
+        widths = self.widths_alone(groups, kinds, multiple, exact=round_to is not None)
         multiples = 0 if round_to else 3 * sum(steps_of(groups, number) is not None for number in self.multiples)
         floors = len(extremes(groups, self, round_to)) * (1 if round_to else 2)
         return floors + multiples + sum(map(len, widths.values())) + self.together
 
+    def widths_alone(
+        self, groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int, *, exact: bool
+    ) -> dict[str, tuple[int, ...]]:
+        """Widths in which each kind of group is measured alone: some multiples, and, unless it is `exact`, all that are finer."""
+        found = levels(options(groups, kinds, multiple), self.alone)
+        if exact or not self.alone:
+            return found
+        small = finer(groups, kinds, multiple)
+        return {kind: (*widths, *small[kind]) for kind, widths in found.items()}
 
-OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=4, together=24)
+
+OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=3, together=40)
 """Of ONNX files, which take milliseconds to make. What pays is 16 in AVX-512, say."""
 OF_ENGINES = {
     "fp32": Design((16, 8, 4), 8, (1, 8), stop=True, alone=0, together=24),
@@ -121,20 +135,53 @@ def alignment(design: Design, ratios: Mapping[int, tuple[float, float, float]]) 
     return found
 
 
-def options(
-    groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int, *, exact: bool
-) -> dict[str, tuple[int, ...]]:
-    """Widths that each kind of group may have, narrow to wide, below its units: multiples, at most `CHOICES`.
-
-    Of small groups also halves of the multiple down to a single unit, unless it is `exact`: the recipe's own.
-    """
+def options(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> dict[str, tuple[int, ...]]:
+    """Widths that each kind of group may have, narrow to wide, below its units: multiples, at most `CHOICES`."""
     found = {}
     for name in kinds:
         group = groups.by_name[name]
         step = step_of(group, multiple)
         stride = step * max(1, group.units // (CHOICES * step))
-        small = [] if exact or group.units > 4 * step else [step >> halving for halving in range(1, step.bit_length())]
-        found[name] = tuple(sorted({*range(step, group.units, stride), *(w for w in small if w < group.units)}))
+        found[name] = tuple(range(step, group.units, stride))
+    return found
+
+
+def finer(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> dict[str, tuple[int, ...]]:
+    """Halves of the multiple, wide to narrow, down to a single unit, that small groups may have where they are measured to pay."""
+    found = {}
+    for name in kinds:
+        group = groups.by_name[name]
+        step = step_of(group, multiple)
+        halves = [step >> halving for halving in range(1, step.bit_length())] if group.units <= SMALL * step else []
+        found[name] = tuple(width for width in halves if width < group.units)
+    return found
+
+
+def paying(
+    groups: Groups,
+    options: Mapping[str, Sequence[int]],
+    finer: Mapping[str, Sequence[int]],
+    alone: Mapping[str, Mapping[int, float]],
+) -> dict[str, tuple[int, ...]]:
+    """`options` with what is `finer`, down to the first that does not pay. `alone`: ratios of each kind alone, by width.
+
+    A width pays when it brings at least a part of `PAYS` of what is in proportion to the units: of a group that narrowed to multiples
+    of what these have brought.
+    """
+    found = {}
+    for kind, widths in options.items():
+        units, known = groups.by_name[kind].units, {**alone.get(kind, {}), groups.by_name[kind].units: 1.0}
+        taken, wide = list(widths), widths[0] if widths else units
+        for narrow in finer[kind]:
+            if not {narrow, wide} <= known.keys():
+                break
+            below = wide if wide < units else narrow
+            wanted = PAYS * (1 - known[below]) / (units - below) * (wide - narrow)
+            if known[wide] - known[narrow] < max(wanted, 0.0):
+                break
+            taken.insert(0, narrow)
+            wide = narrow
+        found[kind] = tuple(taken)
     return found
 
 
@@ -151,12 +198,12 @@ def may_be(widths: Mapping[str, int], allowed: Mapping[str, Sequence[int]]) -> b
 
 
 def levels(options: Mapping[str, Sequence[int]], most: int) -> dict[str, tuple[int, ...]]:
-    """Of the widths that each kind of group may have, about `most`: the narrowest, and others evenly spread."""
+    """Of the widths that each kind of group may have, about `most`: the narrowest, and others evenly spread below all its units."""
     count = min(most, max(2, MOST_ALONE // max(1, len(options))))
     found = {}
     for kind, widths in options.items():
-        places = {round(place * (len(widths) - 1) / max(1, count - 1)) for place in range(count)} if widths else set()
-        found[kind] = tuple(widths[place] for place in sorted(places))
+        places = {round(place * len(widths) / count) for place in range(count)}
+        found[kind] = tuple(width for place, width in enumerate(widths) if place in places)
     return found
 
 
@@ -176,7 +223,7 @@ def together(
         for kind, names in kinds.items():
             units = groups.by_name[kind].units
             for name in names:
-                wanted = units * min(1.0, max(0.0, part + random.uniform(-0.3, 0.3)))
+                wanted = units * min(1.0, max(0.0, part + random.uniform(-SPREAD, SPREAD)))
                 setting[name] = min((*widths[kind], units), key=lambda width: abs(width - wanted))
         settings.append(setting)
     return tuple(settings)
