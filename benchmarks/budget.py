@@ -366,7 +366,7 @@ def others(
     bench = Bench(dense, ready.groups, batches, settings.criterion, settings.compensate, settings.allocation, multiple)
     curves = work.run(
         prune.measure_curves, ready.source, ready.groups, scores, fit, settings.criterion,
-        settings.compensate, settings.allocation, 1, asked.device,
+        settings.compensate, settings.allocation, multiple, asked.device,
     )  # fmt: skip
     path = MacsPath(bench, selection, scores.groups, curves.groups, asked.seed)
     found: dict[str, list[tuple[float, float]]] = {"macs": [(1.0, 0.0)], "uniform": [(1.0, 0.0)]}

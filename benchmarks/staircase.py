@@ -2,8 +2,8 @@
 
     python benchmarks/staircase.py --out staircase.json --cpu-time
 
-A pool of settings is measured once, with ONNX Runtime on one thread; designs are parts of that pool, judged on random widths that are
-in none of them. Prints a table and writes JSON.
+Settings are measured with ONNX Runtime on one thread, those that several designs have once; designs are judged on random widths that
+none has seen, of those that all of them may choose. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -85,18 +85,20 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
             multiple, found = planning.alignment(meter)
             first = (floor, *found)
             kinds = design.kinds_of(groups)
-            pools, together, widest = {}, {}, design.options(groups, kinds, multiple)
+            pools, together, options = {}, {}, {}
             for alone, count in sorted(set(designs)):
                 wanted = replace(meter.design, alone=alone)
                 if alone not in pools:
-                    narrow = wanted.widths_alone(groups, kinds, multiple, exact=False) if alone else {}
+                    narrow = wanted.widths_alone(groups, kinds, multiple, exact=False)
                     pools[alone] = measured(meter, design.alone(kinds, narrow))
                 seen = [item for timings in (*first, *pools[alone]) for item in budget.observed(timings, 50)]
-                options = budget.widths(groups, seen, multiple, False)
-                settings = design.together(groups, kinds, options, count, count // 8 - 1)
+                options[alone] = (
+                    budget.widths(groups, seen, multiple) if alone else design.options(groups, kinds, multiple)
+                )
+                settings = design.together(groups, kinds, options[alone], count, count // 8 - 1)
                 together[alone, count] = measured(meter, settings)
-                widest = {kind: max(widest[kind], options[kind], key=len) for kind in kinds}
-            random, tests, allowed = Random(17), [], design.allowed(groups, kinds, widest)
+            shared = {kind: min((found[kind] for found in options.values()), key=len) for kind in kinds}
+            random, tests, allowed = Random(17), [], design.allowed(groups, kinds, shared)
             for number in range(TESTS):
                 part = (number + random.random()) / TESTS
                 tests.append({})
@@ -107,7 +109,7 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
         rows = []
         for alone, count in designs:
             known = (*first, *pools[alone], *together[alone, count])
-            learned = work.run(budget.learn, groups, known, multiple, False)
+            learned = work.run(budget.learn, groups, known, multiple, options[alone])
             steps = Steps(groups, learned)
             errors = [(item.ratio.value, steps.total(item.widths) / item.ratio.value - 1) for item in truth]
             rows.append({"alone": alone, "together": count, "networks": learned.settings, "errors": errors})

@@ -43,40 +43,34 @@ IMAGES_PER_SECOND = 5
 """Of an engine on the slowest board; below it the evaluation is given up."""
 
 
-JUDGES = ("torch", "timm", "numpy", "pillow", "onnxruntime")
-
-
-@stage("accuracy", returns=AccuracyReport, libraries=JUDGES, reads_holdout=True)
-def of_source(out: Path, source: Network, holdout: ImageSet, learned: bool, device: str) -> AccuracyReport:
-    """The dense network, in the place of the pruned one too; a stage of its own, since other targets ask for it again.
-
-    `learned`: a source at chance level is a DataError.
-    """
-    labels, (found,) = evaluate((_torch(source, resolve_device(device)),), source, holdout)
-    correct = sum(best == truth for best, truth in zip(found.predicted, labels, strict=True))
-    require_learned(correct, len(labels), source.outputs, "hold-out", gated=learned)
-    return AccuracyReport(labels, found, found, {})
-
-
-@stage("accuracy", returns=AccuracyReport, libraries=JUDGES, reads_holdout=True)
+@stage(
+    "accuracy",
+    returns=AccuracyReport,
+    libraries=("torch", "timm", "numpy", "pillow", "onnxruntime"),
+    reads_holdout=True,
+)
 def compare(
     out: Path,
-    dense: AccuracyReport,
     source: Network,
     pruned: Network,
     models: Mapping[str, OnnxModel],
     holdout: ImageSet,
+    learned: bool,
     device: str,
 ) -> AccuracyReport:
-    """Every model sees the same decoded pixels, batch by batch; a network of which nothing left is not asked again."""
+    """Every model sees the same decoded pixels, batch by batch; a network of which nothing left is asked once.
+
+    `learned`: a source at chance level is a DataError.
+    """
+    where = resolve_device(device)
     sessions = [_onnx(model.graph.path) for model in models.values()]
-    whole = pruned.weights.sha256 == source.weights.sha256
-    networks = [] if whole else [_torch(pruned, resolve_device(device))]
-    labels, found = evaluate((*networks, *sessions), source, holdout)
-    assert labels == dense.labels
-    others = dict(zip(models, found[len(networks) :], strict=True))
+    networks = (source,) if pruned.weights.sha256 == source.weights.sha256 else (source, pruned)
+    labels, found = evaluate((*(_torch(network, where) for network in networks), *sessions), source, holdout)
+    dense, cut, others = found[0], found[len(networks) - 1], found[len(networks) :]
+    correct = sum(best == truth for best, truth in zip(dense.predicted, labels, strict=True))
+    require_learned(correct, len(labels), source.outputs, "hold-out", gated=learned)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return AccuracyReport(labels, dense.source, dense.source if whole else found[0], others, now)
+    return AccuracyReport(labels, dense, cut, dict(zip(models, others, strict=True)), now)
 
 
 @stage("accuracy", returns=File, libraries=("numpy", "pillow"))

@@ -48,7 +48,9 @@ def _steps(recipe: Recipe, ready: Prepared, root: Path) -> Iterator[Step]:
         yield from _measured(recipe, ready, [_file(model, root) for model in models])
         files = [_file(alone(model), root) for name, model in ready.models.items() if name in latency.COMPARED]
         if len(files) > 1:
-            yield _step("latency of the files", "measure", models=files, trust=[], **latency.order(recipe.latency))
+            yield _step(
+                "latency of the files", "measure", models=files, trust=[], **latency.order(recipe.latency, len(files))
+            )
 
 
 def _engine(
@@ -67,7 +69,7 @@ def _engine(
 
 def _measured(recipe: Recipe, ready: Prepared, models: list[Step]) -> Iterator[Step]:
     timing = metering.timing_of(recipe, ready.budget)
-    yield _step("latency, in turn", "measure", models=models, trust=[], **latency.order(timing))
+    yield _step("latency, in turn", "measure", models=models, trust=[], **latency.order(timing, len(models)))
     for model in models:
         yield _step("its layers", "layers", model=model, **latency.order_of_layers(timing))
 

@@ -29,7 +29,7 @@ COMPARED = ("fp32", "fp16", "int8", "int8-arm")
 LOAD_S, WAIT_S = 900.0, 120.0
 """Time for loading the models; time that another measurement on the target may still take."""
 BLOCK_S, ROUND_S = 0.05, 0.2
-"""A model's turn, and a round of many models at most: what slows the machine down for half a second then slows all of a round."""
+"""A model's turn, and what a round of many models records: what slows the machine down for half a second then slows all of a round."""
 COLD, LONGEST_PAUSE_S = 10, 0.1
 """Single inferences after pauses, as a camera of ten pictures a second calls; in short measurements the pauses are shorter."""
 
@@ -262,8 +262,7 @@ def take_named(
         LOAD_S + WAIT_S + sampling,
         models=[dict(model) for model in models],
         trust=list(trust),
-        block_s=min(BLOCK_S, ROUND_S / len(models)),
-        **order(settings, thorough),
+        **order(settings, len(models), thorough),
     )
     if "times" in document:
         document |= _by_trtexec(document["times"], log)
@@ -273,12 +272,13 @@ def take_named(
         raise DeviceError(f"{target.name}: {error.message}", "measure again") from error
 
 
-def order(settings: LatencySettings, thorough: bool = True) -> dict[str, Any]:
-    """What the agent's `measure` is told beside the models."""
+def order(settings: LatencySettings, models: int, thorough: bool = True) -> dict[str, Any]:
+    """What the agent's `measure` is told beside so many models."""
     long_enough = thorough and settings.duration_s >= conditions.LEAST_ENERGY_S / 2
     return {
         **order_of_layers(settings),
         "warmup_s": settings.warmup_s,
+        "block_s": min(BLOCK_S, ROUND_S / models),
         "duration_s": settings.duration_s,
         "cold": COLD if thorough else 0,
         "pause_s": min(LONGEST_PAUSE_S, settings.duration_s / 50),

@@ -73,8 +73,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     if not dense:
         dense, more = _dense(recipe, source, split, work)
     learned = recipe.accuracy.max_drop is not None
-    alone = work.run(accuracy.of_source, source, holdout, learned, recipe.device)
-    judged = work.run(accuracy.compare, alone, source, pruned, models, holdout, recipe.device)
+    judged = work.run(accuracy.compare, source, pruned, models, holdout, learned, recipe.device)
     ready = Prepared(
         recipe=to_yaml(recipe, lambda path: catalogue.sha256 if path == images else work.digest(path)),
         source=source,

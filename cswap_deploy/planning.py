@@ -197,22 +197,24 @@ def learned(meter: Meter) -> Staircase:
         timings += found
     kinds = design.kinds_of(groups)
     narrow = design.alone(kinds, wanted.widths_alone(groups, kinds, multiple, exact=exact))
-    drawn, asked = list[WidthTimings](), len(narrow) + wanted.together
+    drawn, total = list[WidthTimings](), len(narrow) + wanted.together
 
     def draw(settings: Sequence[Widths], before: int) -> None:
         for start in range(0, len(settings), meter.batch):
             drawn.append(meter.timings("widths", settings[start : start + meter.batch], WIDTHS_S))
-            progress.advance("networks measured", before + min(start + meter.batch, len(settings)), asked)
+            progress.advance("networks measured", before + min(start + meter.batch, len(settings)), total)
 
     draw(narrow, 0)
-    seen = [found for item in (*timings, *drawn) for found in budget.observed(item, 50)]
-    options = budget.widths(groups, seen, multiple, exact)
+    options = design.options(groups, kinds, multiple)
+    if not exact and wanted.alone:
+        seen = [found for item in (*timings, *drawn) for found in budget.observed(item, 50)]
+        options = budget.widths(groups, seen, multiple)
     draw(design.together(groups, kinds, options, wanted.together, meter.recipe.seed), len(narrow))
     if unbuilt := sum(len(item.unbuilt) for item in drawn):
-        progress.warn(f"{unbuilt} of {asked} engines could not be built; the staircase is learned from the others")
-    if unbuilt == asked:
+        progress.warn(f"{unbuilt} of {total} engines could not be built; the staircase is learned from the others")
+    if unbuilt == total:
         raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
-    return meter.work.run(budget.learn, groups, (*timings, *drawn), multiple, exact)
+    return meter.work.run(budget.learn, groups, (*timings, *drawn), multiple, options)
 
 
 def alignment(meter: Meter) -> tuple[int, list[WidthTimings]]:
@@ -325,7 +327,7 @@ class _Planner:
             return trials, min(made, key=lambda each: each.ratio).plan, "missed"
         final = min(met, key=lambda each: damage(each.widths))
         if final.ratio < (1 - goal.tolerance) * ratio:
-            why = f"no other network with widths in multiples of {self.staircase.multiple} lies between"
+            why = "no other network of the widths that pay lies between"
             if len(trials) + len(loop.failed) >= goal.trials:
                 why = "after all trials"
             progress.note(f"{percent(1 - final.ratio / ratio, 0)} of the budget is left: {why}")

@@ -315,7 +315,7 @@ def learned(groups: Groups, step: int, *, noise: float = 0.0, multiple: int | No
     kinds = design.kinds_of(groups)
     narrow = design.alone(kinds, FILES.widths_alone(groups, kinds, multiple, exact=False))
     alone = [Observation(widths, measure(widths)) for widths in narrow]
-    options = budget_stage.widths(groups, alone, multiple, False)
+    options = budget_stage.widths(groups, alone, multiple)
     allowed = design.allowed(groups, kinds, options)
     alone = [item for item in alone if design.may_be(item.widths, allowed)]
     settings = design.together(groups, kinds, options, FILES.together, 0)
@@ -351,12 +351,24 @@ def test_what_is_finer_must_have_been_measured_to_be_faster() -> None:
     kinds = design.kinds_of(groups)
     options, finer = design.options(groups, kinds, 16), design.finer(groups, kinds, 16)
     assert options["c0"] == () and finer["c0"] == finer["c1"] == (8, 4, 2, 1) and finer["c2"] == ()
-    alone = {"c0": {8: 0.97, 4: 0.99}, "c1": {16: 0.8, 8: 0.795, 4: 0.6}}
+    alone = {"c0": {8: 0.97, 4: 0.99}, "c1": {16: 0.76, 8: 0.753, 4: 0.6}}
     assert design.paying(groups, options, finer, alone)["c0"] == (8,)  # 4 is slower than 8
     assert design.paying(groups, options, finer, alone)["c1"] == (16, 32, 48)  # 8 brings less than a fifth of its part
-    assert (
-        design.paying(groups, options, finer, {"c1": {8: 0.5}}) == options
-    )  # 16 was not measured, so nothing is known of 8
+    alone = {"c1": {8: 0.5}}  # 16 was not measured, so nothing is known of 8
+    assert design.paying(groups, options, finer, alone) == options
+    alone = {"c0": {8: 0.996, 4: 0.9, 2: 0.8, 1: 0.7}, "c1": {16: 1.01, 8: 1.006, 4: 0.9}}
+    assert design.paying(groups, options, finer, alone) == options  # what 8 brings is noise
+
+
+def test_where_one_kind_is_all_there_is_settings_of_all_do_not_decide_what_pays() -> None:
+    """Each width counts with the median of what it was measured at."""
+    groups, often, once = blocks(3, 48), {16: 0.5, 8: 0.4}, {16: 0.5, 8: 0.51}
+    seen = [
+        Observation(dict.fromkeys(("b0", "b1", "b2"), width), exact(ratio))
+        for ratios in (often, often, often, once)
+        for width, ratio in ratios.items()
+    ]
+    assert budget_stage.widths(groups, seen, 16) == {"b0": (8, 16, 32)}
 
 
 def test_only_what_candidates_may_be_is_learned_from() -> None:
@@ -646,7 +658,8 @@ def test_where_all_groups_are_of_one_kind_settings_of_all_are_not_taken_for_that
     rounds = [[[round(1e6 * ratio)] * 5 for ratio in ratios] for _ in range(8)]
     Samples.of(rounds).save(tmp_path / "samples.npz")
     timings = WidthTimings(File.of(tmp_path / "samples.npz"), settings, "none", {})
-    found = budget_stage.learn(tmp_path, groups, (timings,), 16, True)
+    options = design.options(groups, design.kinds_of(groups), 16)
+    found = budget_stage.learn(tmp_path, groups, (timings,), 16, options)
     assert found.settings == len(settings) == 9 and len(found.errors) == 8
 
 

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from cswap_deploy.artifacts import Groups
 from cswap_deploy.budget import design, staircase
@@ -17,37 +18,36 @@ from cswap_deploy.stage import stage
 
 
 @stage("staircase", returns=Staircase, libraries=("numpy", "scipy"))
-def learn(out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple: int, exact: bool) -> Staircase:
-    """What each group's width costs, from networks that were measured with it; `exact`: the multiple is the recipe's own.
+def learn(
+    out: Path, groups: Groups, timings: tuple[WidthTimings, ...], multiple: int, options: Mapping[str, tuple[int, ...]]
+) -> Staircase:
+    """What each group's width costs, from networks that were measured with it; `options`: `widths`.
 
     Widths that no candidate may have tell nothing: they are off the steps.
 
     Of medians, whatever percentile the budget is about: short measurements know no other, and the loop corrects what that leaves.
     """
     kinds = design.kinds_of(groups)
-    seen = [found for item in timings for found in observed(item, 50)]
-    options = widths(groups, seen, multiple, exact)
     allowed = design.allowed(groups, kinds, options)
-    seen = [item for item in seen if design.may_be(item.widths, allowed)]
+    seen = [found for item in timings for found in observed(item, 50) if design.may_be(found.widths, allowed)]
     of_one_kind = [set(names) for names in kinds.values()]
     alone = [item for item in seen if set(item.widths) in of_one_kind and len(set(item.widths.values())) == 1]
     together = [item for item in seen if item not in alone]
     return staircase.learn(groups, kinds, options, multiple, alone, together)
 
 
-def widths(groups: Groups, seen: Sequence[Observation], multiple: int, exact: bool) -> dict[str, tuple[int, ...]]:
-    """Those that each kind of group may have: multiples, and of small groups, unless they are `exact`, finer ones that pay."""
+def widths(groups: Groups, seen: Sequence[Observation], multiple: int) -> dict[str, tuple[int, ...]]:
+    """Those that each kind of group may have: multiples, and of small groups finer ones that pay, alone."""
     kinds = design.kinds_of(groups)
-    found = design.options(groups, kinds, multiple)
-    if exact:
-        return found
     of_names = {frozenset(names): kind for kind, names in kinds.items()}
-    alone: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
+    found: dict[str, dict[int, list[float]]] = {kind: {} for kind in kinds}
     for item in seen:
         kind, own = of_names.get(frozenset(item.widths)), set(item.widths.values())
         if kind and len(own) == 1:
-            alone[kind][own.pop()] = item.ratio.value
-    return design.paying(groups, found, design.finer(groups, kinds, multiple), alone)
+            found[kind].setdefault(own.pop(), []).append(item.ratio.value)
+    alone = {kind: {width: median(values) for width, values in own.items()} for kind, own in found.items()}
+    options, finer = design.options(groups, kinds, multiple), design.finer(groups, kinds, multiple)
+    return design.paying(groups, options, finer, alone)
 
 
 def observed(timings: WidthTimings, percentile: int) -> list[Observation]:

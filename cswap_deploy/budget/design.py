@@ -13,6 +13,8 @@ Widths = dict[str, int]
 
 PAYS = 0.2
 """A multiple pays when the step in the middle of its double brings at least this part of the double's time; 0.5 is in proportion."""
+NOISE = 0.005
+"""Of the dense latency: what a finer width brings below that, one short measurement does not tell from nothing."""
 CHOICES = 32
 """Widths that a group may have, about."""
 SMALL = 4
@@ -20,7 +22,7 @@ SMALL = 4
 SPREAD = 0.4
 """By how much a group's part of its units differs from the common one, at most, where all are narrow."""
 MOST_ALONE = 72
-"""Settings in which one kind of group alone is narrow, at most."""
+"""Settings in which one kind of group alone is narrow, about; finer widths of small groups come on top."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Design:
     stop: bool
     """Multiples are measured one after the other until one does not pay; else all of them, in fewer requests."""
     alone: int
-    """Widths of each kind of group that are measured alone, about."""
+    """Widths of each kind of group that are measured alone, about; 0: none, and no finer widths either."""
     together: int
     """Settings in which all groups are narrow."""
 
     def most(self, groups: Groups, round_to: int | None) -> int:
-        """Networks that are measured before any is chosen, at most; the dense one and its twin come on top."""
+        """Networks that are measured before any is chosen, at most where nothing finer is; the dense one and its twin come on top."""
         multiple = round_to or self.prior
         kinds = kinds_of(groups)
         widths = self.widths_alone(groups, kinds, multiple, exact=round_to is not None)
@@ -52,7 +54,7 @@ class Design:
     def widths_alone(
         self, groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int, *, exact: bool
     ) -> dict[str, tuple[int, ...]]:
-        """Widths in which each kind of group is measured alone: some multiples, and, unless it is `exact`, all that are finer."""
+        """Widths in which each kind of group is measured alone, if any is: some multiples, unless these are `exact` all finer ones."""
         found = levels(options(groups, kinds, multiple), self.alone)
         if exact or not self.alone:
             return found
@@ -165,19 +167,20 @@ def paying(
 ) -> dict[str, tuple[int, ...]]:
     """`options` with what is `finer`, down to the first that does not pay. `alone`: ratios of each kind alone, by width.
 
-    A width pays when it brings at least a part of `PAYS` of what is in proportion to the units: of a group that narrowed to multiples
-    of what these have brought.
+    A width pays when it brings at least `NOISE`, and `PAYS` of what is in proportion to its units. The proportion is that of the narrowest
+    multiple, or, of a group with no multiple below its units, of the narrowest width that was measured.
     """
     found = {}
     for kind, widths in options.items():
-        units, known = groups.by_name[kind].units, {**alone.get(kind, {}), groups.by_name[kind].units: 1.0}
+        units = groups.by_name[kind].units
+        known = {**alone.get(kind, {}), units: 1.0}
         taken, wide = list(widths), widths[0] if widths else units
+        below = wide if widths else min(known)
+        each = (1 - known[below]) / (units - below) if below < units and below in known else 0.0
         for narrow in finer[kind]:
             if not {narrow, wide} <= known.keys():
                 break
-            below = wide if wide < units else narrow
-            wanted = PAYS * (1 - known[below]) / (units - below) * (wide - narrow)
-            if known[wide] - known[narrow] < max(wanted, 0.0):
+            if known[wide] - known[narrow] < max(NOISE, PAYS * each * (wide - narrow)):
                 break
             taken.insert(0, narrow)
             wide = narrow

@@ -50,7 +50,7 @@ def learn(
     alone: Sequence[Observation],
     together: Sequence[Observation],
 ) -> Staircase:
-    """`kinds`: groups that cost the same, by the first; `options`: widths that each kind may have, multiples of `multiple`; `alone`:
+    """`kinds`: groups that cost the same, by the first; `options`: widths that each kind may have; `alone`:
     observations of one kind that is narrow. The block is the part of the multiple that predicts settings best that it has not seen.
     """
 

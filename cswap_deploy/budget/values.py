@@ -62,14 +62,14 @@ class Staircase:
     """The latency of a network over the widths of its groups as a part of the dense one's, learned on one device."""
 
     multiple: int
-    """Of which widths are chosen: finer ones do not pay."""
+    """Of which widths are chosen: finer ones do not pay, but for those that small groups have in `steps`."""
     block: int
     """Sizes count in whole blocks of so many units: constant between steps."""
     constant: float
     layers: tuple[LayerTime, ...]
     steps: tuple[GroupSteps, ...]
     settings: int
-    """Networks that were measured."""
+    """Networks that it was learned from."""
     errors: tuple[float, ...]
     """Relative, of settings of all groups that the fit had not seen (cross-validation)."""
 
