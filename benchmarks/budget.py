@@ -132,12 +132,18 @@ def main() -> None:
         report["clock"] = "CPU time" if options.cpu_time else "wall"
         for name in filter(None, options.nets.split(",")):
             of_timm(name, folder / name, options, report)
+            written(report, begun, options.out)
         if options.images and options.weights:
-            of_resnet56(folder / "resnet56", options, report)
+            of_resnet56(folder / "resnet56", options, report, begun)
         report["load"].append(os.getloadavg()[0])
-    report["seconds"] = time.monotonic() - begun
-    options.out.write_text(json.dumps(report, indent=1))
+    written(report, begun, options.out)
     print(*table(report), sep="\n")
+
+
+def written(report: dict[str, Any], begun: float, out: Path) -> None:
+    """After each network, so that what is known stays where a run is stopped."""
+    report["seconds"] = time.monotonic() - begun
+    out.write_text(json.dumps(report, indent=1))
 
 
 class Log(progress.Silent):
@@ -301,7 +307,7 @@ def add(row: Row, report: dict[str, Any]) -> None:
 # --- accuracy as well
 
 
-def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any]) -> None:
+def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any], start: float) -> None:
     """Whole builds, and beside each the widths of a MACs target and uniform ones, at the latency that the build has reached."""
     overrides = [
         f"calibration.images={options.images.resolve() / 'cifar10-jpeg'}",
@@ -328,8 +334,9 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
             found = ratio_of(work, recipe("null"), bundle.file("model.onnx"), options.seconds)
             block, drop = bundle.manifest["budget"], bundle.manifest["accuracy"]["drop_pp"]
             add(Row("resnet56", asked, found.value, found.low, found.high, block["trials"], seconds, drop), report)
-            errors = block["staircase"]
-            report["crossvalidated"] = {key: errors[key] for key in ("error_median", "error_p95")}
+            if errors := block["staircase"]:  # none where nothing that may be chosen is as fast
+                report["crossvalidated"] = {key: errors[key] for key in ("error_median", "error_p95")}
+            written(report, start, options.out)
         report["others"] = others(recipe, work, options)
 
 
@@ -442,7 +449,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     for name, (value, low, high) in report["weightless"].items():
         yield f"{name}: without weights in the file {value:.3f} ({low:.3f} to {high:.3f}) of the dense latency"
     if "infeasible_s" in report:
-        yield f"resnet56: cross-validated {report['crossvalidated']}; infeasible after {report['infeasible_s']:.0f} s, bundle included"
+        yield f"resnet56: cross-validated {report.get('crossvalidated')}; infeasible after {report['infeasible_s']:.0f} s, bundle included"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def learn(
 
 
 def widths(groups: Groups, seen: Sequence[Observation], multiple: int) -> dict[str, tuple[int, ...]]:
-    """Those that each kind of group may have: multiples, and of small groups finer ones that pay, alone."""
+    """Those that each kind of group may have: multiples, and of small groups finer ones unless they were slower, alone."""
     kinds = design.kinds_of(groups)
     of_names = {frozenset(names): kind for kind, names in kinds.items()}
     found: dict[str, dict[int, list[float]]] = {kind: {} for kind in kinds}
@@ -47,7 +47,7 @@ def widths(groups: Groups, seen: Sequence[Observation], multiple: int) -> dict[s
             found[kind].setdefault(own.pop(), []).append(item.ratio.value)
     alone = {kind: {width: median(values) for width, values in own.items()} for kind, own in found.items()}
     options, finer = design.options(groups, kinds, multiple), design.finer(groups, kinds, multiple)
-    return design.paying(groups, options, finer, alone)
+    return design.paying(options, finer, alone)
 
 
 def observed(timings: WidthTimings, percentile: int) -> list[Observation]:

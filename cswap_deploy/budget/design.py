@@ -13,8 +13,8 @@ Widths = dict[str, int]
 
 PAYS = 0.2
 """A multiple pays when the step in the middle of its double brings at least this part of the double's time; 0.5 is in proportion."""
-NOISE = 0.005
-"""Of the dense latency: what a finer width brings below that, one short measurement does not tell from nothing."""
+NOISE = 0.01
+"""Of the dense latency: what one short measurement does not tell from nothing."""
 CHOICES = 32
 """Widths that a group may have, about."""
 SMALL = 4
@@ -149,7 +149,7 @@ def options(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -
 
 
 def finer(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> dict[str, tuple[int, ...]]:
-    """Halves of the multiple, wide to narrow, down to a single unit, that small groups may have where they are measured to pay."""
+    """Halves of the multiple, wide to narrow, down to a single unit, that small groups may have unless they are measured to be slower."""
     found = {}
     for name in kinds:
         group = groups.by_name[name]
@@ -160,30 +160,24 @@ def finer(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> 
 
 
 def paying(
-    groups: Groups,
     options: Mapping[str, Sequence[int]],
     finer: Mapping[str, Sequence[int]],
     alone: Mapping[str, Mapping[int, float]],
 ) -> dict[str, tuple[int, ...]]:
-    """`options` with what is `finer`, down to the first that does not pay. `alone`: ratios of each kind alone, by width.
+    """`options` with what is `finer`, above the first that is slower than the next wider by `NOISE`. `alone`: ratios of kinds, by width.
 
-    A width pays when it brings at least `NOISE`, and `PAYS` of what is in proportion to its units. The proportion is that of the narrowest
-    multiple, or, of a group with no multiple below its units, of the narrowest width that was measured.
+    What brings little alone stays: where all groups are narrow it may be what is left to take, and the staircase knows its price.
     """
     found = {}
     for kind, widths in options.items():
-        units = groups.by_name[kind].units
-        known = {**alone.get(kind, {}), units: 1.0}
-        taken, wide = list(widths), widths[0] if widths else units
-        below = wide if widths else min(known)
-        each = (1 - known[below]) / (units - below) if below < units and below in known else 0.0
+        known, taken = alone.get(kind, {}), list(widths)
         for narrow in finer[kind]:
-            if not {narrow, wide} <= known.keys():
+            wide = taken[0] if taken else None
+            if narrow not in known or (wide is not None and wide not in known):
                 break
-            if known[wide] - known[narrow] < max(NOISE, PAYS * each * (wide - narrow)):
+            if known[narrow] > (1.0 if wide is None else known[wide]) + NOISE:
                 break
             taken.insert(0, narrow)
-            wide = narrow
         found[kind] = tuple(taken)
     return found
 
