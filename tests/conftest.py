@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,16 @@ class Project:
 
     def build(self, *overrides: str, work: str = "work") -> Built:
         return build(self.recipe, overrides, self.folder / work)
+
+
+def _has_vnni() -> bool:
+    """Of processors that are no x86 too: their products of bytes do not saturate."""
+    flags = Path("/proc/cpuinfo")
+    return platform.machine() not in ("x86_64", "AMD64") or not flags.exists() or "vnni" in flags.read_text()
+
+
+VNNI = _has_vnni()
+NO_VNNI = "an x86 without VNNI adds products of uint8 and int8 in 16 bits, which saturates (docs/onnx.md)"
 
 
 def build(recipe: Path, overrides: Sequence[str], work: Path, force: Sequence[str] = ()) -> Built:

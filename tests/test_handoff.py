@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import COLOURS, Built, build, make_project, reseal, run, traces, tree
+from conftest import COLOURS, NO_VNNI, VNNI, Built, build, make_project, reseal, run, traces, tree
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -156,6 +156,7 @@ def test_ort_format_comes_with_the_operators_it_needs(whole: Built) -> None:
     assert whole.manifest["onnx"]["variants"]["ort"]["beside"] == ["model.required_operators.config"]
 
 
+@pytest.mark.skipif(not VNNI, reason=NO_VNNI)
 def test_the_onnx_block_says_where_each_file_runs_and_what_speaks_against_it(whole: Built) -> None:
     variants = whole.manifest["onnx"]["variants"]
     runs = {name: [item["runs"] for item in found["runs_on"]] for name, found in variants.items()}
