@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from random import Random
 
 from cswap_deploy.artifacts import Groups
@@ -172,10 +173,8 @@ def paying(
     for kind, widths in options.items():
         known, taken = alone.get(kind, {}), list(widths)
         for narrow in finer[kind]:
-            wide = taken[0] if taken else None
-            if narrow not in known or (wide is not None and wide not in known):
-                break
-            if known[narrow] > (1.0 if wide is None else known[wide]) + NOISE:
+            wide = known.get(taken[0]) if taken else 1.0  # the whole group's
+            if wide is None or known.get(narrow, inf) > wide + NOISE:
                 break
             taken.insert(0, narrow)
         found[kind] = tuple(taken)
