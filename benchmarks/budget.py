@@ -31,7 +31,6 @@ from cswap_deploy import (
     data,
     export,
     latency,
-    metering,
     model,
     pipeline,
     planning,
@@ -40,9 +39,10 @@ from cswap_deploy import (
     prune,
 )
 from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, OnnxModel, PruningPlan
+from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.narrow import Template
-from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.staircase import Steps, off_by
 from cswap_deploy.budget.values import Budget, Staircase
 from cswap_deploy.device import target as device
 from cswap_deploy.metering import Meter
@@ -77,8 +77,8 @@ One path passes all targets in MACs.
 """
 STEP = 0.1
 """Of the dense MACs that leave in one step of that path, at most: less than in the builds beside it, which take five to any budget."""
-UNSEEN = 16
-"""Random settings that the prediction is judged on."""
+UNSEEN, UNSEEN_S = 16, 2.0
+"""Random settings that the prediction is judged on, and how long each is sampled."""
 LIMIT, LEAST = 1.02, 0.93
 """Of what was asked for, that the last measurement may be."""
 
@@ -213,7 +213,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
             meter = Meter(recipe, work, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
             first, staircase = planning.probed(meter, planning.asked(meter)), planning.learned(meter)
             report["weightless"][name] = weightless(meter)
-            report["predictions"][name] = predictions(meter, staircase, folder)
+            report["predictions"][name] = predictions(meter, staircase)
             prepared = time.monotonic() - begun
             for asked in budgets(first, options):
                 begun = time.monotonic()
@@ -270,7 +270,7 @@ def budgets(first: Budget, options: argparse.Namespace) -> list[float]:
     return [lowest + part * (options.highest - lowest) for part in PARTS]
 
 
-def predictions(meter: Meter, staircase: Staircase, folder: Path) -> list[tuple[float, float]]:
+def predictions(meter: Meter, staircase: Staircase) -> list[tuple[float, float]]:
     """(predicted, measured) of random widths that the staircase has not seen; each group has any width that it may have."""
     steps, random = Steps(meter.groups, staircase), Random(17)
     settings = []
@@ -282,9 +282,8 @@ def predictions(meter: Meter, staircase: Staircase, folder: Path) -> list[tuple[
             allowed = steps.allowed(group.name)
             settings[-1][group.name] = min(random.sample(allowed, min(3, len(allowed))), key=lambda w: abs(w - wanted))
     found = []
-    for start in range(0, UNSEEN, metering.BATCH):
-        part_of = settings[start : start + metering.BATCH]
-        ratios = budget.ratios(meter.timings("unseen", part_of, 1.0), meter.percentile)
+    for part_of in design.dealt(settings, meter.batch):
+        ratios = budget.ratios(meter.timings("unseen", part_of, UNSEEN_S), meter.percentile)
         found += [(steps.total(widths), ratio.value) for widths, ratio in zip(part_of, ratios, strict=True)]
     return found
 
@@ -442,10 +441,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield f"\nwithin: {sum(r['within'] for r in rows)} of {len(rows)}; above: {sum(r['used'] for r in rows)} of {len(rows)}"
     yield f"the whole took {report['seconds'] / 60:.0f} min"
     for name, pairs in report["predictions"].items():
-        errors = sorted(abs(predicted / measured - 1) for predicted, measured in pairs)
-        worst = errors[min(len(errors) - 1, int(0.95 * len(errors)))]
-        typical = errors[len(errors) // 2]
-        yield f"{name}: predictions of {len(errors)} settings are off by {typical:.1%} (median), {worst:.1%} (95th percentile)"
+        typical, worst = off_by([predicted / measured - 1 for predicted, measured in pairs])
+        yield f"{name}: predictions of {len(pairs)} settings are off by {typical:.1%} (median), {worst:.1%} (95th percentile)"
     for name, (value, low, high) in report["weightless"].items():
         yield f"{name}: without weights in the file {value:.3f} ({low:.3f} to {high:.3f}) of the dense latency"
     if "infeasible_s" in report:

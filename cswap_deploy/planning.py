@@ -29,7 +29,7 @@ from cswap_deploy.wording import duration_text, percent
 
 PROBE = "probe.json"
 """In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
-PROBE_S, WIDTHS_S = 1.5, 0.5
+PROBE_S, WIDTHS_S = 1.5, 0.75
 """Sampling of each network while the floor is looked for and while the staircase is learned."""
 UNBUILT = "TensorRT on the target builds no engine of narrower groups"
 NARROW_HINT = "prune for macs in place of a latency, or report this network with the warnings above"
@@ -200,9 +200,10 @@ def learned(meter: Meter) -> Staircase:
     drawn, total = list[WidthTimings](), len(narrow) + wanted.together
 
     def draw(settings: Sequence[Widths], before: int) -> None:
-        for start in range(0, len(settings), meter.batch):
-            drawn.append(meter.timings("widths", settings[start : start + meter.batch], WIDTHS_S))
-            progress.advance("networks measured", before + min(start + meter.batch, len(settings)), total)
+        for part in design.dealt(settings, meter.batch):
+            drawn.append(meter.timings("widths", part, WIDTHS_S))
+            before += len(part)
+            progress.advance("networks measured", before, total)
 
     draw(narrow, 0)
     options = design.options(groups, kinds, multiple)

@@ -27,7 +27,7 @@ from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.shared import SharedWeights
 from cswap_deploy.budget.sizes import Numbers, Size, Sizes
-from cswap_deploy.budget.staircase import Observation, Steps, learn
+from cswap_deploy.budget.staircase import Observation, Steps, learn, off_by
 from cswap_deploy.budget.values import Staircase, WidthTimings
 from cswap_deploy.errors import ExportError
 from cswap_deploy.prune.allocate import damage_at, least_damage
@@ -399,9 +399,12 @@ def test_no_candidate_is_narrower_than_the_floor(wanted: design.Design, round_to
 def test_kinds_alone_and_all_groups_together_are_measured() -> None:
     groups = chained((64, 128))
     kinds = design.kinds_of(groups)
-    levels = FILES.widths_alone(groups, kinds, 16, exact=False)
+    assert FILES.widths_alone(groups, kinds, 16, exact=False) == {"c0": (16, 8, 4, 2, 1), "c1": (16,)}
+    assert FILES.widths_alone(groups, kinds, 16, exact=True) == {"c0": (16,), "c1": (16,)}
+    more = replace(FILES, alone=3)
+    levels = more.widths_alone(groups, kinds, 16, exact=False)
     assert levels == {"c0": (16, 32, 48, 8, 4, 2, 1), "c1": (16, 48, 96)}
-    assert FILES.widths_alone(groups, kinds, 16, exact=True) == {"c0": (16, 32, 48), "c1": (16, 48, 96)}
+    assert more.widths_alone(groups, kinds, 16, exact=True) == {"c0": (16, 32, 48), "c1": (16, 48, 96)}
     assert design.alone(kinds, levels)[0] == {"c0": 16}
     settings = design.together(groups, kinds, levels, 20, 0)
     assert len(settings) == 20 and {setting["c1"] for setting in settings} >= {16, 128}
@@ -445,6 +448,37 @@ def test_unseen_widths_are_predicted(groups: Groups, step: int) -> None:
     errors.sort()
     print(f"median {errors[30]:.3f}, 95th percentile {errors[57]:.3f}")
     assert errors[30] < 0.05 and errors[57] < 0.12
+
+
+def test_few_networks_tell_what_layers_have_in_common() -> None:
+    """Twelve for thirteen layers of different shapes with three parts each, on a device that moves values as long as it computes."""
+    groups = chained((24, 48, 96, 64, 32, 128, 64, 256, 96, 192, 64, 384, 128))
+    random, kinds = Random(3), design.kinds_of(groups)
+
+    def moved(widths: Mapping[str, int]) -> float:
+        removed = {name: groups.by_name[name].units - width for name, width in widths.items()}
+        return sum(term.macs / term.params * axis.kept(removed) for term in groups.terms for axis in term.axes)
+
+    def measured(widths: Mapping[str, int]) -> float:
+        return 0.5 * truth(groups, widths, 8, 0.0) + 0.5 * moved(widths) / moved({})
+
+    options = design.options(groups, kinds, 8)
+    settings = design.together(groups, kinds, options, 12, 0)
+    seen = [Observation(widths, exact(measured(widths) * (1 + random.gauss(0, 0.02)))) for widths in settings]
+    steps = Steps(groups, learn(groups, kinds, options, 8, [], seen))
+    unseen = design.together(groups, kinds, options, 60, 1)
+    typical, worst = off_by([steps.total(widths) / measured(widths) - 1 for widths in unseen])
+    print(f"median {typical:.3f}, 95th percentile {worst:.3f}")
+    assert typical < 0.02 and worst < 0.06
+
+
+def test_a_request_holds_settings_from_all_over() -> None:
+    settings = [{"c0": width} for width in range(1, 20)]
+    parts = design.dealt(settings, 8)
+    assert [len(part) for part in parts] == [7, 6, 6]
+    assert sorted(setting["c0"] for part in parts for setting in part) == [*range(1, 20)]
+    assert [setting["c0"] for setting in parts[0]] == [1, 4, 7, 10, 13, 16, 19]
+    assert design.dealt([], 8) == []
 
 
 def test_the_dense_network_is_1_and_changes_add_up_to_the_total() -> None:

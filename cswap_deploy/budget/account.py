@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cswap_deploy.artifacts import Groups, LatencyReport
-from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.staircase import Steps, off_by
 from cswap_deploy.budget.values import Budget
 from cswap_deploy.prepared import Reason
 from cswap_deploy.samples import Ratio, Samples
@@ -94,12 +94,12 @@ def _ratio(budget: Budget, report: LatencyReport | None) -> Ratio | None:
 def _staircase(steps: Steps, dense_ms: float) -> dict[str, Any]:
     """How it was learned, how well it predicts, and what it says of each kind of group when all of them have one width."""
     found = steps.staircase
-    errors = sorted(abs(error) for error in found.errors)
+    median, p95 = off_by(found.errors) if found.errors else (None, None)
     return {
         "multiple": found.multiple,
         "settings": found.settings,
-        "error_median": errors[len(errors) // 2] if errors else None,
-        "error_p95": errors[min(len(errors) - 1, int(0.95 * len(errors)))] if errors else None,
+        "error_median": median,
+        "error_p95": p95,
         "kinds": [
             {
                 "name": kind.groups[0],

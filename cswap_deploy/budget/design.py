@@ -63,12 +63,12 @@ class Design:
         return {kind: (*widths, *small[kind]) for kind, widths in found.items()}
 
 
-OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=3, together=40)
+OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=1, together=40)
 """Of ONNX files, which take milliseconds to make. What pays is 16 in AVX-512, say."""
 OF_ENGINES = {
-    "fp32": Design((16, 8, 4), 8, (1, 8), stop=True, alone=0, together=24),
-    "fp16": Design((16, 8, 4), 8, (1, 8), stop=True, alone=0, together=24),
-    "int8": Design((32, 16, 8), 16, (1, 16), stop=True, alone=0, together=24),
+    "fp32": Design((16, 8, 4), 8, (1, 8), stop=True, alone=0, together=16),
+    "fp16": Design((16, 8, 4), 8, (1, 8), stop=True, alone=0, together=16),
+    "int8": Design((32, 16, 8), 16, (1, 16), stop=True, alone=0, together=16),
 }
 """By precision, since an engine may take minutes to build. TensorRT pads channels to 8 for fp16 on tensor cores, to 16 or 32 for int8.
 
@@ -186,6 +186,12 @@ def allowed(
 ) -> dict[str, tuple[int, ...]]:
     """Widths that each group may have, narrow to wide, the last all its units."""
     return {name: (*options[kind], groups.by_name[name].units) for kind, names in kinds.items() for name in names}
+
+
+def dealt(settings: Sequence[Widths], most: int) -> list[Sequence[Widths]]:
+    """In parts of at most `most`, each from all over: what a whole request is off by then is not that of narrow networks alone."""
+    parts = -(-len(settings) // most)
+    return [settings[number::parts] for number in range(parts)]
 
 
 def may_be(widths: Mapping[str, int], allowed: Mapping[str, Sequence[int]]) -> bool:

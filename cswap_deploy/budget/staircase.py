@@ -2,6 +2,8 @@
 
 The latency, as a part of the dense network's, is a constant, plus for every layer a part that shrinks with the product of its widths
 and a part that shrinks with each of them. Sizes count in whole blocks. Parts of layers of one shape are equal, and all are at least 0.
+There are more of them than a few dozen networks tell apart. So four rates that all layers share are fitted first (a constant, per MAC, per
+weight, per value that a layer reads or writes), and each layer's own parts are drawn towards what these say.
 What a kind of group measured alone deviates from that is not kept: in sum over the kinds it made predictions of narrow networks worse
 (benchmarks/staircase.py).
 """
@@ -26,9 +28,10 @@ if TYPE_CHECKING:
 
 Widths = Mapping[str, int]
 
-PRIOR = 0.8
-"""Part of the latency that is expected to be spread over the layers like their MACs; how firmly: PRIOR_WEIGHT."""
-PRIOR_WEIGHT = 0.03
+FIRM, LEAST = 0.1, 0.01
+"""How firmly a layer's part is drawn towards what the rates say, in multiples of that, which counts as `LEAST` of the latency at least."""
+RATES, RATES_FIRM = (0.2, 0.8, 0.0, 0.0), 0.01
+"""What the constant, MACs, weights and values are expected to make up, and how firmly: decides where hardly anything was measured."""
 DENSE_WEIGHT = 30.0
 """How firmly the parts add up to 1 for the dense network, which every ratio refers to."""
 FOLDS = 4
@@ -69,6 +72,12 @@ def learn(
         if found and (not errors or _size(found) < _size(errors)):
             best, errors = block, found
     return replace(of(best, together), errors=tuple(errors))
+
+
+def off_by(errors: Sequence[float]) -> tuple[float, float]:
+    """Median and 95th percentile of relative errors, without their signs; at least one."""
+    sizes = sorted(map(abs, errors))
+    return sizes[len(sizes) // 2], sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))]
 
 
 def _size(errors: Sequence[float]) -> float:
@@ -158,22 +167,28 @@ class _Shapes:
         return _Shapes(groups, block, tuple(map(tuple, found.values())))
 
     def fitted(self, seen: Sequence[Observation]) -> tuple[float, tuple[LayerTime, ...]]:
-        """The constant and the layers' parts with the least relative error: a non-negative least-squares problem."""
+        """The constant and the layers' parts with the least relative error: two non-negative least-squares problems."""
         import numpy as np
         from scipy.optimize import nnls
 
-        dense, wanted = self._features({}), self._prior()
-        rows = [self._features(item.widths) / item.ratio.value for item in seen]
-        firm = np.diag(PRIOR_WEIGHT * dense / np.maximum(wanted, 0.02))
-        matrix = np.vstack([*rows, DENSE_WEIGHT * dense, firm])
-        sides = [1.0] * len(rows) + [DENSE_WEIGHT, *(PRIOR_WEIGHT * wanted / np.maximum(wanted, 0.02))]
-        found, _ = nnls(matrix, np.array(sides))
+        dense, rates = self._features({}), self._rates()
+        rows = np.vstack([*(self._features(item.widths) / item.ratio.value for item in seen), DENSE_WEIGHT * dense])
+        sides = [1.0] * len(seen) + [DENSE_WEIGHT]
+
+        shared = np.vstack([rows @ rates, RATES_FIRM * np.diag(dense @ rates)])
+        wanted = dense * (rates @ nnls(shared, np.array([*sides, *(RATES_FIRM * np.array(RATES))]))[0])
+        size = np.maximum(wanted, LEAST)
+        own = np.vstack([rows, FIRM * np.diag(dense / size)])
+        found, _ = nnls(own, np.array([*sides, *(FIRM * wanted / size)]))
+
         found /= float(found @ dense)
         layers, place = [], 1
         for terms in self.terms:
             axes = len(terms[0].axes) if len(terms[0].axes) > 1 else 0
-            own = tuple(float(value) for value in found[place : place + 1 + axes])
-            layers.append(LayerTime(tuple(term.name for term in terms), own[0], own[1:] or (0.0,) * len(terms[0].axes)))
+            parts = tuple(float(value) for value in found[place : place + 1 + axes])
+            layers.append(
+                LayerTime(tuple(term.name for term in terms), parts[0], parts[1:] or (0.0,) * len(terms[0].axes))
+            )
             place += 1 + axes
         return float(found[0]), tuple(layers)
 
@@ -189,14 +204,20 @@ class _Shapes:
             found += parts.sum(0).tolist() if parts.shape[1] > 1 else []
         return np.array(found)
 
-    def _prior(self) -> Floats:
-        """What each feature is expected to make up of the dense latency: products like their MACs, sides nothing."""
+    def _rates(self) -> Floats:
+        """(features, 4): what each feature of one layer costs where only a constant, MACs, weights or values cost anything.
+
+        Each column makes up the dense latency. Values: a layer's positions (MACs per weight) times the size of an axis.
+        """
         import numpy as np
 
-        total = self.groups.cost({})[1]
-        found = [0.0]
+        found = [[1.0, 0.0, 0.0, 0.0]]
         for terms in self.terms:
-            found.append(PRIOR * sum(term.macs for term in terms) / total)
-            found += [0.0] * len(terms[0].axes) if len(terms[0].axes) > 1 else []
-        found[0] = 1 - sum(found)
-        return np.array(found)
+            macs, weights, sizes = terms[0].macs, terms[0].params, [axis.size for axis in terms[0].axes]
+            values = [macs / weights * size if weights else 0.0 for size in sizes]  # products of values have no weights
+            several = len(sizes) > 1
+            found.append([0.0, macs, weights, 0.0 if several else values[0]])
+            found += [[0.0, 0.0, 0.0, value] for value in values] if several else []
+        rates = np.array(found)
+        whole = self._features({}) @ rates
+        return rates / np.where(whole > 0, whole, 1.0)
