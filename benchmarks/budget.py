@@ -282,7 +282,7 @@ def predictions(meter: Meter, staircase: Staircase) -> list[tuple[float, float]]
             allowed = steps.allowed(group.name)
             settings[-1][group.name] = min(random.sample(allowed, min(3, len(allowed))), key=lambda w: abs(w - wanted))
     found = []
-    for part_of in design.dealt(settings, meter.batch):
+    for part_of in design.requests_together(settings, meter.batch):
         ratios = budget.ratios(meter.timings("unseen", part_of, UNSEEN_S), meter.percentile)
         found += [(steps.total(widths), ratio.value) for widths, ratio in zip(part_of, ratios, strict=True)]
     return found

@@ -91,13 +91,13 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
                 wanted = replace(meter.design, alone=alone)
                 if alone not in pools:
                     narrow = wanted.widths_alone(groups, kinds, multiple, exact=False)
-                    pools[alone] = measured(meter, design.alone(kinds, narrow))
+                    pools[alone] = measured(meter, design.requests_alone(design.alone(kinds, narrow), meter.batch))
                 seen = [item for timings in (*first, *pools[alone]) for item in budget.observed(timings, 50)]
                 options[alone] = (
                     budget.widths(groups, seen, multiple) if alone else design.options(groups, kinds, multiple)
                 )
                 settings = design.together(groups, kinds, options[alone], count, count // 8 - 1)
-                together[alone, count] = measured(meter, settings)
+                together[alone, count] = measured(meter, design.requests_together(settings, meter.batch))
             shared = {kind: min((found[kind] for found in options.values()), key=len) for kind in kinds}
             random, tests, allowed = Random(17), [], design.allowed(groups, kinds, shared)
             for number in range(TESTS):
@@ -106,9 +106,8 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
                 for group in groups.groups:
                     wanted = group.units * min(1.0, max(0.0, part + random.uniform(-0.4, 0.4)))
                     tests[-1][group.name] = min(allowed[group.name], key=lambda width: abs(width - wanted))
-            truth = [
-                item for timings in measured(meter, tuple(tests), TESTS_S) for item in budget.observed(timings, 50)
-            ]
+            requests = design.requests_together(tests, meter.batch)
+            truth = [item for timings in measured(meter, requests, TESTS_S) for item in budget.observed(timings, 50)]
         rows = []
         for alone, count in designs:
             known = (*first, *pools[alone], *together[alone, count])
@@ -120,9 +119,9 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
 
 
 def measured(
-    meter: Meter, settings: tuple[dict[str, int], ...], seconds: float = planning.WIDTHS_S
+    meter: Meter, requests: Sequence[Sequence[dict[str, int]]], seconds: float = planning.WIDTHS_S
 ) -> list[WidthTimings]:
-    return [meter.timings("pool", part, seconds) for part in design.dealt(settings, meter.batch)]
+    return [meter.timings("pool", request, seconds) for request in requests]
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:

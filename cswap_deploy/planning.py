@@ -199,18 +199,19 @@ def learned(meter: Meter) -> Staircase:
     narrow = design.alone(kinds, wanted.widths_alone(groups, kinds, multiple, exact=exact))
     drawn, total = list[WidthTimings](), len(narrow) + wanted.together
 
-    def draw(settings: Sequence[Widths], before: int) -> None:
-        for part in design.dealt(settings, meter.batch):
-            drawn.append(meter.timings("widths", part, WIDTHS_S))
-            before += len(part)
-            progress.advance("networks measured", before, total)
+    def draw(requests: Sequence[Sequence[Widths]]) -> None:
+        for request in requests:
+            drawn.append(meter.timings("widths", request, WIDTHS_S))
+            done = sum(len(item.settings) + len(item.unbuilt) for item in drawn)
+            progress.advance("networks measured", done, total)
 
-    draw(narrow, 0)
+    draw(design.requests_alone(narrow, meter.batch))
     options = design.options(groups, kinds, multiple)
     if not exact and wanted.alone:
         seen = [found for item in (*timings, *drawn) for found in budget.observed(item, 50)]
         options = budget.widths(groups, seen, multiple)
-    draw(design.together(groups, kinds, options, wanted.together, meter.recipe.seed), len(narrow))
+    settings = design.together(groups, kinds, options, wanted.together, meter.recipe.seed)
+    draw(design.requests_together(settings, meter.batch))
     if unbuilt := sum(len(item.unbuilt) for item in drawn):
         progress.warn(f"{unbuilt} of {total} engines could not be built; the staircase is learned from the others")
     if unbuilt == total:

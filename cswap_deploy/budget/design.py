@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import inf
 from random import Random
 
@@ -22,8 +23,6 @@ SMALL = 4
 """Multiples that a group has at most whose widths may be finer: it would have few widths otherwise."""
 SPREAD = 0.4
 """By how much a group's part of its units differs from the common one, at most, where all are narrow."""
-MOST_ALONE = 72
-"""Settings in which one kind of group alone is narrow, about; finer widths of small groups come on top."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Design:
     stop: bool
     """Multiples are measured one after the other until one does not pay; else all of them, in fewer requests."""
     alone: int
-    """Widths of each kind of group that are measured alone, about; 0: none, and no finer widths either."""
+    """Widths of each kind of group that are measured alone, about, finer ones aside; 0: none, and no finer ones either."""
     together: int
     """Settings in which all groups are narrow."""
 
@@ -188,10 +187,22 @@ def allowed(
     return {name: (*options[kind], groups.by_name[name].units) for kind, names in kinds.items() for name in names}
 
 
-def dealt(settings: Sequence[Widths], most: int) -> list[Sequence[Widths]]:
-    """In parts of at most `most`, each from all over: what a whole request is off by then is not that of narrow networks alone."""
-    parts = -(-len(settings) // most)
-    return [settings[number::parts] for number in range(parts)]
+def requests_alone(settings: Sequence[Widths], most: int) -> list[Sequence[Widths]]:
+    """Settings of `alone` in requests of at most `most`; a kind's are in one if they fit, since they are compared with each other."""
+    found: list[list[Widths]] = []
+    for _, same in groupby(settings, key=tuple):
+        own = [*same]
+        if found and len(found[-1]) + len(own) <= most:
+            found[-1] += own
+        else:
+            found += [own[start : start + most] for start in range(0, len(own), most)]
+    return [*found]
+
+
+def requests_together(settings: Sequence[Widths], most: int) -> list[Sequence[Widths]]:
+    """Settings of `together` in requests of at most `most`, each from all over: none is off by what narrow networks alone would be."""
+    count = -(-len(settings) // most)
+    return [settings[number::count] for number in range(count)]
 
 
 def may_be(widths: Mapping[str, int], allowed: Mapping[str, Sequence[int]]) -> bool:
@@ -201,10 +212,9 @@ def may_be(widths: Mapping[str, int], allowed: Mapping[str, Sequence[int]]) -> b
 
 def levels(options: Mapping[str, Sequence[int]], most: int) -> dict[str, tuple[int, ...]]:
     """Of the widths that each kind of group may have, about `most`: the narrowest, and others evenly spread below all its units."""
-    count = min(most, max(2, MOST_ALONE // max(1, len(options))))
     found = {}
     for kind, widths in options.items():
-        places = {round(place * len(widths) / count) for place in range(count)}
+        places = {round(place * len(widths) / most) for place in range(most)}
         found[kind] = tuple(width for place, width in enumerate(widths) if place in places)
     return found
 

@@ -3,7 +3,7 @@
 The latency, as a part of the dense network's, is a constant, plus for every layer a part that shrinks with the product of its widths
 and a part that shrinks with each of them. Sizes count in whole blocks. Parts of layers of one shape are equal, and all are at least 0.
 There are more of them than a few dozen networks tell apart. So four rates that all layers share are fitted first (a constant, per MAC, per
-weight, per value that a layer reads or writes), and each layer's own parts are drawn towards what these say.
+weight, per output position and index of an axis that groups shorten), and all parts are drawn towards what these say.
 What a kind of group measured alone deviates from that is not kept: in sum over the kinds it made predictions of narrow networks worse
 (benchmarks/staircase.py).
 """
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 Widths = Mapping[str, int]
 
 FIRM, LEAST = 0.1, 0.01
-"""How firmly a layer's part is drawn towards what the rates say, in multiples of that, which counts as `LEAST` of the latency at least."""
+"""A part (the constant's, or that of all layers of a shape) that is off by as much as the rates say it is, and by `LEAST` of the dense
+latency at least, counts like a measurement that is off by `FIRM`."""
 RATES, RATES_FIRM = (0.2, 0.8, 0.0, 0.0), 0.01
-"""What the constant, MACs, weights and values are expected to make up, and how firmly: decides where hardly anything was measured."""
+"""What the constant, MACs, weights and positions are expected to make up, and how firmly: decides where hardly anything was measured."""
 DENSE_WEIGHT = 30.0
 """How firmly the parts add up to 1 for the dense network, which every ratio refers to."""
 FOLDS = 4
@@ -57,6 +58,7 @@ def learn(
     observations of one kind that is narrow. The block is the part of the multiple that predicts settings best that it has not seen.
     """
 
+    together = sorted(together, key=lambda item: item.ratio.value)  # narrow and wide ones in every fold
     steps = tuple(GroupSteps(tuple(kinds[name]), (*options[name], groups.by_name[name].units)) for name in kinds)
 
     def of(block: int, seen: Sequence[Observation]) -> Staircase:
@@ -205,16 +207,17 @@ class _Shapes:
         return np.array(found)
 
     def _rates(self) -> Floats:
-        """(features, 4): what each feature of one layer costs where only a constant, MACs, weights or values cost anything.
+        """(features, 4): what each feature of one layer costs where nothing but a constant, MACs, weights or positions costs anything.
 
-        Each column makes up the dense latency. Values: a layer's positions (MACs per weight) times the size of an axis.
+        Each column adds up to the dense latency, or is 0. Positions (MACs per weight) are those of the output, times the size of each axis: a
+        stand-in for what a layer reads and writes, too small where a stride skips inputs, and unknown of layers without weights of their own.
         """
         import numpy as np
 
         found = [[1.0, 0.0, 0.0, 0.0]]
         for terms in self.terms:
             macs, weights, sizes = terms[0].macs, terms[0].params, [axis.size for axis in terms[0].axes]
-            values = [macs / weights * size if weights else 0.0 for size in sizes]  # products of values have no weights
+            values = [macs / weights * size if weights else 0.0 for size in sizes]
             several = len(sizes) > 1
             found.append([0.0, macs, weights, 0.0 if several else values[0]])
             found += [[0.0, 0.0, 0.0, value] for value in values] if several else []
