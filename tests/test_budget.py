@@ -521,7 +521,13 @@ def test_settings_that_are_compared_are_in_one_request() -> None:
     kinds = {name: (name,) for name in "abcd"}
     alone = design.alone(kinds, {"a": (8, 4, 2, 1), "b": (8,), "c": (8, 4, 2, 1), "d": tuple(range(1, 10))})
     requests = design.requests_alone(alone, 8)
-    assert [[*setting.items()][0] for setting in requests[0]] == [("a", 8), ("a", 4), ("a", 2), ("a", 1), ("b", 8)]
+    assert [next(iter(setting.items())) for setting in requests[0]] == [
+        ("a", 8),
+        ("a", 4),
+        ("a", 2),
+        ("a", 1),
+        ("b", 8),
+    ]
     assert [len(request) for request in requests] == [5, 4, 8, 1]
     assert [setting for request in requests for setting in request] == [*alone]
     assert [len(request) for request in design.requests_alone(alone[:5], 1)] == [1] * 5

@@ -209,8 +209,8 @@ class _Shapes:
     def _rates(self) -> Floats:
         """(features, 4): what each feature of one layer costs where nothing but a constant, MACs, weights or positions costs anything.
 
-        Each column adds up to the dense latency, or is 0. Positions (MACs per weight) are those of the output, times the size of each axis: a
-        stand-in for what a layer reads and writes, too small where a stride skips inputs, and unknown of layers without weights of their own.
+        Each column adds up to the dense latency, or is 0. Positions (MACs per weight) are those of the output, times the size of each
+        axis: they stand for what a layer reads and writes, too few where a stride skips inputs, none where it has no weights of its own.
         """
         import numpy as np
 
