@@ -128,7 +128,7 @@ def main() -> None:
     with progress.reporting(Log()), workplace(options.work) as folder:
         if options.cpu_time:
             count_cpu_time(folder)
-        report: dict[str, Any] = {"load": [os.getloadavg()[0]], "rows": [], "predictions": {}, "weightless": {}}
+        report: dict[str, Any] = {"load": [os.getloadavg()[0]], "rows": [], "predictions": {}, "twins": {}}
         report["clock"] = "CPU time" if options.cpu_time else "wall"
         for name in filter(None, options.nets.split(",")):
             of_timm(name, folder / name, options, report)
@@ -212,7 +212,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
             first, staircase = planning.probed(meter, planning.asked(meter)), planning.learned(meter)
-            report["weightless"][name] = weightless(meter)
+            report["twins"][name] = twin(meter)
             report["predictions"][name] = predictions(meter, staircase)
             prepared = time.monotonic() - begun
             for asked in budgets(first, options):
@@ -288,12 +288,14 @@ def predictions(meter: Meter, staircase: Staircase) -> list[tuple[float, float]]
     return found
 
 
-def weightless(meter: Meter) -> tuple[float, float, float]:
-    """The dense file whose weights are made at loading, as a part of the one that holds them."""
+def twin(meter: Meter) -> tuple[float, float, float]:
+    """The dense file with shared weights, as a part of the one that holds its own."""
     with tempfile.TemporaryDirectory() as folder:
-        twin = Path(folder) / "twin.onnx"
-        twin.write_bytes(Template.read(meter.dense.path, meter.groups, meter.sizes).narrowed({}))
-        found = latency.take(meter.target, (meter.dense, File.of(twin)), meter.timing, thorough=False)
+        template, path = Template.read(meter.dense.path, meter.groups, meter.sizes), Path(folder) / "twin.onnx"
+        shared = template.shared(Path(folder))
+        path.write_bytes(template.narrowed({}, shared))
+        meter.target.put(shared.file)
+        found = latency.take(meter.target, (meter.dense, File.of(path)), meter.timing, thorough=False)
     ratio = found.samples.ratio(1, 0, 50)
     return ratio.value, ratio.low, ratio.high
 
@@ -443,8 +445,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     for name, pairs in report["predictions"].items():
         typical, worst = off_by([predicted / measured - 1 for predicted, measured in pairs])
         yield f"{name}: predictions of {len(pairs)} settings are off by {typical:.1%} (median), {worst:.1%} (95th percentile)"
-    for name, (value, low, high) in report["weightless"].items():
-        yield f"{name}: without weights in the file {value:.3f} ({low:.3f} to {high:.3f}) of the dense latency"
+    for name, (value, low, high) in report["twins"].items():
+        yield f"{name}: with shared weights {value:.3f} ({low:.3f} to {high:.3f}) of the dense latency"
     if "infeasible_s" in report:
         yield f"resnet56: cross-validated {report.get('crossvalidated')}; infeasible after {report['infeasible_s']:.0f} s, bundle included"
 

@@ -121,18 +121,21 @@ def of_widths(
     facts: Mapping[str, str],
     target: Target,
 ) -> WidthTimings:
-    """Made from the dense network (`budget.narrow`): the same without weights, and narrower ones, all in turn.
+    """Made from the dense network (`budget.narrow`): the same with shared weights, and narrower ones, all in turn.
 
     `sizes`: how they differ. A setting: the units of the groups that are not whole. What is made is not kept. The first
     narrower one is run here before any goes to the target. Errors: DeviceError, ExportError.
     """
     template = Template.read(dense.path, groups, sizes)
     with tempfile.TemporaryDirectory() as folder:
+        shared = template.shared(Path(folder))
         files = [
-            _written(template.narrowed(widths), Path(folder) / f"{n}.onnx") for n, widths in enumerate(({}, *settings))
+            _written(template.narrowed(widths, shared), Path(folder) / f"{n}.onnx")
+            for n, widths in enumerate(({}, *settings))
         ]
         for narrow in files[1:2]:
             require_runnable(narrow.path)
+        target.put(shared.file)
         names = tuple(f"the model with other weights or widths ({n})" for n in range(len(files)))
         taken = take(target, files, timing, names=names, thorough=False)
     taken.samples.save(out / "samples.npz")

@@ -120,8 +120,8 @@ def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work:
 
 def asked(meter: Meter) -> Budget:
     """What is asked for, beside what the dense network takes: `not needed`, or `met` for the time being."""
-    goal, percentile = goal_ms(meter.recipe), meter.percentile
-    assert goal
+    target, goal, percentile = meter.recipe.prune.target, goal_ms(meter.recipe), meter.percentile
+    assert isinstance(target, LatencyTarget | FpsTarget) and goal
 
     seconds = meter.timing.duration_s
     dense = meter.alone(seconds)
@@ -139,7 +139,19 @@ def asked(meter: Meter) -> Budget:
     said = f"dense network {took:.4g} ms (p{percentile}), budget {goal:.4g} ms"
     progress.note(said if verdict == "met" else f"{said}: {verdict}")
     interval = dense.percentile_ci95_ms(0, percentile)
-    return Budget(goal, percentile, took, interval, None, verdict, (), None, meter.facts, call_ms=call_ms)
+    return Budget(
+        goal,
+        percentile,
+        took,
+        interval,
+        None,
+        verdict,
+        (),
+        None,
+        meter.facts,
+        call_ms=call_ms,
+        tolerance=target.tolerance,
+    )
 
 
 def probed(meter: Meter, first: Budget) -> Budget:
@@ -252,7 +264,7 @@ class _Made:
 
     widths: Widths
     plan: PruningPlan
-    ratio: float
+    ratio: Ratio
 
 
 def _is_worth_making(
@@ -260,7 +272,7 @@ def _is_worth_making(
 ) -> bool:
     """Whether it was not made yet, and is less damaged than all that were made and are within the budget."""
     return all(
-        each.widths != trial.widths and (each.ratio > ratio or damage(trial.widths) < damage(each.widths))
+        each.widths != trial.widths and (each.ratio.value > ratio or damage(trial.widths) < damage(each.widths))
         for each in made
     )
 
@@ -284,6 +296,7 @@ class _Planner:
         """Trials, plan and verdict. What ships is measured in the end; where it misses or leaves room, the loop goes on."""
         goal, ratio = self.recipe.prune.target, first.ratio
         assert isinstance(goal, LatencyTarget | FpsTarget)
+        least = (1 - goal.tolerance) * ratio
         scores, curves = self._scored()
         steps = Steps(self.groups, self.staircase)
         allowed = {group.name: steps.allowed(group.name) for group in self.groups.groups}
@@ -310,7 +323,7 @@ class _Planner:
             try:
                 models = ship(self.source, self.groups, plan, meter.file)
             except UnshippableError as error:
-                if all(each.ratio > ratio for each in made):
+                if all(each.ratio.value > ratio for each in made):
                     raise
                 progress.warn(f"{error.message}; what was within the budget before it ships")
                 break
@@ -319,20 +332,22 @@ class _Planner:
                 f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
                 f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"
             )
-            made.append(_Made(best.widths, plan, shipped.value))
-            if shipped.value <= ratio and shipped.high >= (1 - goal.tolerance) * ratio:
+            made.append(_Made(best.widths, plan, shipped))
+            if shipped.value <= ratio and shipped.high >= least:
                 break  # no more room is left than the tolerance, as far as that is known
             shift = shipped.value / best.ratio
             trials = loop.run(trials, shift)
-        met = [each for each in made if each.ratio <= ratio]
+        met = [each for each in made if each.ratio.value <= ratio]
         if not met:
-            return trials, min(made, key=lambda each: each.ratio).plan, "missed"
+            return trials, min(made, key=lambda each: each.ratio.value).plan, "missed"
         final = min(met, key=lambda each: damage(each.widths))
-        if final.ratio < (1 - goal.tolerance) * ratio:
+        if final.ratio.value < least:
             why = "no other network of the widths that pay lies between"
-            if len(trials) + len(loop.failed) >= goal.trials:
+            if final.ratio.high >= least:
+                why = "that much is within the interval of what was measured"
+            elif len(trials) + len(loop.failed) >= goal.trials:
                 why = "after all trials"
-            progress.note(f"{percent(1 - final.ratio / ratio, 0)} of the budget is left: {why}")
+            progress.note(f"{percent(1 - final.ratio.value / ratio, 0)} of the budget is left: {why}")
         return trials, final.plan, "met"
 
     def _approached(

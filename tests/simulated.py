@@ -47,7 +47,7 @@ class Simulated(Target):
         paths = [Path(model["path"]) for model in request["models"]]
         times = [self.latency_ns(path) for path in paths]
         times[1:] = [
-            ns * (1 if is_weightless(path) else self.slower) for ns, path in zip(times[1:], paths[1:], strict=True)
+            ns * (1 if has_shared_weights(path) else self.slower) for ns, path in zip(times[1:], paths[1:], strict=True)
         ]
         random = np.random.default_rng(len(self.asked))
         rounds = [
@@ -80,18 +80,14 @@ class Simulated(Target):
         return self.base_ns + self.block_ns * blocks
 
 
-def is_weightless(path: Path) -> bool:
-    return any(node.op_type == "ConstantOfShape" for node in onnx.load(path).graph.node)
+def has_shared_weights(path: Path) -> bool:
+    return any(item.external_data for item in onnx.load(path, load_external_data=False).graph.initializer)
 
 
 def weights(path: Path) -> list[tuple[int, ...]]:
-    """Shapes of the weights of convolutions and linear layers, also of those that are made when the file is loaded."""
-    graph = onnx.load(path).graph
+    """Shapes of the weights of convolutions and linear layers."""
+    graph = onnx.load(path, load_external_data=False).graph
     shapes = {item.name: tuple(item.dims) for item in graph.initializer}
-    constants = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer if item.data_type == 7}
-    for node in graph.node:
-        if node.op_type == "ConstantOfShape":
-            shapes[node.output[0]] = tuple(constants[node.input[0]].tolist())
     made = {name: node for node in graph.node for name in node.output}
     names = [node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
     for place, name in enumerate(names):

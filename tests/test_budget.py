@@ -89,13 +89,13 @@ def test_a_narrowed_file_has_the_shapes_of_the_network_that_was_cut_and_exported
     module, groups = entry.build(), entry.groups
     keep = zoo.half(groups)
     template = read(module, entry, groups, tmp_path)
-    path.write_bytes(template.narrowed({group: len(units) for group, units in keep.items()}))
+    path.write_bytes(template.narrowed({group: len(units) for group, units in keep.items()}, template.shared(tmp_path)))
     cut = exported(cut_copy(module, groups.groups, keep), entry, tmp_path / "cut.onnx")
     assert weights(path) == weights(cut) != weights(tmp_path / "dense.onnx")
     require_runnable(path)
     widths = {group: len(units) for group, units in keep.items()}
     assert weights(apart(template, widths, entry.spec.shape, tmp_path)) == weights(cut)
-    path.write_bytes(template.narrowed({}))
+    path.write_bytes(template.narrowed({}, template.shared(tmp_path)))
     assert weights(path) == weights(tmp_path / "dense.onnx")
 
 
@@ -115,7 +115,7 @@ def test_a_narrowed_file_holds_no_large_weight(tmp_path: Path) -> None:
     shrink = (("c.weight", 0), ("c.weight_bias", 0), ("d.weight", 1))
     known = Sizes(tuple(Size(tensor, "", 0, "dims", axis, (("c", 1),)) for tensor, axis in shrink))
     template = Template.read(tmp_path / "dense.onnx", Groups((Group("c", "channels", 64, members),), (), ()), known)
-    (tmp_path / "narrow.onnx").write_bytes(template.narrowed({"c": 48}))
+    (tmp_path / "narrow.onnx").write_bytes(template.narrowed({"c": 48}, template.shared(tmp_path)))
     assert weights(tmp_path / "narrow.onnx") == [(48, 3, 3, 3), (5, 48, 1, 1)]
     assert (tmp_path / "narrow.onnx").stat().st_size < 3000 < (tmp_path / "dense.onnx").stat().st_size
     require_runnable(tmp_path / "narrow.onnx")
@@ -175,7 +175,7 @@ def test_quantised_files_are_narrowed_with_their_biases_and_scales(name: str, ki
         quantiser = int8.Quantiser(graph(network, "source"), int8.KINDS[kind], lambda: noise, tmp_path)
         onnx.save(quantiser.graph(int8.Way("minmax")), tmp_path / "int8.onnx")
         template = Template.read(tmp_path / "int8.onnx", groups, known)
-        (tmp_path / "narrow.onnx").write_bytes(template.narrowed(narrowed))
+        (tmp_path / "narrow.onnx").write_bytes(template.narrowed(narrowed, template.shared(tmp_path)))
         require_runnable(tmp_path / "narrow.onnx")
         shapes.append(weights(tmp_path / "narrow.onnx"))
     assert shapes[0] == shapes[1]
@@ -247,7 +247,8 @@ def test_a_constant_that_two_nodes_read_otherwise_becomes_two(tmp_path: Path) ->
     narrower = [({"a": a, "b": b}, Numbers.of(graph(a, b))) for a, b in ((5, 7), (6, 3), (3, 8))]
     onnx.save(graph(8, 8), tmp_path / "dense.onnx")
     known = sizes.learned(groups, Numbers.of(graph(8, 8)), narrower)
-    narrowed = onnx.load_from_string(Template.read(tmp_path / "dense.onnx", groups, known).narrowed({"a": 4, "b": 2}))
+    template = Template.read(tmp_path / "dense.onnx", groups, known)
+    narrowed = onnx.load_from_string(template.narrowed({"a": 4, "b": 2}, template.shared(tmp_path)))
     constants = {item.name: onnx.numpy_helper.to_array(item).tolist() for item in narrowed.graph.initializer}
     assert [constants[node.input[1]] for node in narrowed.graph.node] == [[1, 4], [1, 2]]
 
@@ -720,7 +721,7 @@ def test_the_benchmark_counts_and_compares_at_equal_latency() -> None:
         "load": [0, 0],
         "rows": [],
         "predictions": {"net": [(1.0, 1.0), (1.1, 1.0)]},
-        "weightless": {},
+        "twins": {},
         "seconds": 3000.0,
     }
     for row in rows:

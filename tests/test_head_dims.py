@@ -379,7 +379,7 @@ def test_the_smaller_network_is_exported_and_its_shapes_are_known_before(tmp_pat
     given = answer(exported(smaller, entry, tmp_path / "cut.onnx"), x)
     assert float((given - smaller(x)).abs().max()) < 1e-4 * float(smaller(x).abs().max())
     template = read(module, entry, found, tmp_path)
-    (tmp_path / "narrow.onnx").write_bytes(template.narrowed(dict.fromkeys(keep, 3)))
+    (tmp_path / "narrow.onnx").write_bytes(template.narrowed(dict.fromkeys(keep, 3), template.shared(tmp_path)))
     require_runnable(tmp_path / "narrow.onnx")
     assert weights(tmp_path / "narrow.onnx") == weights(tmp_path / "cut.onnx") != weights(tmp_path / "dense.onnx")
 

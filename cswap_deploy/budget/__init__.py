@@ -56,6 +56,6 @@ def observed(timings: WidthTimings, percentile: int) -> list[Observation]:
 
 
 def ratios(timings: WidthTimings, percentile: int) -> list[Ratio]:
-    """Of each setting, to the dense network without weights."""
+    """Of each setting, to the dense network with shared weights."""
     samples = Samples.load(timings.samples.path)
     return [samples.ratio(number, 0, percentile) for number in range(1, samples.models)]

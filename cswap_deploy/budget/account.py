@@ -73,9 +73,11 @@ def reasons(block: dict[str, Any]) -> list[Reason]:
 
 
 def in_doubt(budget: Budget, report: LatencyReport) -> bool:
-    """Whether the measurement leaves open on which side of the budget what ships is."""
-    found = _ratio(budget, report)
-    return bool(found and found.low <= _there(budget, report).ratio <= found.high)
+    """Whether the measurement leaves open on which side of the budget what ships is, or of what it may leave unused."""
+    found, ratio = _ratio(budget, report), _there(budget, report).ratio
+    return found is not None and any(
+        found.low <= edge <= found.high for edge in (ratio, (1 - budget.tolerance) * ratio)
+    )
 
 
 def _there(budget: Budget, report: LatencyReport | None) -> Budget:

@@ -31,9 +31,8 @@ LARGE = 256
 class Template:
     """A dense graph in the precision that ships, and which of its numbers shrink with which group.
 
-    Latency does not depend on the values of weights. So units leave from the end, and weights become constants that the
-    runtime computes when it loads the file (ConstantOfShape), or lie in one file beside all of them (`budget.shared`): a file of
-    any width takes milliseconds to make and to send.
+    Latency does not depend on the values of weights. So units leave from the end, and the weights of all files lie in one beside
+    them (`budget.shared`): a file of any width takes milliseconds to make and to send.
     """
 
     model: onnx.ModelProto
@@ -73,24 +72,19 @@ class Template:
         """Values for the weights of every narrowed file, written into the folder where these will lie."""
         return SharedWeights.write(folder, filter(_is_large, self.model.graph.initializer))
 
-    def narrowed(self, widths: Mapping[str, int], shared: SharedWeights | None = None) -> bytes:
-        """The graph with so many units in each group; those not named stay whole. `shared`: where its weights are, if in a file."""
+    def narrowed(self, widths: Mapping[str, int], shared: SharedWeights) -> bytes:
+        """The graph with so many units in each group; those not named stay whole. `shared`: where its weights are."""
         import onnx
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         removed = {name: self.units[name] - width for name, width in widths.items()}
-        made: list[onnx.NodeProto] = []
         by_tensor = {**self.tensors, **self._split(model)}
         for tensor in model.graph.initializer:
             sizes = by_tensor.get(tensor.name, ())
             shape = tuple(resized(tensor.dims, sizes, "dims", removed))
-            if shared and _is_large(tensor):
+            if _is_large(tensor):
                 shared.fill(tensor, shape)
-            elif _is_large(tensor) and prod(shape) >= LARGE:
-                made.append(_constant(tensor, shape))
-                name = made[-1].input[0]
-                tensor.CopyFrom(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [len(shape)], shape))
             elif sizes:
                 values = onnx.numpy_helper.to_array(tensor)[tuple(slice(size) for size in shape)].copy()
                 if any(size.key == "values" for size in sizes):
@@ -103,9 +97,7 @@ class Template:
                     item.ints[size.place] = size.shrunk(item.ints[size.place], removed)
                 elif item:
                     item.i = size.shrunk(item.i, removed)
-        nodes = [*made, *model.graph.node]
-        del model.graph.node[:], model.graph.value_info[:]
-        model.graph.node.extend(nodes)
+        del model.graph.value_info[:]
         return bytes(model.SerializeToString(deterministic=True))
 
     def _split(self, model: onnx.ModelProto) -> dict[str, list[Size]]:
@@ -188,14 +180,3 @@ class _Graph:
                 return None
             name = node.input[0]
         return name
-
-
-def _constant(tensor: onnx.TensorProto, shape: tuple[int, ...]) -> onnx.NodeProto:
-    """A weight whose values keep activations near 1: what vanishes becomes denormal, which processors are slow at."""
-    import numpy as np
-    import onnx
-
-    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    value = 1 if np.issubdtype(kind, np.integer) else shape[0] / prod(shape)
-    fill = onnx.numpy_helper.from_array(np.array([value], kind))
-    return onnx.helper.make_node("ConstantOfShape", [f"{tensor.name} shape"], [tensor.name], value=fill)

@@ -1,7 +1,9 @@
 """Values for the weights of all candidates, in one file beside them that is sent once: noise, by type and scale.
 
-TensorRT wants a convolution's weights to be constants: those that a node makes, ConstantOfShape too, take its path for weights that
-change (onnx-tensorrt 10.1, onnxOpImporters.cpp). Weights in a file beside the model are constants, read at their offset and length.
+Weights that a node makes when a file is loaded (ConstantOfShape) would need no such file. But they lie elsewhere in memory, so that
+networks are faster than with weights that were read (docs/latency-budget.md). And TensorRT wants a convolution's weights to be
+constants: those that a node makes take its path for weights that change (onnx-tensorrt 10.1, onnxOpImporters.cpp). Weights in a file
+beside the model are constants, read at their offset and length.
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ class Unbuilt:
 class WidthTimings:
     """Networks with narrower groups and the dense one's twin, run in turn. Groups that a setting does not name are whole.
 
-    None has weights of its own, nor has the twin: files of weights made at loading lie elsewhere in memory than weights that were
-    read, which is worth 5 % to a network that just fits into a cache.
+    None has weights of its own, nor has the twin: all read those of one file (`budget.shared`).
     """
 
     samples: File
@@ -109,6 +108,8 @@ class Budget:
     """Narrower networks of which no engine could be built."""
     call_ms: float = 0.0
     """Of the dense network, the median: how long it takes to see so many calls."""
+    tolerance: float = 0.0
+    """Part of the budget that what ships may leave unused."""
 
     @property
     def ratio(self) -> float:
