@@ -3,6 +3,8 @@
 The handler raises KeyboardInterrupt in the main thread, so that files are closed and connections ended. That alone does not do:
 native code holds it back, and libraries swallow it (torch's tracer did, in the middle of a stage). So a thread, woken by the
 interpreter's own handler, ends the process after `GRACE_S` all the same, and no stage commits a result once a signal has come.
+Where an exception would abort the process (an extension module that makes Python objects while it is imported, as onnx's does), none is
+raised, and the thread does it alone.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from importlib.machinery import ExtensionFileLoader
+from types import FrameType
 
 EXIT_CODE = 130
 GRACE_S = 0.6
@@ -52,8 +55,12 @@ def require_none() -> None:
         raise KeyboardInterrupt
 
 
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
+def _interrupt(_signal: int, frame: FrameType | None) -> None:
     _asked.set()
+    while frame:
+        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 

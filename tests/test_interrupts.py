@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
 from pathlib import Path
@@ -59,6 +60,10 @@ PROGRAM = """
         "Nobody reads what is said."
         print("x" * 200_000, file=sys.stdout)
 
+    def fragile(out: Path) -> Number:
+        "Imports what aborts the process where an exception comes while it makes its objects, as nanobind's enumerations do."
+        import fragile
+
     chosen = stage("source", returns=Number)(globals()[sys.argv.pop()])
     pipeline.build = lambda recipe, work: print("running", file=sys.stderr, flush=True) or work.run(chosen)
     cli.main()
@@ -89,6 +94,50 @@ def test_no_stage_can_refuse_to_end_or_commit_after_a_signal(what: str, number: 
     if what != "mute":
         assert json.loads(stdout)["error"]["exit_code"] == 130
         assert stderr.count("error: ") == 1 and "error: interrupted" in stderr and "Traceback" not in stderr
+
+
+FRAGILE = """
+    #define PY_SSIZE_T_CLEAN
+    #include <Python.h>
+    #include <stdlib.h>
+
+    static int executed(PyObject *module) {
+        if (PyRun_SimpleString("import sys, time\\nprint('running', file=sys.stderr, flush=True)\\ntime.sleep(10)\\n")) abort();
+        return 0;
+    }
+    static PyModuleDef_Slot slots[] = {{Py_mod_exec, executed}, {0, NULL}};
+    static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "fragile", NULL, 0, NULL, slots};
+    PyMODINIT_FUNC PyInit_fragile(void) { return PyModuleDef_Init(&definition); }
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_module_that_bears_no_exception_while_it_is_imported_is_spared_one(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    include = sysconfig.get_path("include")
+    if shutil.which("gcc") is None or not (Path(include) / "Python.h").exists():
+        pytest.skip("there is no gcc, or no Python.h, to compile an extension module with")
+    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    (tmp_path / "fragile.c").write_text(textwrap.dedent(FRAGILE))
+    library = tmp_path / f"fragile{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(["gcc", "-shared", "-fPIC", f"-I{include}", "-o", library, tmp_path / "fragile.c"], check=True)
+    recipe = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+    command = [sys.executable, str(tmp_path / "program.py"), "build", str(recipe), "--work", str(tmp_path / "work")]
+    process = subprocess.Popen(
+        [*command, "--json", "--quiet", "fragile"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr and [process.stderr.readline() for _ in range(2)] == ["running\n", "running\n"]
+        time.sleep(0.1)
+        sent = time.monotonic()
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=30)
+        assert time.monotonic() - sent < PROMPT_S
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert json.loads(stdout)["error"]["exit_code"] == 130 and "error: interrupted" in stderr
 
 
 def test_a_build_interrupted_in_stage_after_stage_ends_as_an_undisturbed_one(project, colours) -> None:
