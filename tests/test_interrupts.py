@@ -70,15 +70,20 @@ PROGRAM = """
 """
 
 
+def program(what: str, folder: Path) -> subprocess.Popen[str]:
+    """A build in `folder` whose first stage is the function of `PROGRAM` with that name."""
+    (folder / "program.py").write_text(textwrap.dedent(PROGRAM))
+    recipe = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+    command = [sys.executable, str(folder / "program.py"), "build", str(recipe), "--work", str(folder / "work")]
+    return subprocess.Popen(
+        [*command, "--json", "--quiet", what], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("what", ["deaf", "native", "wrong", "failing", "mute"])
 def test_no_stage_can_refuse_to_end_or_commit_after_a_signal(what: str, number: signal.Signals, tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
-    recipe = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-    command = [sys.executable, str(tmp_path / "program.py"), "build", str(recipe), "--work", str(tmp_path / "work")]
-    process = subprocess.Popen(
-        [*command, "--json", "--quiet", what], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = program(what, tmp_path)
     try:
         assert process.stdout and process.stderr and process.stderr.readline() == "running\n"
         time.sleep(0.3)
@@ -118,15 +123,10 @@ def test_a_module_that_bears_no_exception_while_it_is_imported_is_spared_one(
     include = sysconfig.get_path("include")
     if shutil.which("gcc") is None or not (Path(include) / "Python.h").exists():
         pytest.skip("there is no gcc, or no Python.h, to compile an extension module with")
-    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
     (tmp_path / "fragile.c").write_text(textwrap.dedent(FRAGILE))
     library = tmp_path / f"fragile{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run(["gcc", "-shared", "-fPIC", f"-I{include}", "-o", library, tmp_path / "fragile.c"], check=True)
-    recipe = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-    command = [sys.executable, str(tmp_path / "program.py"), "build", str(recipe), "--work", str(tmp_path / "work")]
-    process = subprocess.Popen(
-        [*command, "--json", "--quiet", "fragile"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = program("fragile", tmp_path)
     try:
         assert process.stderr and [process.stderr.readline() for _ in range(2)] == ["running\n", "running\n"]
         time.sleep(0.1)

@@ -187,7 +187,7 @@ def allowed(
     return {name: (*options[kind], groups.by_name[name].units) for kind, names in kinds.items() for name in names}
 
 
-def requests_alone(settings: Sequence[Widths], most: int) -> list[Sequence[Widths]]:
+def requests_alone(settings: Sequence[Widths], most: int) -> Sequence[Sequence[Widths]]:
     """Settings of `alone` in requests of at most `most`; a kind's are in one if they fit, since they are compared with each other."""
     found: list[list[Widths]] = []
     for _, same in groupby(settings, key=tuple):
@@ -196,10 +196,10 @@ def requests_alone(settings: Sequence[Widths], most: int) -> list[Sequence[Width
             found[-1] += own
         else:
             found += [own[start : start + most] for start in range(0, len(own), most)]
-    return [*found]
+    return found
 
 
-def requests_together(settings: Sequence[Widths], most: int) -> list[Sequence[Widths]]:
+def requests_together(settings: Sequence[Widths], most: int) -> Sequence[Sequence[Widths]]:
     """Settings of `together` in requests of at most `most`, each from all over: none is off by what narrow networks alone would be."""
     count = -(-len(settings) // most)
     return [settings[number::count] for number in range(count)]

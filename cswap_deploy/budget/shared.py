@@ -9,7 +9,7 @@ beside the model are constants, read at their offset and length.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +61,7 @@ class SharedWeights:
                 offsets[section] = stream.tell()
                 stream.write(_values(section, noise[:length]))
         file = File.of(path)
-        return SharedWeights(File.of(path.rename(folder / file.sha256)), offsets)
+        return SharedWeights(replace(file, path=path.rename(folder / file.sha256)), offsets)
 
     def fill(self, tensor: onnx.TensorProto, shape: Shape) -> None:
         """Make a tensor one of this shape whose values lie in the file."""
