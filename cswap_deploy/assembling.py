@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,10 @@ class Deployed:
     latency: LatencyReport | None = None
     files: FileLatency | None = None
     reasons: tuple[Reason, ...] = ()
+
+    def with_hint(self, hint: str) -> Deployed:
+        """The same, with what to do at the end of each reason."""
+        return replace(self, reasons=tuple(replace(each, text=f"{each.text}. {hint}") for each in self.reasons))
 
 
 @stage("bundle", returns=BundleFiles, libraries=("cswap-deploy", "jinja2"))

@@ -107,9 +107,11 @@ def prepare(
         with running.opened(settings, folder, force, quiet or as_json) as work_folder:
             ready = pipeline.prepare(settings, work_folder)
             for_board = errands.lay(settings, ready, work_folder)
+        reasons = [reason.text for reason in pipeline.foreseen(ready)]
+        again = not pipeline.is_unplanned(settings, ready)
         answer.document = {"work": str(folder), "onnx": str(ready.models["fp32"].graph.path), "macs": ready.pruned.macs}
-        answer.document["reasons"] = [reason.text for reason in ready.reasons]
-        answer.lines = [*prepared_lines(ready, folder, for_board)]
+        answer.document["reasons"] = reasons
+        answer.lines = [*prepared_lines(ready, reasons, folder if again else None, for_board)]
 
 
 @app.command()

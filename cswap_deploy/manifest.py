@@ -247,6 +247,8 @@ def _budget() -> Schema:
         dense_ms=NUMBER,
         dense_ci95_ms=pair(NUMBER),
         floor_ms=NUMBER,
+        took_ms=NUMBER,
+        took_ci95_ms=pair(NUMBER),
         ratio_asked=NUMBER,
         ratio=nullable(NUMBER),
         ratio_ci95=nullable(pair(NUMBER)),

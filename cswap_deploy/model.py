@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from cswap_deploy import progress
 from cswap_deploy.artifacts import Architecture, CropMode, File, InputSpec, Network, sha256_of
 from cswap_deploy.checkpoint import load_state, read_checkpoint, reason, save_state
 from cswap_deploy.digests import digest_of
@@ -339,6 +340,9 @@ def _require_sound(module: nn.Module) -> None:
 def _input_spec(module: nn.Module, settings: ModelSettings) -> InputSpec:
     """timm's data configuration of the network, overridden key by key by the recipe."""
     wanted = settings.input
+    if wanted is None and not hasattr(module, "pretrained_cfg"):
+        size = "x".join(map(str, FACTORY_INPUT.shape))
+        progress.note(f"preprocessing is taken to be ImageNet's, {size}: set model.input if yours is another")
     spec = _timm_input(module, settings.kwargs) if hasattr(module, "pretrained_cfg") else FACTORY_INPUT
     if wanted is None:
         return spec

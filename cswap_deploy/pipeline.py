@@ -25,9 +25,11 @@ from cswap_deploy import (
 )
 from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, LatencyReport, Network, OnnxModel, PruningPlan, Split
 from cswap_deploy.assembling import Deployed, Terms
+from cswap_deploy.budget import account
 from cswap_deploy.budget.values import Budget
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.device import needs, recorded
+from cswap_deploy.device.building import refused
 from cswap_deploy.device.target import Probe, Target, reach
 from cswap_deploy.errors import DeviceError, ExportError, UnshippableError, UsageError
 from cswap_deploy.factory import code_files
@@ -35,6 +37,7 @@ from cswap_deploy.paths import require_paths
 from cswap_deploy.prepared import Prepared, Reason
 from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencySettings, LatencyTarget, Recipe, Variant, to_yaml
 from cswap_deploy.stage import Workdir, WouldRun
+from cswap_deploy.wording import UNPLANNED
 
 STAGES = (
     "source", "split", "groups", "rotated", "scores", "curves", "sizes", "staircase", "plan", "pruned", "exported", "simplified",
@@ -44,6 +47,7 @@ STAGES = (
 BUNDLE = "bundle"
 """Folder of the work folder that holds what was built."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
+SWEEP_AGAIN = "To finish: the same sweep again, which goes on from there"
 ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
 PRUNING = ("groups", "scores", "plan")
 
@@ -109,6 +113,8 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE,
             f"run prepare again with --on TARGET, or with a latency block in the recipe, and --work {work.root}",
         )
     deployed = _on_target(recipe, ready, work, by_answers) if asked else Deployed()
+    if not is_unplanned(recipe, ready):  # that says itself what to do
+        deployed = deployed.with_hint(FINISH if folder == BUNDLE else SWEEP_AGAIN)
     created = handoff.creation_date(ready.accuracy)
     files = work.run(assembling.assemble, Terms.of(recipe), ready, deployed, work.holdout_reads, created)
     made = Bundle.read(work.publish(files.files, files.manifest.path.parent, folder))
@@ -151,19 +157,31 @@ def choose_plan(
         return models
 
     if not recipe.ships_engine and recipe.shipped_file not in dense:
-        raise ExportError(
-            f"the dense network cannot be made in {recipe.shipped_file}, so no latency can be met in it",
-            "choose another ship",
-        )
+        text = f"the dense network cannot be made in {recipe.shipped_file}. {UNPLANNED}: choose another ship"
+        return source, *planning.UNPRUNED, None, [Reason(ExportError.exit_code, text)]
     try:
         return *planning.choose(recipe, source, split, dense, work, ship), []
     except (DeviceError, UnshippableError) as error:
         progress.warn(f"{error}; the dense network takes the place of the pruned one")
         what, further = error.message, "choose another ship"
         if isinstance(error, DeviceError):
-            what, further = f"target: {error.public}", "the same command again goes on"
-        text = f"{what}. Nothing was pruned for the latency: {further}"
+            what, further = f"target: {error.public}", "the same build, prepare or sweep again goes on from there"
+            if error.public == planning.UNBUILT:
+                further = planning.NARROW_HINT
+            elif refused(error):
+                further = "the same again fails as this did, another engine.precision may not"
+        text = f"{what}. {UNPLANNED}: {further}"
         return source, *planning.UNPRUNED, None, [Reason(error.exit_code, text)]
+
+
+def foreseen(ready: Prepared) -> list[Reason]:
+    """Why a bundle of this will not pass, as far as that is known before the device's half."""
+    return [*ready.reasons, *(account.foreseen(ready.budget) if ready.budget else ())]
+
+
+def is_unplanned(recipe: Recipe, ready: Prepared) -> bool:
+    """Whether a latency is asked for, and the target was lost, or failed, before anything could be pruned for it."""
+    return planning.goal_ms(recipe) is not None and ready.budget is None
 
 
 def _made(
@@ -308,7 +326,7 @@ def _through_steps(recipe: Recipe, ready: Prepared, work: Workdir, target: Targe
 
 
 def _failing(done: Deployed, error: DeviceError, what: str) -> Deployed:
-    return replace(done, reasons=(*done.reasons, Reason(error.exit_code, f"{what}: {error.public}. {FINISH}")))
+    return replace(done, reasons=(*done.reasons, Reason(error.exit_code, f"{what}: {error.public}")))
 
 
 def _build_engine(

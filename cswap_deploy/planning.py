@@ -28,7 +28,7 @@ from cswap_deploy.stage import Workdir
 from cswap_deploy.wording import duration_text, percent
 
 PROBE = "probe.json"
-"""In the work folder: what the target that answered last is, so that its stored results are found when it does not."""
+"""In the work folder: what each target was when it answered last, so that its stored results are found when it does not."""
 PROBE_S, WIDTHS_S = 1.5, 0.75
 """Sampling of each network while the floor is looked for and while the staircase is learned."""
 UNBUILT = "TensorRT on the target builds no engine of narrower groups"
@@ -60,15 +60,20 @@ def reached(recipe: Recipe, work: Workdir) -> Iterator[tuple[Target, Probe]]:
             target = stack.enter_context(reach(recipe.target))
             probe = Probe.of(target)
         except DeviceError as error:
-            document = (load_json(work.root / PROBE, dict[str, Any]) or {}).get(recipe.target)
+            document = _answers(work).get(recipe.target)
             if document is None:
                 raise
             progress.warn(f"{error}; what it was when it answered last is assumed, and nothing is measured anew")
             target, probe = Away(recipe.target, (), error), Probe(document)
         else:
             if not work.dry:
-                write_atomically(work.root / PROBE, json.dumps({recipe.target: probe.document}))
+                write_atomically(work.root / PROBE, json.dumps({**_answers(work), recipe.target: probe.document}))
         yield target, probe
+
+
+def _answers(work: Workdir) -> dict[str, Any]:
+    """What each target was when it answered last."""
+    return load_json(work.root / PROBE, dict[str, Any]) or {}
 
 
 def choose(
@@ -98,7 +103,7 @@ def choose(
         if staircase:
             first = reachable(meter, first, staircase)
         if not staircase or first.verdict != "met":
-            return source, *UNPRUNED, first
+            return source, *UNPRUNED, replace(first, unbuilt=len(meter.unbuilt))
         turned = rotated(recipe, source, split, groups, work)
         planner = _Planner(recipe, turned, split, groups, work, staircase)
         trials, plan, verdict = planner.settled(meter, first, ship)
@@ -193,9 +198,9 @@ def _floored(meter: Meter, first: Budget, settings: Sequence[Widths]) -> tuple[B
         if not floor.low * dense <= goal <= floor.high * dense:
             break
     verdict: BudgetVerdict = "infeasible" if floor.value * dense > goal else "met"
-    progress.note(
-        f"with every group at its narrowest {floor.value * dense:.4g} ms{'' if verdict == 'met' else f': {verdict}'}"
-    )
+    narrowest = f"with every group at its narrowest {floor.value * dense:.4g} ms"
+    said = narrowest if settings else "nothing in this network can be pruned"
+    progress.note(said if verdict == "met" else f"{said}: {verdict}")
     return replace(first, floor=floor.value, verdict=verdict), timings.build_s
 
 
@@ -267,14 +272,20 @@ class _Made:
     ratio: Ratio
 
 
-def _is_worth_making(
-    trial: Trial, made: Sequence[_Made], ratio: float, damage: Callable[[Mapping[str, int]], float]
-) -> bool:
-    """Whether it was not made yet, and is less damaged than all that were made and are within the budget."""
-    return all(
-        each.widths != trial.widths and (each.ratio.value > ratio or damage(trial.widths) < damage(each.widths))
-        for each in made
-    )
+def _next(
+    loop: Loop,
+    trials: tuple[Trial, ...],
+    made: Sequence[_Made],
+    damage: Callable[[Mapping[str, int]], float],
+    shift: float,
+) -> Trial | None:
+    """The trial to make: the best that did not miss when it was made. None: it was made, or one as little damaged is within the budget."""
+    missed = [each.widths for each in made if each.ratio.value > loop.budget]
+    left = tuple(trial for trial in trials if trial.widths not in missed)
+    hopeful = any(trial.ratio * shift <= loop.budget for trial in left)
+    best = loop.best(left if hopeful else trials, damage, shift)
+    better = all(each.widths in missed or damage(best.widths) < damage(each.widths) for each in made)
+    return best if better and best.widths not in missed else None
 
 
 def _widths(approach: Approach) -> Widths:
@@ -318,31 +329,31 @@ class _Planner:
         trials, made, shift = loop.run(), list[_Made](), 1.0
         if not trials:
             raise DeviceError("no engine of a candidate can be built", NARROW_HINT, public=UNBUILT)
-        while _is_worth_making(best := loop.best(trials, damage, shift), made, ratio, damage):
-            plan = self._settle(scores, curves, approach, best.widths)
+        why = "no other network of the widths that pay lies between"
+        while best := _next(loop, trials, made, damage, shift):
             try:
-                models = ship(self.source, self.groups, plan, meter.file)
-            except UnshippableError as error:
+                plan = self._settle(scores, curves, approach, best.widths)
+                shipped = meter.shipped(ship(self.source, self.groups, plan, meter.file), first)
+                progress.note(
+                    f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense "
+                    f"latency, its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"
+                )
+                made.append(_Made(best.widths, plan, shipped))
+                if shipped.value <= ratio and shipped.high >= least:
+                    break  # no more room is left than the tolerance, as far as that is known
+                shift = shipped.value / best.ratio
+                trials = loop.run(trials, shift)
+            except (DeviceError, UnshippableError) as error:
                 if all(each.ratio.value > ratio for each in made):
                     raise
+                why = "a better one could not be made or measured"
                 progress.warn(f"{error.message}; what was within the budget before it ships")
                 break
-            shipped = meter.shipped(models, first)
-            progress.note(
-                f"what ships takes {shipped.value:.3f} ({shipped.low:.3f} to {shipped.high:.3f}) of the dense latency, "
-                f"its candidate took {best.ratio:.3f}, the budget is {ratio:.3f}"
-            )
-            made.append(_Made(best.widths, plan, shipped))
-            if shipped.value <= ratio and shipped.high >= least:
-                break  # no more room is left than the tolerance, as far as that is known
-            shift = shipped.value / best.ratio
-            trials = loop.run(trials, shift)
         met = [each for each in made if each.ratio.value <= ratio]
         if not met:
             return trials, min(made, key=lambda each: each.ratio.value).plan, "missed"
         final = min(met, key=lambda each: damage(each.widths))
         if final.ratio.value < least:
-            why = "no other network of the widths that pay lies between"
             if final.ratio.high >= least:
                 why = "that much is within the interval of what was measured"
             elif len(trials) + len(loop.failed) >= goal.trials:

@@ -123,7 +123,10 @@ class ModelSettings(Settings):
         ge=1,
         description="number of outputs; a factory gets it as the argument num_classes; null: the model's own",
     )
-    input: InputSettings | None = Field(default=None, description="preprocessing; null: the model's own")
+    input: InputSettings | None = Field(
+        default=None,
+        description="preprocessing; null: timm's own, for a factory whose module has no `pretrained_cfg` ImageNet's at 224 pixels",
+    )
 
     @property
     def factory_file(self) -> Path | None:
@@ -298,7 +301,11 @@ class CurvesAllocation(Settings):
         default="curves", description="widths by the measured damage of each group after compensation"
     )
     temperature: float = Field(default=4.0, gt=0, description="softmax temperature at which the damage is measured")
-    images: Images = Field(default=256)
+    images: int = Field(
+        default=256,
+        ge=1,
+        description="images of the fit split to measure it on; as many as take 5e10 MACs, or 64, if these are fewer",
+    )
 
 
 class GlobalAllocation(Settings):
@@ -548,7 +555,8 @@ class EngineSettings(Settings):
     )
     batch: BatchSettings = Field(default_factory=BatchSettings, description="batch sizes of the optimization profile")
     keep_fp32: Names | Literal["auto"] = Field(
-        default="auto", description="patterns of ONNX node names that stay fp32; auto: LayerNorm, Softmax, reductions"
+        default="auto",
+        description="patterns of ONNX node names that stay fp32, by TensorRT's module up to 10.x; auto: LayerNorm, Softmax, reductions",
     )
 
     def _conflicts(self) -> Conflicts:

@@ -52,7 +52,8 @@ def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
 
     Where the target was lost, a point has a bundle and no latency. What is written is complete after each bundle, as far as it goes.
     """
-    points, dense, conditions = [], {"latency_ms": None}, None
+    points, conditions = [], None
+    dense: dict[str, Any] = {"latency_ms": None, "top1": None, "top1_precision": None}
     for number, recipe in enumerate(recipes):
         goal = recipe.prune.target
         folder = f"bundle-{goal.latency_ms:.12g}ms"  # type: ignore[union-attr]
@@ -60,8 +61,8 @@ def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
         bundle = pipeline.build(recipe, work, folder)
         about = {"latency_ms": goal.latency_ms, "percentile": goal.percentile}  # type: ignore[union-attr]
         points.append({**about, **_point(bundle, folder)})
-        budget, latency = bundle.manifest["budget"], bundle.manifest["latency"]
-        dense |= _accuracy(bundle, "source") | ({"latency_ms": budget["dense_ms"]} if budget else {})
+        latency = bundle.manifest["latency"]
+        dense |= _dense(bundle, dense)
         conditions = latency["conditions"] if latency else conditions
         places = [_place(point) for point in points]
         for point, place in zip(points, places, strict=True):
@@ -116,6 +117,17 @@ def _point(bundle: Bundle, folder: str) -> dict[str, Any]:
         "bundle": folder,
         **{key: latency.get(key) for key in HOW},
     }
+
+
+def _dense(bundle: Bundle, known: dict[str, Any]) -> dict[str, Any]:
+    """Of the dense network, in the precision that ships where one of the bundles holds it, and of float32 before."""
+    budget, latency = bundle.manifest["budget"], bundle.manifest["latency"]
+    found: dict[str, Any] = {"latency_ms": budget["dense_ms"]} if budget else {}
+    if budget and latency and budget["verdict"] in ("not needed", "infeasible"):
+        found |= _accuracy(bundle, "shipped") | {"top1_precision": latency["precision"]}
+    elif known["top1"] is None:
+        found |= _accuracy(bundle, "source") | {"top1_precision": "fp32"}
+    return found
 
 
 def _accuracy(bundle: Bundle, which: str) -> dict[str, float]:

@@ -330,7 +330,7 @@ def _engine(engine: Mapping[str, Any], contents: _Contents) -> str:
     try:
         return replay(contents.files[ENGINE], inputs, wanted, dict(engine))
     except DeviceError as error:
-        raise Skipped(f"its sha256 agrees; it is not run: {error}") from error
+        raise Skipped(f"its sha256 agrees; it is not run: {error.message}") from error
 
 
 def _require_installed(library: str, command: str) -> None:

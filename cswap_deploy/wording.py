@@ -8,6 +8,8 @@ SLOWEST = 15
 """Layers of a timed network that are listed."""
 BUSY = "latencies are those of a busy machine"
 """What follows from `is_busy`."""
+UNPLANNED = "Nothing was pruned for the latency"
+"""Begins what a reason advises where the host's half is to be run again or otherwise: `deploy` does not prune."""
 
 
 def printable(text: str) -> str:

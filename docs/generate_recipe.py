@@ -89,6 +89,10 @@ A recipe is trusted like code: a factory is imported and called.
 - `latency.runtime: tensorrt` without an `engine` block, where an ONNX file ships, or with a `latency.batch` outside `engine.batch`
 - `latency.runtime: onnxruntime` where the engine ships
 - `latency.batch` or `engine.batch.max` above 1 without `onnx.dynamic_batch: true`
+- `engine.batch` that is not min <= opt <= max
+- `engine.dla_fallback: true` without `engine.dla_core`
+- `prune.heads: dims` with `prune.allocation: global`
+- a runtime in `onnx.runtimes` that cannot read `onnx.opset`
 """
 
 

@@ -640,6 +640,14 @@ def test_what_is_too_close_to_call_is_measured_longer() -> None:
     assert looped(groups, device, 0.7).run() and device.longer == 0
 
 
+def test_a_generous_tolerance_is_no_reason_to_aim_lower() -> None:
+    """It says when to stop: the least damaged network within the budget is wanted all the same."""
+    groups = blocks(12, 64)
+    loop = looped(groups, Device(groups, 1.0), 0.55, tolerance=0.9)
+    assert loop.aim == pytest.approx(0.98 * 0.55)
+    assert looped(groups, Device(groups, 1.0), 0.55, tolerance=0.01).aim == pytest.approx(0.996 * 0.55)
+
+
 def test_the_loop_ends_after_its_trials_and_names_the_fastest() -> None:
     groups = blocks(12, 64)
     device = Device(groups, 3.0)
@@ -758,6 +766,20 @@ def test_where_all_groups_are_of_one_kind_settings_of_all_are_not_taken_for_that
     options = design.options(groups, design.kinds_of(groups), 16)
     found = budget_stage.learn(tmp_path, groups, (timings,), 16, options)
     assert found.settings == len(settings) == 9 and len(found.errors) == 8
+
+
+def test_of_one_group_each_width_tells_what_it_costs(tmp_path: Path) -> None:
+    """All of its settings are settings of all groups: finer widths get a price of their own, and predictions an error."""
+    groups = blocks(1, 64)
+    settings = tuple({"b0": width} for width in (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 60))
+    ratios = [1.0, *(truth(groups, widths, 4) for widths in settings)]
+    Samples.of([[[round(1e6 * ratio)] * 5 for ratio in ratios] for _ in range(8)]).save(tmp_path / "samples.npz")
+    timings = WidthTimings(File.of(tmp_path / "samples.npz"), settings, "none", {})
+    options = design.options(groups, design.kinds_of(groups), 16)
+    found = budget_stage.learn(tmp_path, groups, (timings,), 16, {"b0": (4, 8, *options["b0"])})
+    steps = Steps(groups, found)
+    assert found.errors and found.block == 4
+    assert steps.total({"b0": 4}) < steps.total({"b0": 8}) < steps.total({"b0": 16})
 
 
 def test_the_benchmark_finds_the_agents_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

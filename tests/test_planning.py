@@ -27,6 +27,7 @@ from cswap_deploy import (
     pipeline,
     planning,
     prepared,
+    progress,
     prune,
     report,
     schemas,
@@ -41,8 +42,10 @@ from cswap_deploy.bundle import Bundle
 from cswap_deploy.cli import app
 from cswap_deploy.console import bundle_lines
 from cswap_deploy.console.front import sweep_lines
+from cswap_deploy.device.target import Away
 from cswap_deploy.errors import DeviceError, ExportError, UsageError, VerifyError
 from cswap_deploy.recipe import Variant
+from cswap_deploy.report import words
 from cswap_deploy.samples import Samples
 from cswap_deploy.stage import Workdir
 
@@ -201,6 +204,129 @@ def test_on_another_device_the_dense_network_is_judged_anew(
     assert account.account(other_agent, Groups((), (), ()), report)["planned_here"]
 
 
+def test_on_another_device_nothing_of_this_one_is_told_as_its_own(project: Project, device: Simulated) -> None:
+    """Floor, candidates and staircase are parts of the latency of the device that was planned for."""
+    with Workdir(project.folder / "work").open() as work:
+        _, ready = prepared.find(work)
+    planned = ready.budget
+    assert planned and planned.trials and planned.staircase
+    report = slow_report(planned, project.folder, {"device": "B"})
+    block = account.account(planned, ready.groups, report)
+    assert not block["planned_here"] and block["candidates"] == [] and block["staircase"] is None
+    assert "floor_ms" not in block and block["trials"] == len(planned.trials)
+    home = account.account(planned, ready.groups, slow_report(planned, project.folder, planned.facts))
+    assert home["floor_ms"] < home["dense_ms"] and home["candidates"] and home["staircase"]
+
+
+def slow_report(planned: Budget, folder: Path, facts: dict[str, str]) -> LatencyReport:
+    """Of a device that takes twice as long as it did when the budget was set; what ships is within the budget's part."""
+    dense = round(2e6 * planned.dense_ms)
+    samples = Samples.of([[[dense] * 200, [round(0.99 * planned.ratio * dense)] * 200]] * 2)
+    samples.save(folder / "samples.npz")
+    return LatencyReport(File.of(folder / "samples.npz"), "onnxruntime 1", (), None, facts, {})
+
+
+def test_a_device_that_became_slower_than_when_the_budget_was_set_is_told_of(
+    project: Project, device: Simulated
+) -> None:
+    with Workdir(project.folder / "work").open() as work:
+        _, ready = prepared.find(work)
+    planned = ready.budget
+    assert planned
+    block = account.account(planned, ready.groups, slow_report(planned, project.folder, planned.facts))
+    assert block["verdict"] == "met" and block["achieved_ms"] < planned.latency_ms < block["took_ms"]
+    assert "the device was slower: what ships took" in words.budget(block)
+    assert "slower" not in words.budget(budget_of(project.build(asked(1.9), *SHORT)))
+
+
+@pytest.mark.parametrize("verdict", ["met", "missed", "not needed"])
+def test_a_budget_is_not_met_where_nothing_was_measured(verdict: BudgetVerdict) -> None:
+    planned = Budget(5.0, 50, 8.0, (8.0, 8.0), 0.5, verdict, (), None, {"device": "A"})
+    block = account.account(planned, Groups((), (), ()), None)
+    assert block["verdict"] == "missed" and not block["proven"]
+    [reason] = account.reasons(block)
+    assert reason.exit_code == 8 and "not shown to be met: what ships was not measured" in reason.text
+    assert words.budget(block).startswith("Not shown to be met")
+    assert [each.exit_code for each in account.foreseen(planned)] == ([8] if verdict == "missed" else [])
+
+
+def test_what_met_the_budget_ships_although_the_search_for_a_better_one_was_cut_off(
+    fresh: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ships is faster than its candidate, so the loop goes on, and the device answers no more."""
+    use(Simulated("local", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, slower=0.8), monkeypatch)
+    really, cut_off = planning.Loop.run, list[float]()
+
+    def run(loop: Any, earlier: Any = (), shift: float = 1.0) -> Any:
+        if earlier:
+            cut_off.append(shift)
+            raise DeviceError("the connection ended", "try again")
+        return really(loop)
+
+    monkeypatch.setattr(planning.Loop, "run", run)
+    heard = progress.Recording()
+    with progress.reporting(heard):
+        built = fresh.build(asked(1.9), *SHORT)
+    assert cut_off == [pytest.approx(0.8, rel=0.02)]
+    assert budget_of(built)["ratio"] < 0.95 * budget_of(built)["ratio_asked"]
+    assert (budget_of(built)["verdict"], built.manifest["exit_code"]) == ("met", 0)
+    assert built.manifest["pruned"]["units_removed"] > 0
+    told = [note for note in heard.of("note") if "of the budget is left" in note]
+    assert len(told) == 1 and "a better one could not be made or measured" in told[0], heard.of("note")
+
+
+def test_each_target_that_answered_is_remembered(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A board that is away after another one was asked: what it was is still known."""
+    recipe = project.load(asked(1.9), *SHORT)
+    here, there = (recipe.on(name) for name in ("local", "ssh://board"))
+    with Workdir(project.folder / "work").open() as work:
+        for each, cpu in ((here, "one"), (there, "another")):
+            use(Simulated(each.target, (), step=8, processor=cpu), monkeypatch)
+            with planning.reached(each, work) as (target, _):
+                assert not isinstance(target, Away)
+
+        @contextmanager
+        def off(name: str) -> Iterator[Simulated]:
+            raise DeviceError(f"{name} cannot be reached")
+            yield
+
+        monkeypatch.setattr(planning, "reach", off)
+        for each, cpu in ((here, "one"), (there, "another")):
+            with planning.reached(each, work) as (target, probe):
+                assert isinstance(target, Away) and probe.document["cpu"]["model"] == cpu
+
+
+def test_prepare_says_that_a_budget_cannot_be_met(project: Project, device: Simulated) -> None:
+    answer = prepare(project, asked(1.1))
+    assert any("cannot be reached" in reason for reason in answer["reasons"])
+    assert prepare(project, asked(5))["reasons"] == []
+
+
+def prepare(project: Project, *overrides: str) -> dict[str, Any]:
+    settings = [part for setting in (*overrides, *SHORT) for part in ("--set", setting)]
+    work = str(project.folder / "work")
+    result = CliRunner().invoke(app, ["prepare", str(project.recipe), "--work", work, "--json", *settings])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_a_deploy_after_the_target_was_lost_says_that_it_cannot_prune(
+    fresh: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It measures the dense network; what goes on is the build."""
+    use(Simulated("local", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, failing=[*range(1, 9)]), monkeypatch)
+    lost = fresh.build(asked(1.9), *SHORT).manifest
+    assert lost["exit_code"] == 5 and lost["budget"] is None
+    assert any("the same build, prepare or sweep again goes on" in reason for reason in lost["reasons"])
+    assert not any("deploy" in reason for reason in lost["reasons"])
+    settings = [part for setting in (asked(1.9), *SHORT) for part in ("--set", setting)]
+    said = CliRunner().invoke(
+        app, ["prepare", str(fresh.recipe), "--work", str(fresh.folder / "work"), "--quiet", *settings]
+    )
+    assert "failed: target" in said.stdout and "next " not in said.stdout, said.output
+
+
 def test_a_budget_that_no_candidate_meets_is_missed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ships is slower than any candidate said."""
     use(Simulated("local", (), step=8, base_ns=BASE_NS, block_ns=BLOCK_NS, slower=2.0), monkeypatch)
@@ -288,6 +414,7 @@ def test_a_network_that_cannot_be_made_as_it_ships_fails_its_bundle_and_a_sweep_
     ]
     with Workdir(fresh.folder / "work").open() as work:
         front = sweeping.sweep(recipes, work)
+    assert front["dense"]["top1_precision"] == "fp16"  # as the first bundle holds it
     needless, unmade = front["points"]
     assert (needless["verdict"], needless["exit_code"], needless["precision"]) == ("not needed", 0, "fp16")
     assert (unmade["verdict"], unmade["exit_code"], unmade["achieved_ms"]) == (None, 6, None)

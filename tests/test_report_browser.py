@@ -350,7 +350,7 @@ def front(name: str = "resnet50") -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "name": name,
-        "dense": {"latency_ms": 8.0, "top1": 0.8},
+        "dense": {"latency_ms": 8.0, "top1": 0.8, "top1_precision": "fp32"},
         "points": points,
         "conditions": {"device": HOSTILE[1]},
     }
@@ -367,7 +367,11 @@ def test_a_sweep_s_page_can_be_read(visit, viewport, scheme):
     assert marks(page, "front") == [
         5
     ]  # the dense network, the three that were measured, and what joins the two on the front
-    assert "p90 of int8, batch 4, 2 threads, onnxruntime 1.32.0" in page.locator("#front").inner_text()
+    said = page.locator("#front").inner_text()
+    assert (
+        "p90 of int8, batch 4, 2 threads, onnxruntime 1.32.0" in said
+        and "Top-1 of the dense network is that in fp32" in said
+    )
 
 
 def test_a_sweep_s_points_tell_their_figures_and_lead_to_their_reports(visit):

@@ -30,7 +30,7 @@ def learn(
     kinds = design.kinds_of(groups)
     allowed = design.allowed(groups, kinds, options)
     seen = [found for item in timings for found in observed(item, 50) if design.may_be(found.widths, allowed)]
-    of_one_kind = [set(names) for names in kinds.values()]
+    of_one_kind = [set(names) for names in kinds.values()] if len(groups.groups) > 1 else []
     alone = [item for item in seen if set(item.widths) in of_one_kind and len(set(item.widths.values())) == 1]
     together = [item for item in seen if item not in alone]
     return staircase.learn(groups, kinds, options, multiple, alone, together)

@@ -19,9 +19,11 @@ PLACE = ("device", "power_mode", "gpu", "compute_capability", "runtime")
 
 
 def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dict[str, Any]:
-    """`ratio`: what ships to its dense twin, in one run; `achieved_ms`: that part of the dense latency when the budget was set.
+    """`ratio`: what ships to its dense twin, in one run; `achieved_ms`: that part of the dense latency when the budget was set;
+    `took_ms`: what ships, in that run.
 
-    `proven`: the upper end of the ratio's 95 % interval is within the budget.
+    `proven`: the upper end of the ratio's 95 % interval is within the budget. Where what ships could not be measured, and so
+    it is not known where it would run, no budget is met: `missed`.
     """
     planned, budget = budget, _there(budget, report)
     found = _ratio(budget, report)
@@ -30,6 +32,9 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
         verdict = "met" if found.value <= budget.ratio else "missed"
     elif found and budget is not planned:  # the dense network ships, whose latency is another there
         verdict = "not needed" if found.value <= budget.ratio else "missed"
+    elif not found and verdict != "infeasible":
+        verdict = "missed"
+    learned = budget.staircase if budget is planned else None  # of another device
     return {
         "latency_ms": budget.latency_ms,
         "percentile": budget.percentile,
@@ -40,15 +45,17 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
         "planned_here": budget is planned,
         "dense_ms": budget.dense_ms,
         "dense_ci95_ms": list(budget.dense_ci95_ms),
-        **({"floor_ms": budget.floor * budget.dense_ms} if budget.floor is not None else {}),
+        **({"floor_ms": budget.floor_ms} if budget.floor is not None and budget is planned else {}),
+        **(_took(report, budget.percentile) if report else {}),
         "ratio_asked": budget.ratio,
         "ratio": found.value if found else None,
         "ratio_ci95": [found.low, found.high] if found else None,
         "proven": bool(found and found.high <= budget.ratio),
         "candidates": [
-            {key: value for key, value in asdict(trial).items() if key != "widths"} for trial in budget.trials
+            {key: value for key, value in asdict(trial).items() if key != "widths"}
+            for trial in (budget.trials if budget is planned else ())
         ],
-        "staircase": _staircase(Steps(groups, budget.staircase), budget.dense_ms) if budget.staircase else None,
+        "staircase": _staircase(Steps(groups, learned), budget.dense_ms) if learned else None,
     }
 
 
@@ -56,13 +63,11 @@ def reasons(block: dict[str, Any]) -> list[Reason]:
     """Why the budget is not met; empty when it is, or when it is not needed."""
     asked = f"p{block['percentile']} of {block['latency_ms']:.4g} ms"
     if block["verdict"] == "infeasible":
-        text = (
-            f"{asked} cannot be reached: with every group at its narrowest {block['floor_ms']:.4g} ms are left "
-            f"of {block['dense_ms']:.4g} ms; the dense network is in this bundle"
-        )
-        return [Reason(MISSED, f"budget: {text}")]
+        return _infeasible(asked, block["floor_ms"], block["dense_ms"])
     if block["verdict"] == "missed":
-        got = f"{block['achieved_ms']:.4g} ms" if block["achieved_ms"] is not None else "nothing that could be measured"
+        if block["achieved_ms"] is None:
+            return [Reason(MISSED, f"budget: {asked} is not shown to be met: what ships was not measured")]
+        got = f"{block['achieved_ms']:.4g} ms"
         tried = (
             f"after {plural(block['trials'], 'trial')}"
             if block["planned_here"]
@@ -70,6 +75,21 @@ def reasons(block: dict[str, Any]) -> list[Reason]:
         )
         return [Reason(MISSED, f"budget: {asked} was missed {tried}: what ships takes {got}")]
     return []
+
+
+def foreseen(budget: Budget) -> list[Reason]:
+    """Why it will not be met, as far as planning knows."""
+    asked = f"p{budget.percentile} of {budget.latency_ms:.4g} ms"
+    if budget.verdict == "missed":
+        return [Reason(MISSED, f"budget: {asked} was missed after {plural(len(budget.trials), 'trial')}")]
+    return _infeasible(asked, budget.floor_ms, budget.dense_ms) if budget.verdict == "infeasible" else []
+
+
+def _infeasible(asked: str, floor_ms: float, dense_ms: float) -> list[Reason]:
+    why = f"nothing in this network can be pruned, and it takes {dense_ms:.4g} ms"
+    if floor_ms < dense_ms:
+        why = f"with every group at its narrowest {floor_ms:.4g} ms are left of {dense_ms:.4g} ms"
+    return [Reason(MISSED, f"budget: {asked} cannot be reached: {why}; the dense network ships")]
 
 
 def in_doubt(budget: Budget, report: LatencyReport) -> bool:
@@ -87,6 +107,12 @@ def _there(budget: Budget, report: LatencyReport | None) -> Budget:
     samples = Samples.load(report.samples.path)
     interval = samples.percentile_ci95_ms(0, budget.percentile)
     return replace(budget, dense_ms=samples.percentile_ms(0, budget.percentile), dense_ci95_ms=interval)
+
+
+def _took(report: LatencyReport, percentile: int) -> dict[str, Any]:
+    samples = Samples.load(report.samples.path)
+    interval = samples.percentile_ci95_ms(1, percentile)
+    return {"took_ms": samples.percentile_ms(1, percentile), "took_ci95_ms": list(interval)}
 
 
 def _ratio(budget: Budget, report: LatencyReport | None) -> Ratio | None:

@@ -10,8 +10,8 @@ from cswap_deploy.samples import Ratio
 
 Widths = dict[str, int]
 
-MARGIN = 0.4
-"""Of the tolerance: how far below the budget a candidate is aimed, since half of those aimed at it would miss it."""
+MARGIN, FARTHEST = 0.4, 0.02
+"""How far below the budget a candidate is aimed, since half of those aimed at it would miss it: of the tolerance, and at most."""
 CLOSER = 0.005
 """By how much the prediction is moved on where it leads to a candidate that was measured before."""
 
@@ -79,7 +79,7 @@ class Loop:
 
     @property
     def aim(self) -> float:
-        return self.budget * (1 - MARGIN * self.tolerance)
+        return self.budget * (1 - min(MARGIN * self.tolerance, FARTHEST))
 
     def fits(self, trial: Trial, shift: float = 1.0) -> bool:
         """Within the budget, and no more room is left than the tolerance."""

@@ -115,6 +115,11 @@ class Budget:
     def ratio(self) -> float:
         return self.latency_ms / self.dense_ms
 
+    @property
+    def floor_ms(self) -> float:
+        assert self.floor is not None
+        return self.floor * self.dense_ms
+
 
 @dataclass(frozen=True)
 class Approach:

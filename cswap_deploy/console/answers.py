@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from cswap_deploy.verify import Check
 
 
-def prepared_lines(ready: Prepared, work: Path, for_board: Path | None) -> Iterator[str]:
+def prepared_lines(ready: Prepared, reasons: Sequence[str], work: Path | None, for_board: Path | None) -> Iterator[str]:
+    """`reasons` why it will not pass; `work`: the folder to go on with, None where this command is to be run again."""
     share, file = ready.pruned.macs / ready.source.macs, ready.models["fp32"].graph
     yield from wrapped(f"pruned to {percent(share, 1)} of the MACs: {file.path} ({size_text(file.bytes)})")
-    for reason in ready.reasons:
-        yield from wrapped(f"failed: {reason.text}")
-    yield f"next     {shlex.join([*program(), 'deploy', str(work)])}"
-    if for_board:
+    for reason in reasons:
+        yield from wrapped(f"failed: {reason}")
+    if work:
+        yield f"next     {shlex.join([*program(), 'deploy', str(work)])}"
+    if work and for_board:
         yield from wrapped(f"or copy {work} to a board without a network, and there: python3 {for_board.name}/agent.py")
 
 

@@ -12,7 +12,7 @@ from cswap_deploy.console.program import program, python
 from cswap_deploy.console.text import from_here, mb, ms_interval, table, wrapped
 from cswap_deploy.console.unit import ATTRIBUTION
 from cswap_deploy.errors import DeviceError
-from cswap_deploy.wording import count_text, gate, ms, percent, removed, size_text, sizes, verdict
+from cswap_deploy.wording import UNPLANNED, count_text, gate, ms, percent, removed, size_text, sizes, verdict
 
 if TYPE_CHECKING:
     from cswap_deploy.bundle import Bundle
@@ -59,7 +59,8 @@ def next_commands(bundle: Bundle) -> Iterator[str]:
     folder = from_here(bundle.folder)
     yield f"bundle   {folder}"
     yield f"report   {folder / 'report.html'}"
-    if bundle.manifest["exit_code"] == DeviceError.exit_code:
+    unplanned = any(UNPLANNED in reason for reason in bundle.manifest["reasons"])
+    if bundle.manifest["exit_code"] == DeviceError.exit_code and not unplanned:
         yield f"finish   {shlex.join([*program(), 'deploy', str(folder.parent)])} --on TARGET"
     yield f"next     {shlex.join([*program(), 'show', str(folder)])}"
     yield f"         {shlex.join([*program(), 'verify', str(folder)])}"

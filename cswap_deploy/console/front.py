@@ -14,11 +14,14 @@ def sweep_lines(front: dict[str, Any], folder: Path) -> Iterator[str]:
     """One row for each latency, the dense network first."""
     dense = front["dense"]
     rows = [("dense", "", _took(dense["latency_ms"]), percent(dense["top1"]), "", "")]
+    measured = next((point["precision"] for point in front["points"] if point["precision"]), "fp32")
     for point in front["points"]:
         verdict, achieved = point["verdict"] or "target lost", _took(point["achieved_ms"])
         row = (f"{point['latency_ms']:g} ms", verdict, achieved, percent(point["top1"]))
         rows.append((*row, f"{point['drop_pp']:+.2f}", count_text(point["macs"])))
     yield from table(("asked", "", "achieved", "top-1", "drop", "MACs"), rows, f"{front['name']}: sweep")
+    if dense["top1_precision"] != measured:
+        yield f"dense: its latency is that in {measured}, its top-1 that in {dense['top1_precision']}"
     for point in front["points"]:
         if point["verdict"] == "infeasible":
             yield f"{point['latency_ms']:g} ms cannot be reached: the dense network is in {point['bundle']}"

@@ -48,16 +48,22 @@ def budget(found: Facts) -> str:
     asked = f"a p{found['percentile']} of {ms(found['latency_ms'])}"
     when = "when the budget was set" if found.get("planned_here", True) else "here, which is not what was planned for"
     dense = f"; the dense network took {ms(found['dense_ms'])} {when}" if "dense_ms" in found else ""
+    if found["verdict"] in ("met", "not needed") and found.get("took_ci95_ms", (0,))[0] > found["latency_ms"]:
+        dense += f"; when it was measured last the device was slower: what ships took {ms(found['took_ms'])}"
     match found["verdict"]:
         case "not needed":
             return f"No pruning was needed: {asked} is met by the dense network{dense}"
         case "infeasible":
-            floor = (
-                f"; with every group at its narrowest {ms(found['floor_ms'])} are left" if "floor_ms" in found else ""
-            )
+            floor = ""
+            if "floor_ms" in found:
+                narrowest = f"with every group at its narrowest {ms(found['floor_ms'])} are left"
+                narrower = found["floor_ms"] < found.get("dense_ms", float("inf"))
+                floor = f"; {narrowest if narrower else 'nothing in this network can be pruned'}"
             return f"Infeasible: {asked} cannot be reached{floor}{dense}"
+        case "met" | "missed" if found["achieved_ms"] is None:
+            return f"Not shown to be met: {asked} was asked for, what ships was not measured{dense}"
         case verdict:
-            got = ms(found["achieved_ms"]) if found["achieved_ms"] is not None else "not measured"
+            got = ms(found["achieved_ms"])
             if found.get("ratio") is not None:
                 got += f", {share(found['ratio'])} of the dense network's latency in the same run"
             trials = plural(found["trials"], "trial")
