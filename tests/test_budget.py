@@ -771,12 +771,12 @@ def test_where_all_groups_are_of_one_kind_settings_of_all_are_not_taken_for_that
 def test_of_one_group_each_width_tells_what_it_costs(tmp_path: Path) -> None:
     """All of its settings are settings of all groups: finer widths get a price of their own, and predictions an error."""
     groups = blocks(1, 64)
-    settings = tuple({"b0": width} for width in (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 60))
-    ratios = [1.0, *(truth(groups, widths, 4) for widths in settings)]
+    widths = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 60)
+    settings = tuple({"b0": width} for width in widths)
+    ratios = [1.0, *(truth(groups, setting, 4) for setting in settings)]
     Samples.of([[[round(1e6 * ratio)] * 5 for ratio in ratios] for _ in range(8)]).save(tmp_path / "samples.npz")
     timings = WidthTimings(File.of(tmp_path / "samples.npz"), settings, "none", {})
-    options = design.options(groups, design.kinds_of(groups), 16)
-    found = budget_stage.learn(tmp_path, groups, (timings,), 16, {"b0": (4, 8, *options["b0"])})
+    found = budget_stage.learn(tmp_path, groups, (timings,), 16, {"b0": widths})
     steps = Steps(groups, found)
     assert found.errors and found.block == 4
     assert steps.total({"b0": 4}) < steps.total({"b0": 8}) < steps.total({"b0": 16})

@@ -240,8 +240,9 @@ class _Pair:
 
         layer: Any = self.here.module.get_submodule(self.producer)
         weight = layer.weight.detach().clone().requires_grad_(True)
+        inputs = lesson.inputs.contiguous() if _is_unsafe_channels_last(layer) else lesson.inputs
         with torch.enable_grad():
-            made = torch.func.functional_call(layer, {"weight": weight}, (lesson.inputs,))
+            made = torch.func.functional_call(layer, {"weight": weight}, (inputs,))
             with answering(self.here.module, {self.producer: made * 1}):
                 flat = self._given(lesson)
         error, live = self._error(flat.detach(), lesson)
@@ -349,3 +350,10 @@ class _Given(Exception):
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.values = values
+
+
+def _is_unsafe_channels_last(layer: Any) -> bool:
+    """A strided 1x1 convolution of fewer than 8 channels: oneDNN of PyTorch 2.14 writes beyond its weights' gradient where the input is
+    channels last, on processors with AVX2 alone."""
+    kernel, stride = getattr(layer, "kernel_size", ()), getattr(layer, "stride", ())
+    return bool(kernel) and max(kernel) == 1 and max(stride) > 1 and layer.weight.shape[1] < 8
