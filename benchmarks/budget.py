@@ -69,7 +69,7 @@ PARTS = (0.05, 0.25, 0.5, 0.75, 1.0)
 """Budgets: so far from the lowest to the highest, those of `--lowest` and `--highest`; the lowest not below `ROOM` times the floor."""
 ROOM = 1.08
 """Times the floor that the lowest budget is at least."""
-MACS = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.16, 4))
+MACS = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.17, 4))
 UNIFORM = ((0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.1, 4))
 """Part of the MACs, or of every group's units, that is kept otherwise, in which multiples of units: the last are about the narrowest.
 
