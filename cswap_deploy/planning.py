@@ -141,9 +141,10 @@ def asked(meter: Meter) -> Budget:
         dense = meter.alone(LONGER * enough)
     took = dense.percentile_ms(0, percentile)
     verdict: BudgetVerdict = "met" if took > goal else "not needed"
-    said = f"dense network {took:.4g} ms (p{percentile}), budget {goal:.4g} ms"
-    progress.note(said if verdict == "met" else f"{said}: {verdict}")
     interval = dense.percentile_ci95_ms(0, percentile)
+    known = f"{took:.4g} ms (p{percentile}, 95 %: {interval[0]:.4g} to {interval[1]:.4g})"
+    said = f"dense network {known}, budget {goal:.4g} ms"
+    progress.note(f"{said}, {percent(goal / took, 0)} of it" if verdict == "met" else f"{said}: {verdict}")
     return Budget(
         goal,
         percentile,
