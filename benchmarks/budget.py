@@ -334,9 +334,7 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
             seconds = time.monotonic() - begun
             found = ratio_of(work, recipe("null"), bundle.file("model.onnx"), options.seconds)
             block, drop = bundle.manifest["budget"], bundle.manifest["accuracy"]["drop_pp"]
-            asked = block[
-                "ratio_asked"
-            ]  # by the dense network as that build measured it: longer, if the budget was near
+            asked = block["ratio_asked"]  # of the dense latency of that build: measured longer if it is near
             add(Row("resnet56", asked, found.value, found.low, found.high, block["trials"], seconds, drop), report)
             if errors := block["staircase"]:  # none where nothing that may be chosen is as fast
                 report["crossvalidated"] = {key: errors[key] for key in ("error_median", "error_p95")}

@@ -169,7 +169,7 @@ def test_a_strided_maker_of_few_channels_moves_too() -> None:
     batches, found = zoo.batches(entry, 80), find(dense, entry.spec)
     keep = {"a": tuple(range(4))}
     images, errors = torch.cat([batch for batch, _ in batches]), []
-    for steps in (0, 2, 10):
+    for steps in (0, 2):
         module = compensated(dense, found.groups, keep, batches, LeastSquaresCompensation(producer_steps=steps))
         errors.append(float((outputs(module, "b", images) - outputs(dense, "b", images)).square().sum()))
     assert errors[1] < errors[0]

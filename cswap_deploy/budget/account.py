@@ -34,28 +34,26 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
         verdict = "not needed" if found.value <= budget.ratio else "missed"
     elif not found and verdict != "infeasible":
         verdict = "missed"
-    learned = budget.staircase if budget is planned else None  # of another device
     return {
         "latency_ms": budget.latency_ms,
         "percentile": budget.percentile,
         "achieved_ms": found.value * budget.dense_ms if found else None,
         "verdict": verdict,
-        "trials": len(budget.trials),
+        "trials": len(planned.trials),
         "unbuilt": budget.unbuilt,
         "planned_here": budget is planned,
         "dense_ms": budget.dense_ms,
         "dense_ci95_ms": list(budget.dense_ci95_ms),
-        **({"floor_ms": budget.floor_ms} if budget.floor is not None and budget is planned else {}),
+        **({"floor_ms": budget.floor_ms} if budget.floor is not None else {}),
         **(_took(report, budget.percentile) if report else {}),
         "ratio_asked": budget.ratio,
         "ratio": found.value if found else None,
         "ratio_ci95": [found.low, found.high] if found else None,
         "proven": bool(found and found.high <= budget.ratio),
         "candidates": [
-            {key: value for key, value in asdict(trial).items() if key != "widths"}
-            for trial in (budget.trials if budget is planned else ())
+            {key: value for key, value in asdict(trial).items() if key != "widths"} for trial in budget.trials
         ],
-        "staircase": _staircase(Steps(groups, learned), budget.dense_ms) if learned else None,
+        "staircase": _staircase(Steps(groups, budget.staircase), budget.dense_ms) if budget.staircase else None,
     }
 
 
@@ -101,12 +99,16 @@ def in_doubt(budget: Budget, report: LatencyReport) -> bool:
 
 
 def _there(budget: Budget, report: LatencyReport | None) -> Budget:
-    """On another device than was planned for, in another power mode or with another runtime the dense network has a latency of its own."""
+    """On another device than was planned for, in another power mode or with another runtime the dense network has a latency of its own.
+
+    What was learned where it was planned, floor, trials and staircase, is not known there.
+    """
     if report is None or all(report.facts.get(key) == budget.facts.get(key) for key in PLACE):
         return budget
     samples = Samples.load(report.samples.path)
     interval = samples.percentile_ci95_ms(0, budget.percentile)
-    return replace(budget, dense_ms=samples.percentile_ms(0, budget.percentile), dense_ci95_ms=interval)
+    took = samples.percentile_ms(0, budget.percentile)
+    return replace(budget, dense_ms=took, dense_ci95_ms=interval, floor=None, trials=(), staircase=None)
 
 
 def _took(report: LatencyReport, percentile: int) -> dict[str, Any]:
