@@ -9,14 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cswap_deploy import data, model, pipeline
+from cswap_deploy import data, model, pipeline, planning
 from cswap_deploy.artifacts import Groups, Network, Split
 from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
 from cswap_deploy.errors import CswapError, DataError, DeviceError, PruningError
 from cswap_deploy.factory import code_files
 from cswap_deploy.prune.select import CostKind, narrowest
-from cswap_deploy.recipe import MacsTarget, ParamsTarget, Recipe
+from cswap_deploy.recipe import FpsTarget, LatencyTarget, MacsTarget, ParamsTarget, Recipe
 from cswap_deploy.stage import Workdir, WouldRun
 from cswap_deploy.wording import percent, plural
 
@@ -47,6 +47,11 @@ def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
         if groups is not None and recipe.prune.target is not None:
             facts["prunable"] = _prunable(recipe, groups)
             faults += filter(None, [_pruning_fault(recipe, groups)])
+        if isinstance(recipe.prune.target, LatencyTarget | FpsTarget):
+            goal = f"{planning.goal_ms(recipe):.4g} ms (p{recipe.prune.target.percentile})"
+            facts["budget"] = (
+                f"{goal}; a build begins with the dense network's latency: whether that meets it is not known yet"
+            )
         if recipe.latency or recipe.engine:
             try:
                 with reach(recipe.target) as target:

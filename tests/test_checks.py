@@ -186,6 +186,13 @@ def test_a_target_just_within_reach_is_not_refused_and_one_just_beyond_is(projec
         assert result.exit_code == code, result.stderr
 
 
+@pytest.mark.parametrize("target", ["{latency_ms: 2.5, percentile: 90}", "{fps: 400, percentile: 90}"])
+def test_a_budget_is_told_and_what_is_not_known_of_it(project, target):
+    result = call("check", project.recipe, "--set", f"prune.target={target}", "--set", "latency={}")
+    assert result.exit_code == 0, result.stderr
+    assert "budget       2.5 ms (p90); a build begins with the dense network's latency" in result.stdout
+
+
 @pytest.mark.parametrize("target", ["{macs: 0.5}", "{max_drop: 1}"])
 def test_a_round_to_that_leaves_nothing_to_remove_is_told(project, target):
     sets = ["--set", f"prune.target={target}", "--set"]
