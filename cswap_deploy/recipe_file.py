@@ -296,7 +296,7 @@ def _wrong_value(schema: Schema, loc: Sequence[str | int], document: Document) -
         key = f"{key}.kind"
     value = document.place(key).value or "a block without kind"
     valid = [str(choice) for choice in choices(node)]
-    near = _nearest(value.strip("'\""), valid)
+    near = [] if _is_number(value) else _nearest(value.strip("'\""), valid)
     text = f"{node.get('errorMessage') or f'expected {expected(schema, node)}'}, got {value}"
     if near:
         text += f"; did you mean {near[0]!r}?"
@@ -317,7 +317,7 @@ def _is_number(text: str) -> bool:
 def _nearest(word: str, valid: Sequence[str]) -> list[str]:
     if (meant := SYNONYMS.get(str(word).lower())) and meant in valid:
         return [meant]
-    return get_close_matches(str(word).lower(), valid, n=1, cutoff=0.5)
+    return get_close_matches(str(word).lower(), valid, n=1, cutoff=0.6)
 
 
 def _dotted(path: Iterable[str | int]) -> str:

@@ -261,6 +261,7 @@ BAD = [
     ("sead: 3", 4, "sead", "unknown key; did you mean 'seed'?"),
     ("device: gpu", 4, "device", "got 'gpu'; did you mean 'cuda'?"),
     ("prune: {target: {macs:0.7}}", 4, "prune.target.macs:0.7", "a space is missing after 'macs:'"),
+    ("latency: {percentil: 90}", 4, "latency.percentil", "unknown key; valid here: runtime"),
     ("zzz: 3", 4, "zzz", "unknown key; valid here: name, seed, device, model"),
     ("prune: {target: {mac: 0.7}}", 4, "prune.target.mac", "unknown key; did you mean 'macs'?"),
     ("prune:\n  target:\n    flips: 1", 6, "prune.target.flips", "unknown key; "),
@@ -344,6 +345,11 @@ BAD = [
     ("onnx: {<<: {opset: 18}}", 4, "onnx", "expected keys that are text, got <<"),
     ("3: 4", 4, "", "expected keys that are text, got 3"),
 ]
+
+
+def test_no_other_number_is_guessed(write: Callable[[str], Path]) -> None:
+    error = refused(write(HEAD + "latency: {}\nprune: {target: {latency_ms: 5, percentile: 95}}\n"))
+    assert error.message.endswith("expected one of 50, 90, 99, got 95")
 
 
 @pytest.mark.parametrize(("text", "line", "key", "fragment"), BAD, ids=[bad[0] for bad in BAD])
