@@ -82,7 +82,7 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
         sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
-            floor = meter.timings("floor", design.extremes(groups, meter.design, None), planning.PROBE_S)
+            floor = meter.timings("floor", design.extremes(groups, meter.design, None), planning.WIDTHS_S)
             multiple, found = planning.alignment(meter)
             first = (floor, *found)
             kinds = design.kinds_of(groups)

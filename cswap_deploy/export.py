@@ -16,6 +16,7 @@ from cswap_deploy import int8, onnx_file, progress
 from cswap_deploy.artifacts import File, Groups, ImageSet, InputSpec, Network, OnnxModel, TestVectors
 from cswap_deploy.attention import exportable
 from cswap_deploy.budget import sizes
+from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.sizes import Numbers, Sizes
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
@@ -47,6 +48,7 @@ SIMPLIFY = """
 import ctypes, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: whoever is killed leaves nobody behind to write into his folder
+sys.modules["torch"] = None  # onnxsim imports it, for seconds, for what is not asked for here
 import onnx, onnxsim
 model, ok = onnxsim.simplify(onnx.load(sys.argv[1]))
 onnx.save(model, sys.argv[2])
@@ -96,7 +98,7 @@ def simplify(out: Path, exported: OnnxModel, network: Network, images: ImageSet,
 def sizes_of(
     out: Path, network: Network, groups: Groups, dense: OnnxModel, settings: OnnxSettings, quantised: bool
 ) -> Sizes:
-    """How the numbers in the dense network's file follow widths, from exports of narrower ones.
+    """How the numbers in the dense network's file follow widths, from exports of narrower ones; tried on widths beside theirs.
 
     `dense`: its float32 file; `quantised`: of the graph that ONNX Runtime's quantiser makes of it. Errors: ExportError.
     """
@@ -111,9 +113,9 @@ def sizes_of(
     module, narrower = restore(network), list[tuple[dict[str, int], Numbers]]()
     with tempfile.TemporaryDirectory(dir=out) as folder:
 
-        def numbers(path: Path) -> Numbers:
+        def seen(path: Path) -> onnx.ModelProto:
             model = onnx.load(path)
-            return Numbers.of(int8.prepared(model, Path(folder) / "prepared.onnx") if quantised else model)
+            return int8.prepared(model, Path(folder) / "prepared.onnx") if quantised else model
 
         path, simpler = Path(folder) / "narrower.onnx", Path(folder) / "simplified.onnx"
         for number, widths in enumerate(wanted):
@@ -122,8 +124,14 @@ def sizes_of(
             onnx.save(_export(smaller, network.input, settings), path)
             if not dense.note and (fault := _run_onnxsim(path, simpler)):
                 raise ExportError(f"a narrower network cannot be simplified as the dense one was: {fault}", sizes.HINT)
-            narrower.append((widths, numbers(path if dense.note else simpler)))
-        return sizes.learned(groups, numbers(dense.graph.path), narrower)
+            narrower.append((widths, Numbers.of(seen(path if dense.note else simpler))))
+        whole = seen(dense.graph.path)
+        found = sizes.learned(groups, Numbers.of(whole), narrower)
+        onnx.save(whole, path)
+        template = Template.read(path, groups, found)
+        path.write_bytes(template.narrowed(sizes.another(groups), template.shared(Path(folder))))
+        require_runnable(path)
+        return found
 
 
 # --- export

@@ -29,7 +29,7 @@ from cswap_deploy.wording import duration_text, percent
 
 PROBE = "probe.json"
 """In the work folder: what each target was when it answered last, so that its stored results are found when it does not."""
-PROBE_S, WIDTHS_S = 1.5, 0.75
+WIDTHS_S = 0.75
 """Sampling of each network while the floor is looked for and while the staircase is learned."""
 UNBUILT = "TensorRT on the target builds no engine of narrower groups"
 NARROW_HINT = "prune for macs in place of a latency, or report this network with the warnings above"
@@ -189,7 +189,7 @@ def _floored(meter: Meter, first: Budget, settings: Sequence[Widths]) -> tuple[B
     Without settings it is the dense network, and without a floor where no engine of them can be built.
     """
     goal, dense = first.latency_ms, first.dense_ms
-    seconds = meter.sampling_s(PROBE_S)
+    seconds = meter.sampling_s(WIDTHS_S)
     for sampling in (seconds, LONGER * seconds):
         timings = meter.timings("floor", settings, sampling)
         ratios = budget.ratios(timings, meter.percentile)
@@ -208,7 +208,7 @@ def _floored(meter: Meter, first: Budget, settings: Sequence[Widths]) -> tuple[B
 def learned(meter: Meter) -> Staircase:
     """What widths cost on this device."""
     groups, wanted, exact = meter.groups, meter.design, meter.exact is not None
-    timings = [meter.timings("floor", design.extremes(groups, wanted, meter.exact), meter.sampling_s(PROBE_S))]
+    timings = [meter.timings("floor", design.extremes(groups, wanted, meter.exact), meter.sampling_s(WIDTHS_S))]
     multiple = meter.exact
     if multiple is None:
         multiple, found = alignment(meter)

@@ -14,14 +14,20 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """An ONNX file opened once. `threads` 0 leaves their number to the runtime. Errors: ExportError."""
+    """An ONNX file opened once. `threads` 0 leaves their number to the runtime. Errors: ExportError.
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
+    `literal`: node by node as the file has them. Blocked convolutions, which ONNX Runtime would make of some, do not mind a weight
+    with other channels than their input where both fill as many blocks.
+    """
+
+    def __init__(self, path: Path, threads: int = 0, literal: bool = False) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if literal:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base

@@ -193,6 +193,30 @@ def test_settings_tell_all_groups_apart() -> None:
         sizes.settings(many)
 
 
+@pytest.mark.parametrize(("side_by_side", "exports"), [(1, 2), (8, 4)])
+def test_settings_tell_groups_apart_from_those_that_lie_side_by_side(side_by_side: int, exports: int) -> None:
+    """As in a DenseNet, each of whose layers reads what all before it made: one number follows many groups."""
+    members = [
+        [
+            Slice(f"reader{reader}", "weight", 1, 16 * (number - start), 1)
+            for reader in range(number, start + side_by_side)
+        ]
+        for start in range(0, 48, side_by_side)
+        for number in range(start, start + side_by_side)
+    ]
+    groups = Groups(tuple(Group(f"g{n}", "channels", 16, tuple(own)) for n, own in enumerate(members)), (), ())
+    found = sizes.settings(groups)
+    assert len(found) == exports
+    removed = [{name: 16 - width for name, width in each.items()} for each in found]
+    known = sizes._explanations(groups, removed).known
+    for start in range(0, 48, side_by_side):
+        for first in range(start, start + side_by_side):
+            for last in range(first, start + side_by_side):
+                changes = tuple(sum(each[f"g{n}"] for n in range(first, last + 1)) for each in removed)
+                parts, _ = known[sizes._direction(changes)]
+                assert sorted(parts) == sorted((f"g{n}", 1) for n in range(first, last + 1))
+
+
 def graph_of(shape: Sequence[int], pad: int = 0, op: str = "Reshape") -> onnx.ModelProto:
     """A Reshape to a shape that two nodes read, and an attribute."""
     constant = onnx.numpy_helper.from_array(np.array(shape, np.int64), "shape")

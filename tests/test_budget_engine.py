@@ -71,8 +71,7 @@ def met(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in surroundings.items():
             patch.setenv(name, value)
-        for name in ("PROBE_S", "WIDTHS_S"):
-            patch.setattr(planning, name, 0.1)
+        patch.setattr(planning, "WIDTHS_S", 0.1)
         patch.setitem(design.OF_ENGINES, "fp16", SMALL)
         heard = progress.Recording()
         with progress.reporting(heard):

@@ -36,7 +36,7 @@ BATCH = 16
 @pytest.fixture(autouse=True)
 def settings(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{device.client(tmp_path / 'client')}:{os.environ['PATH']}")
-    for module, name, value in ((planning, "PROBE_S", 0.05), (planning, "WIDTHS_S", 0.05), (metering, "PAUSE_S", 0.2)):
+    for module, name, value in ((planning, "WIDTHS_S", 0.05), (metering, "PAUSE_S", 0.2)):
         monkeypatch.setattr(module, name, value)
     few = replace(design.OF_FILES, multiples=(16,), alone=2, together=4)
     monkeypatch.setattr(design, "OF_FILES", few)
@@ -83,8 +83,7 @@ def test_widths_cost_there_what_they_cost_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Batches, and longer: a call that takes a tenth of a millisecond is mostly the machine's mood, which changes between the two."""
-    for name in ("PROBE_S", "WIDTHS_S"):
-        monkeypatch.setattr(planning, name, 0.4)
+    monkeypatch.setattr(planning, "WIDTHS_S", 0.4)
     recipe, *rest = net
     assert recipe.latency
     net = (recipe.model_copy(update={"latency": recipe.latency.model_copy(update={"batch": BATCH})}), *rest)

@@ -35,7 +35,7 @@ from cswap_deploy import (
     variants,
 )
 from cswap_deploy.artifacts import File, Groups, ImageSet, LatencyReport
-from cswap_deploy.budget import account
+from cswap_deploy.budget import account, sizes
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.values import Budget, BudgetVerdict
 from cswap_deploy.bundle import Bundle
@@ -608,15 +608,34 @@ def test_files_of_every_precision_are_narrowed(
         tmp_path, ready.dense["fp32"], ready.source, images, images, kind, recipe.onnx.graph, recipe.int8
     )
     narrow = tmp_path / "narrow.onnx"
-    sizes = export.sizes_of(
+    known = export.sizes_of(
         tmp_path, ready.source, groups, ready.dense["fp32"], recipe.onnx.graph, kind.startswith("int8")
     )
-    template = Template.read(made.graph.path, groups, sizes)
+    template = Template.read(made.graph.path, groups, known)
     narrow.write_bytes(template.narrowed({"conv1": 16, "conv2": 5}, template.shared(tmp_path)))
     apart(template, {"conv1": 16, "conv2": 20}, ready.source.input.shape, tmp_path)
     require_runnable(narrow)
     shapes = [shape for shape in stored(narrow) if len(shape) > 1]
     assert {(16, 3, 1, 1), (5, 16, 3, 3), (6, 5)} <= set(shapes), shapes
+
+
+def test_sizes_that_follow_another_group_than_was_learned_are_refused(
+    project: Project, device: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is learned from the exports is tried on widths that none of them had."""
+    with Workdir(project.folder / "work").open() as work:
+        recipe, ready = prepared.find(work)
+        groups = work.run(prune.find_groups, ready.source, ())
+    really_learned, other = sizes.learned, {"conv1": "conv2", "conv2": "conv1"}
+
+    def swapped(*seen: Any) -> sizes.Sizes:
+        found, *rest = really_learned(*seen).found
+        wrong = replace(found, per_unit=tuple((other[name], each) for name, each in found.per_unit))
+        return sizes.Sizes((wrong, *rest))
+
+    monkeypatch.setattr(sizes, "learned", swapped)
+    with pytest.raises(ExportError, match="a narrowed graph does not run"):
+        export.sizes_of(tmp_path, ready.source, groups, ready.dense["fp32"], recipe.onnx.graph, False)
 
 
 def stored(path: Path) -> list[tuple[int, ...]]:

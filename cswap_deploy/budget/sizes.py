@@ -20,8 +20,10 @@ from cswap_deploy.errors import ExportError
 if TYPE_CHECKING:
     import onnx
 
-LEAST, MOST = 3, 12
-"""Settings that are exported: as few as tell all groups apart."""
+LEAST, MOST = 2, 12
+"""Settings that are exported: as few as tell apart all that a number may follow."""
+TRIES = 10
+"""Of so many exports, until they do."""
 DRAWS = 200
 """Of a group's widths, until it shrinks like no other."""
 SMALL = 64
@@ -63,20 +65,37 @@ class Sizes:
 
 
 def settings(groups: Groups) -> tuple[dict[str, int], ...]:
-    """Units of each group in a few exports, so that no two groups shrink in proportion; groups of one unit stay. Seeded.
+    """Units of each group in a few exports, so that no two sums that a number may follow shrink in proportion. Seeded.
 
-    Errors: ExportError where so many exports do not tell them apart.
+    Groups of one unit stay. Errors: ExportError where so many exports do not tell the groups apart.
     """
-    units = {group.name: group.units for group in groups.groups if group.units > 1}
+    units, random = _narrowable(groups), Random(0)
+    sums = _sums(groups)
     for count in range(LEAST, MOST + 1):
-        if (found := _apart(units, count)) is not None:
-            return tuple({name: widths[number] for name, widths in found.items()} for number in range(count))
+        for _ in range(TRIES):
+            found = _apart(units, count, random)
+            if found is None:
+                continue
+            exports = tuple({name: widths[number] for name, widths in found.items()} for number in range(count))
+            removed = [{name: units[name] - width for name, width in widths.items()} for widths in exports]
+            if len({_direction(_changes(parts, removed)) for parts in sums}) == len(sums):
+                return exports
     raise ExportError(f"{MOST} exports do not tell {len(units)} groups apart", HINT)
 
 
-def _apart(units: Mapping[str, int], count: int) -> dict[str, tuple[int, ...]] | None:
+def another(groups: Groups) -> dict[str, int]:
+    """Units of each group in a setting that is not exported: what was learned is tried on it. Seeded."""
+    random = Random(1)
+    return {name: _drawn(units, random) for name, units in _narrowable(groups).items()}
+
+
+def _narrowable(groups: Groups) -> dict[str, int]:
+    return {group.name: group.units for group in groups.groups if group.units > 1}
+
+
+def _apart(units: Mapping[str, int], count: int, random: Random) -> dict[str, tuple[int, ...]] | None:
     """Widths of each group in so many exports; None where no draw sets one apart from those before."""
-    random, taken = Random(0), {(0,) * count}
+    taken = {(0,) * count}
     found: dict[str, tuple[int, ...]] = {}
     for name, many in units.items():
         for _ in range(DRAWS):
@@ -167,24 +186,42 @@ class _Explanations:
 
 
 def _explanations(groups: Groups, removed: Sequence[Widths]) -> _Explanations:
-    """A single group, or groups that lie side by side on one axis of a tensor."""
+    found: dict[Changes, tuple[PerUnit, int]] = {}
+    for parts in _sums(groups):
+        changes = _changes(parts, removed)
+        if any(changes):
+            found.setdefault(_direction(changes), (parts, _common(changes)))
+    return _Explanations(found)
+
+
+def _changes(parts: PerUnit, removed: Sequence[Widths]) -> Changes:
+    return tuple(sum(each.get(name, 0) * repeat for name, repeat in parts) for each in removed)
+
+
+def _sums(groups: Groups) -> list[PerUnit]:
+    """What a number may follow, a multiple aside: a single group, or groups that lie side by side on one axis of a tensor."""
     axes: dict[tuple[str, int], list[tuple[int, str, int]]] = {}
     for group in groups.groups:
         for member in group.members:
             axes.setdefault((member.tensor, member.axis), []).append((member.offset, group.name, member.repeat))
-    sums: list[dict[str, int]] = [{group.name: 1} for group in groups.groups]
+    narrowable, sums = _narrowable(groups), dict[frozenset[tuple[str, int]], PerUnit]()
+
+    def add(total: Mapping[str, int]) -> None:
+        common = gcd(*total.values())
+        parts = tuple((name, repeat // common) for name, repeat in total.items())
+        sums.setdefault(frozenset(parts), parts)
+
+    for name in narrowable:
+        add({name: 1})
     for ordered in dict.fromkeys(tuple(sorted(owners)) for owners in axes.values()):
         for start in range(len(ordered)):
             total: dict[str, int] = {}
             for _, name, repeat in ordered[start:]:
+                if name not in narrowable:
+                    continue
                 total = {**total, name: total.get(name, 0) + repeat}
-                sums.append(total)
-    found: dict[Changes, tuple[PerUnit, int]] = {}
-    for parts in sums:
-        changes = tuple(sum(each.get(name, 0) * repeat for name, repeat in parts.items()) for each in removed)
-        if any(changes):
-            found.setdefault(_direction(changes), (tuple(parts.items()), _common(changes)))
-    return _Explanations(found)
+                add(total)
+    return list(sums.values())
 
 
 # --- what a graph says

@@ -230,10 +230,12 @@ def apply(
     device: str,
 ) -> Network:
     """The smaller network: units cut, consumers compensated; weights and a plan.json from which it is rebuilt."""
-    batches = Batches.read(fit, source.input, resolve_device(device))
-    dense = restore(source).to(batches.device)
-    masked = compensated(dense, groups.groups, plan.keep, batches, compensate)
-    pruned = cut_copy(masked, groups.groups, plan.keep).cpu()
+    dense = pruned = restore(source)
+    if plan.keep:
+        batches = Batches.read(fit, source.input, resolve_device(device))
+        dense = dense.to(batches.device)
+        masked = compensated(dense, groups.groups, plan.keep, batches, compensate)
+        pruned = cut_copy(masked, groups.groups, plan.keep).cpu()
     write_plan(out / "plan.json", dense, pruned, source, groups.groups, plan)
     params, macs = count(pruned, source.input)
     return Network(
