@@ -40,7 +40,7 @@ from cswap_deploy.stage import Workdir, WouldRun
 from cswap_deploy.wording import UNPLANNED
 
 STAGES = (
-    "source", "split", "groups", "rotated", "scores", "curves", "sizes", "staircase", "plan", "pruned", "exported", "simplified",
+    "source", "split", "groups", "sizes", "staircase", "rotated", "scores", "curves", "plan", "pruned", "exported", "simplified",
     "variants", "engine", "accuracy", "latency", "bundle",
 )  # fmt: skip
 """All stage names that --force takes, in order."""
@@ -432,8 +432,11 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
     if planning.goal_ms(recipe):
         engine, alone = recipe.ships_engine, progress.spelt("staircase", "dense")
         first = ["groups", progress.spelt("engine", "dense"), alone] if engine else [alone, "groups"]
-        order = ("staircase", "rotated", "scores", "curves", "plan", "pruned")
-        before = [*before[:2], *dense, *first, "sizes", *(name for name in order if name in names)]
+        parts = ("floor", *(("multiples",) if recipe.prune.round_to == "auto" else ()), "widths")
+        learned = [*(progress.spelt("staircase", part) for part in parts), "staircase"]
+        scored = [name for name in ("rotated", "scores", "curves") if name in names]
+        chosen = [progress.spelt("plan", "approach"), progress.spelt("staircase", "candidate"), "plan", "pruned"]
+        before = [*before[:2], *dense, *first, "sizes", *learned, *scored, *chosen]
         made, dense = [*made, *(["engine"] if engine else ()), "latency"], []
     return (
         *before,
