@@ -66,7 +66,8 @@ def session(command: str, as_json: bool) -> Iterator[Answer]:
 
 
 def say_interrupted() -> None:
-    """Unless an error, this or another, was told before."""
+    """Unless an error, this or another, was told before. The command ends here, and may be where its streams were turned elsewhere."""
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     with _telling:
         if not _told.is_set():
             command = next((word for word in sys.argv[1:] if not word.startswith("-")), "cswap-deploy")

@@ -19,7 +19,8 @@ PROMPT_S = 2.0
 """The bar is a second; the rest is for a busy machine."""
 
 PROGRAM = """
-    import hashlib, sys, time
+    import hashlib, io, sys, time
+    from contextlib import redirect_stderr, redirect_stdout
     from dataclasses import dataclass
     from pathlib import Path
     from cswap_deploy import cli, pipeline
@@ -29,20 +30,32 @@ PROGRAM = """
     class Number:
         number: int
 
+    def say() -> None:
+        print("running", file=sys.stderr, flush=True)
+
     def deaf(out: Path) -> Number:
         "Swallows what comes, as a bare except in a library does, and goes on."
+        say()
         while True:
             try:
                 time.sleep(10)
             except BaseException:
                 pass
 
+    def redirected(out: Path) -> Number:
+        "The same where what is said goes elsewhere, as in PyTorch's exporter."
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            print("running", file=sys.__stderr__, flush=True)
+            return deaf(out)
+
     def native(out: Path) -> Number:
         "In native code, which keeps the handler waiting."
+        say()
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 500_000_000)
 
     def wrong(out: Path) -> Number:
         "Returns a wrong number because it was interrupted."
+        say()
         try:
             time.sleep(10)
         except BaseException:
@@ -51,6 +64,7 @@ PROGRAM = """
 
     def failing(out: Path) -> Number:
         "Makes an error of its own of it."
+        say()
         try:
             time.sleep(10)
         except BaseException:
@@ -58,14 +72,16 @@ PROGRAM = """
 
     def mute(out: Path) -> Number:
         "Nobody reads what is said."
+        say()
         print("x" * 200_000, file=sys.stdout)
 
     def fragile(out: Path) -> Number:
         "Imports what aborts the process where an exception comes while it makes its objects, as nanobind's enumerations do."
+        say()
         import fragile
 
     chosen = stage("source", returns=Number)(globals()[sys.argv.pop()])
-    pipeline.build = lambda recipe, work: print("running", file=sys.stderr, flush=True) or work.run(chosen)
+    pipeline.build = lambda recipe, work: work.run(chosen)
     cli.main()
 """
 
@@ -81,7 +97,7 @@ def program(what: str, folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("what", ["deaf", "native", "wrong", "failing", "mute"])
+@pytest.mark.parametrize("what", ["deaf", "redirected", "native", "wrong", "failing", "mute"])
 def test_no_stage_can_refuse_to_end_or_commit_after_a_signal(what: str, number: signal.Signals, tmp_path: Path) -> None:
     process = program(what, tmp_path)
     try:

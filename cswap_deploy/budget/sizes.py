@@ -75,7 +75,7 @@ def settings(groups: Groups) -> tuple[dict[str, int], ...]:
         for _ in range(TRIES):
             found = _apart(units, count, random)
             if found is None:
-                continue
+                break
             exports = tuple({name: widths[number] for name, widths in found.items()} for number in range(count))
             removed = [{name: units[name] - width for name, width in widths.items()} for widths in exports]
             if len({_direction(_changes(parts, removed)) for parts in sums}) == len(sums):
