@@ -48,7 +48,12 @@ SIMPLIFY = """
 import ctypes, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: whoever is killed leaves nobody behind to write into his folder
-sys.modules["torch"] = None  # onnxsim imports it, for seconds, for what is not asked for here
+class WithoutTorch:  # onnxsim imports it, for seconds, for what is not asked for here
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, WithoutTorch)
 import onnx, onnxsim
 model, ok = onnxsim.simplify(onnx.load(sys.argv[1]))
 onnx.save(model, sys.argv[2])
@@ -127,9 +132,9 @@ def sizes_of(
             narrower.append((widths, Numbers.of(seen(path if dense.note else simpler))))
         whole = seen(dense.graph.path)
         found = sizes.learned(groups, Numbers.of(whole), narrower)
-        onnx.save(whole, path)
-        template = Template.read(path, groups, found)
-        path.write_bytes(template.narrowed(sizes.another(groups), template.shared(Path(folder))))
+        onnx.save(whole, Path(folder) / "dense.onnx")
+        template = Template.read(Path(folder) / "dense.onnx", groups, found)
+        path.write_bytes(template.narrowed(sizes.another(groups, wanted), template.shared(Path(folder))))
         require_runnable(path)
         return found
 

@@ -473,7 +473,9 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
         stopped, reason = first.name, first.reason
     passed = {reference.partition("/")[0] for reference in work.used}
     names = stages(recipe)
-    later = names[names.index(stopped) :] if stopped in names else ()
+    later = {*(names[names.index(stopped) :] if stopped in names else ())}
+    if stopped == "staircase":  # also of candidates, after these, which hang on no measurement
+        later -= {"rotated", "scores", "curves"}
     for name in names:
         if name == stopped:
             yield name, reason

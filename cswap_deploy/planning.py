@@ -19,7 +19,7 @@ from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial, WidthTimings
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
-from cswap_deploy.errors import DeviceError, UnshippableError
+from cswap_deploy.errors import DeviceError, ExportError
 from cswap_deploy.metering import LONGER, NOTHING, Meter, of_engines, sampling_s
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, Recipe
@@ -198,7 +198,7 @@ def _floored(meter: Meter, first: Budget, settings: Sequence[Widths]) -> tuple[B
         floor = min(ratios, key=lambda ratio: ratio.value, default=Ratio(1.0, 1.0, 1.0))
         if not floor.low * dense <= goal <= floor.high * dense:
             break
-    verdict: BudgetVerdict = "infeasible" if floor.value * dense > goal else "met"
+    verdict: BudgetVerdict = "infeasible" if floor.low * dense > goal else "met"
     narrowest = f"with every group at its narrowest {floor.value * dense:.4g} ms"
     said = narrowest if settings else "nothing in this network can be pruned"
     progress.note(said if verdict == "met" else f"{said}: {verdict}")
@@ -344,7 +344,7 @@ class _Planner:
                     break  # no more room is left than the tolerance, as far as that is known
                 shift = shipped.value / best.ratio
                 trials = loop.run(trials, shift)
-            except (DeviceError, UnshippableError) as error:
+            except (DeviceError, ExportError) as error:
                 if all(each.ratio.value > ratio for each in made):
                     raise
                 why = "a better one could not be made or measured"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import inf
+from math import inf, lcm
 from random import Random
 
 from cswap_deploy.artifacts import Groups
@@ -48,7 +48,8 @@ class Design:
         kinds = kinds_of(groups)
         widths = self.widths_alone(groups, kinds, multiple, exact=round_to is not None)
         multiples = 0 if round_to else 3 * sum(steps_of(groups, number) is not None for number in self.multiples)
-        floors = len(extremes(groups, self, round_to)) * (1 if round_to else 2)
+        floors = len(extremes(groups, self, round_to))
+        floors *= 1 if round_to and floors == 1 else 2  # once more where candidates may not have such widths
         return floors + multiples + sum(map(len, widths.values())) + self.together
 
     def widths_alone(
@@ -91,8 +92,11 @@ def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
 
 
 def extremes(groups: Groups, design: Design, round_to: int | None) -> tuple[Widths, ...]:
-    """Every group as narrow as multiples of a few numbers let it be, the first as narrow as any candidate: the fastest is the floor."""
-    numbers = (round_to,) if round_to else design.narrowest
+    """Every group as narrow as multiples of a few numbers let it be, the first as narrow as any candidate: the fastest is the floor.
+
+    `round_to`: of which all widths are multiples.
+    """
+    numbers = dict.fromkeys(lcm(round_to or 1, number) for number in design.narrowest)
     return tuple({group.name: floor_of(group, number) for group in groups.groups} for number in numbers)
 
 
@@ -138,7 +142,7 @@ def alignment(design: Design, ratios: Mapping[int, tuple[float, float, float]]) 
 
 
 def options(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> dict[str, tuple[int, ...]]:
-    """Widths that each kind of group may have, narrow to wide, below its units: multiples, at most `CHOICES`."""
+    """Widths that each kind of group may have, narrow to wide, below its units: multiples, about `CHOICES`."""
     found = {}
     for name in kinds:
         group = groups.by_name[name]

@@ -120,8 +120,8 @@ def require_runnable(path: Path) -> None:
     """Run a narrowed file once on one input of zeros. Errors: ExportError."""
     import numpy as np
 
-    session = Session(path, threads=1, literal=True)
     try:
+        session = Session(path, threads=1, literal=True)
         session.logits(np.zeros((1, *session.input_shape), np.float32))
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ExportError(

@@ -83,10 +83,17 @@ def settings(groups: Groups) -> tuple[dict[str, int], ...]:
     raise ExportError(f"{MOST} exports do not tell {len(units)} groups apart", HINT)
 
 
-def another(groups: Groups) -> dict[str, int]:
-    """Units of each group in a setting that is not exported: what was learned is tried on it. Seeded."""
-    random = Random(1)
-    return {name: _drawn(units, random) for name, units in _narrowable(groups).items()}
+def another(groups: Groups, exported: Sequence[Widths]) -> dict[str, int]:
+    """Units of each group, none whole, in a setting on which what was learned is tried. Seeded.
+
+    Unlike all that were exported, where so many narrow settings exist.
+    """
+    units, random, found = _narrowable(groups), Random(1), dict[str, int]()
+    for _ in range(DRAWS):
+        found = {name: min(_drawn(many, random), many - 1) for name, many in units.items()}
+        if found not in exported:
+            break
+    return found
 
 
 def _narrowable(groups: Groups) -> dict[str, int]:

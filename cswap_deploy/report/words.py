@@ -57,8 +57,8 @@ def budget(found: Facts) -> str:
             floor = ""
             if "floor_ms" in found:
                 narrowest = f"with every group at its narrowest {ms(found['floor_ms'])} are left"
-                narrower = found["floor_ms"] < found.get("dense_ms", float("inf"))
-                floor = f"; {narrowest if narrower else 'nothing in this network can be pruned'}"
+                nothing = found["floor_ms"] == found.get("dense_ms")
+                floor = f"; {'nothing in this network can be pruned' if nothing else narrowest}"
             return f"Infeasible: {asked} cannot be reached{floor}{dense}"
         case "met" | "missed" if found["achieved_ms"] is None:
             return f"Not shown to be met: {asked} was asked for, what ships was not measured{dense}"
