@@ -77,7 +77,7 @@ def settings(groups: Groups) -> tuple[dict[str, int], ...]:
             if found is None:
                 break
             exports = tuple({name: widths[number] for name, widths in found.items()} for number in range(count))
-            removed = [{name: units[name] - width for name, width in widths.items()} for widths in exports]
+            removed = _removed(groups, exports)
             if len({_direction(_changes(parts, removed)) for parts in sums}) == len(sums):
                 return exports
     raise ExportError(f"{MOST} exports do not tell {len(units)} groups apart", HINT)
@@ -129,9 +129,7 @@ def learned(groups: Groups, dense: Numbers, narrower: Sequence[tuple[Widths, Num
     for _, other in narrower:
         if other.structure != dense.structure:
             raise ExportError(f"a narrower network is exported to other nodes: {_difference(dense, other)}", HINT)
-    units = {group.name: group.units for group in groups.groups}
-    removed = [{name: units[name] - width for name, width in widths.items()} for widths, _ in narrower]
-    known = _explanations(groups, removed)
+    known = _explanations(groups, _removed(groups, [widths for widths, _ in narrower]))
     uses: dict[str, dict[tuple[str, int], set[Size]]] = {}
     found = list[Size]()
     for place, number, *narrow in zip(
@@ -199,6 +197,12 @@ def _explanations(groups: Groups, removed: Sequence[Widths]) -> _Explanations:
         if any(changes):
             found.setdefault(_direction(changes), (parts, _common(changes)))
     return _Explanations(found)
+
+
+def _removed(groups: Groups, settings: Iterable[Widths]) -> list[dict[str, int]]:
+    """Units that left each group, by setting."""
+    units = {group.name: group.units for group in groups.groups}
+    return [{name: units[name] - width for name, width in widths.items()} for widths in settings]
 
 
 def _changes(parts: PerUnit, removed: Sequence[Widths]) -> Changes:
