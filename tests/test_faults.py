@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -366,16 +367,20 @@ def test_a_second_run_is_refused_while_the_first_lives_and_a_killed_one_leaves_n
     """onnxsim, in a process of its own, would go on writing into the folder that the next run works in."""
     work = project.folder / "work"
     first = start_build(project.recipe, work)
-    wait_until(lambda: bool(children(first.pid)), first)
-    second = start_build(project.recipe, work, "--json")
-    _, stderr = second.communicate(timeout=60)
-    owner = f"is in use by process {first.pid} on {os.uname().nodename}"
-    require_refused(second.returncode, stderr, 2, owner, "wait until that run has ended")
-    assert first.poll() is None
-    others = children(first.pid)
-    assert others
-    first.kill()
-    first.communicate()
+    try:
+        wait_until(lambda: bool(children(first.pid)), first)
+        others = children(first.pid)
+        for other in others:
+            os.kill(int(other), signal.SIGSTOP)  # it is still there, and unfinished, when its parent is killed
+        second = start_build(project.recipe, work, "--json")
+        _, stderr = second.communicate(timeout=60)
+        owner = f"is in use by process {first.pid} on {os.uname().nodename}"
+        require_refused(second.returncode, stderr, 2, owner, "wait until that run has ended")
+        assert first.poll() is None
+        assert children(first.pid) == others != []
+    finally:
+        first.kill()
+        first.communicate()
     deadline = time.monotonic() + 5
     while left := [other for other in others if "onnx" in maps(other)]:
         assert time.monotonic() < deadline, f"still there: {left}"
