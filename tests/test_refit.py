@@ -14,6 +14,7 @@ import zoo
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import Groups
+from cswap_deploy.prune import refit
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import with_systems
 from cswap_deploy.prune.groups import find
@@ -448,9 +449,12 @@ def error(module: nn.Module, dense: nn.Module, batches: Batches, part: str = "")
     return math.sqrt(off / total)
 
 
-@pytest.mark.parametrize(("negative", "less"), [(False, 0.99), (True, 0.98)])
-def test_where_a_relu_follows_the_fit_spends_nothing_on_what_it_cuts_off(negative: bool, less: float) -> None:
+@pytest.mark.parametrize(("negative", "less", "seed"), [(False, 0.99, 5), (True, 0.98, 2)])
+def test_where_a_relu_follows_the_fit_spends_nothing_on_what_it_cuts_off(
+    negative: bool, less: float, seed: int
+) -> None:
     """Compared behind the ReLU with the fit that knows nothing of it: on the images of the fit and on others."""
+    torch.manual_seed(seed)  # the gain is 0.3 to 2 % of the error, as the weights fall
     dense = built(nn.Sequential(zoo.conv_bn(3, 10, stride=2), zoo.conv_bn(10, 8), zoo.pooled(8)))
     with torch.no_grad():
         dense[1][1].bias.fill_(-0.4)
@@ -480,3 +484,28 @@ def test_a_channel_that_its_scale_closes_is_fitted_plainly() -> None:
     module, _ = fitted(dense, find(dense, entry.spec), {"0.0": (0, 1, 4)}, zoo.batches(entry, 40))
     assert bool(F.relu(module(next(iter(zoo.batches(entry, 8)))[0])).isfinite().all())
     assert error(module, dense, zoo.batches(entry, 40)) < 1
+
+
+def test_structures_of_one_key_are_examined_once_and_fit_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, looked = zoo.ZOO["residual"], list[int]()
+    dense, batches = entry.build(), zoo.batches(entry, 70)
+    groups = find(dense, entry.spec)
+    keep = {group.name: tuple(range(1, group.units)) for group in groups.groups}
+
+    find_structure = refit._found
+
+    def counted(*arguments: Any) -> Structure:
+        looked.append(1)
+        return find_structure(*arguments)
+
+    monkeypatch.setattr(refit, "_found", counted)
+    monkeypatch.setattr(refit, "_examined", {})
+    fits = [
+        fitted(dense, groups, keep, batches, Structure(key))[0].state_dict() for key in ("", "a", "a", "", "b", "c")
+    ]
+    assert len(looked) == 5  # the second "a" asks no one
+    for other in fits[1:]:
+        assert other.keys() == fits[0].keys() and all(
+            torch.equal(value, fits[0][name]) for name, value in other.items()
+        )
+    assert [*refit._examined] == ["b", "c"] and not any(found.wanted for found in refit._examined.values())

@@ -14,15 +14,18 @@ from cswap_deploy.artifacts import Curves, File, Groups, GroupScores, ImageSet, 
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Staircase
 from cswap_deploy.checkpoint import save_state
+from cswap_deploy.codec import encode
 from cswap_deploy.data import require_learned
+from cswap_deploy.digests import digest_of
 from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches, resolve_device
 from cswap_deploy.prune.compensate import compensated
 from cswap_deploy.prune.criteria import between_steps, images_used, scorer
 from cswap_deploy.prune.cut import cut_copy, restore, write_plan
 from cswap_deploy.prune.groups import find
+from cswap_deploy.prune.refit import Structure
 from cswap_deploy.prune.rotation import rotated
-from cswap_deploy.prune.search import Bench, Search, State, correct
+from cswap_deploy.prune.search import SEARCH_IMAGES, Bench, Search, State, correct
 from cswap_deploy.recipe import (
     CausalCriterion,
     CompensationSettings,
@@ -97,7 +100,8 @@ def measure_curves(
     """What narrowing each group of the dense network costs, measured at several widths after compensation."""
     batches = Batches.read(fit, source.input, resolve_device(device))
     dense = restore(source).to(batches.device)
-    bench = Bench(dense, groups, batches, criterion, compensate, allocation, round_to)
+    structure = _structure(source, fit, SEARCH_IMAGES, batches.device)
+    bench = Bench(dense, groups, batches, criterion, compensate, allocation, round_to, structure)
     module, systems = bench.compensated(bench.everything)
     damage = bench.damage(allocation)
     found = bench.gauge(module, systems, bench.everything, scores.groups, damage).curves(round_to)
@@ -199,8 +203,14 @@ def _search(
     where = resolve_device(device)
     fit_batches, judged = (Batches.read(images, source.input, where) for images in (fit, selection))
     dense, allocation = restore(source).to(where), settings.allocation
-    bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, allocation, round_to)
+    structure = _structure(source, fit, SEARCH_IMAGES, where)
+    bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, allocation, round_to, structure)
     return Search(bench, judged, scores.groups, curves.groups if curves else (), seed)
+
+
+def _structure(source: Network, fit: ImageSet, images: int, device: str) -> Structure:
+    """For fits of this network on the first `images`: what a stage has found, the next one need not look for."""
+    return Structure(digest_of([encode(source, Path("/")), [image.sha256 for image in fit.images[:images]], device]))
 
 
 def _plan_of(state: State, bench: Bench, scores: Scores, curves: Curves | None) -> PruningPlan:
@@ -234,7 +244,8 @@ def apply(
     if plan.keep:
         batches = Batches.read(fit, source.input, resolve_device(device))
         dense = dense.to(batches.device)
-        masked = compensated(dense, groups.groups, plan.keep, batches, compensate)
+        structure = _structure(source, fit, len(batches), batches.device)
+        masked = compensated(dense, groups.groups, plan.keep, batches, compensate, structure)
         pruned = cut_copy(masked, groups.groups, plan.keep).cpu()
     write_plan(out / "plan.json", dense, pruned, source, groups.groups, plan)
     params, macs = count(pruned, source.input)

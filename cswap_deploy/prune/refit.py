@@ -27,6 +27,8 @@ from cswap_deploy.prune.systems import Block, Site, System, Systems
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+EXAMINED = 2
+"""Structures of a key that are remembered: of one network that of the search, and that of what ships."""
 WANTED_BYTES = 1 << 30
 """Memory for what the dense network gives; beyond it that is computed for each fit."""
 MOST_COLUMNS = 10_000
@@ -39,6 +41,8 @@ FEWEST_IMAGES = 64
 class Structure:
     """What holds for the layers of a network whatever leaves: found at the first fit, used by the later ones."""
 
+    key: str = ""
+    """Of the network and the images: what is found, but `wanted`, holds for all structures of this key in this process. "": for none."""
     sites: dict[str, Site | None] = field(default_factory=dict)
     grouped: dict[str, Site] = field(default_factory=dict)
     """Convolutions of several groups that can be fitted group by group."""
@@ -120,11 +124,25 @@ def refit(
 
 def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers: Collection[str]) -> None:
     """Once per network: its layers in order and as linear systems, and how many images fit into the memory for replayed outputs."""
+    if structure.order:
+        return
+    found = _examined.get(structure.key) or _found(dense, batches, consumers, structure.reuse)
+    structure.order, structure.sites, structure.grouped = found.order, found.sites, found.grouped
+    structure.reuse, structure.images, structure.movers = found.reuse, found.images, found.movers
+    if structure.key:
+        _examined[structure.key] = found
+        for oldest in [*_examined][:-EXAMINED]:
+            del _examined[oldest]
+
+
+_examined: dict[str, Structure] = {}
+
+
+def _found(dense: nn.Module, batches: Batches, consumers: Collection[str], reuse: Reuse) -> Structure:
     import torch
     from torch import nn
 
-    if structure.order:
-        return
+    structure = Structure(reuse=reuse)
     image, pair = next(iter(batches.first(1)))[0], next(iter(batches.first(2)))[0]
     names = [name for name, layer in dense.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     largest = 1
@@ -157,6 +175,7 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
         progress.note(
             f"layers are fitted on {structure.images} of {len(batches)} images: the activations fill the memory"
         )
+    return structure
 
 
 def _alone(dense: nn.Module, name: str, once: Collection[str]) -> bool:
