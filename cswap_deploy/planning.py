@@ -343,21 +343,27 @@ class _Planner:
                 if shipped.value <= ratio and shipped.high >= least:
                     break  # no more room is left than the tolerance, as far as that is known
                 shift = shipped.value / best.ratio
-                trials = loop.run(trials, shift)
+                tried = [each.widths for each in made]
+                if not any(loop.fits(trial, shift) for trial in trials if trial.widths not in tried):
+                    trials = loop.run(trials, shift)
             except (DeviceError, ExportError) as error:
                 if all(each.ratio.value > ratio for each in made):
                     raise
                 why = "a better one could not be made or measured"
                 progress.warn(f"{error.message}; what was within the budget before it ships")
                 break
-        met = [each for each in made if each.ratio.value <= ratio]
+        met, used = [each for each in made if each.ratio.value <= ratio], len(trials) + len(loop.failed)
         if not met:
+            if used < goal.trials:
+                progress.note(
+                    f"the budget is missed after {used} of {goal.trials} candidates: the widths that pay allow no faster one"
+                )
             return trials, min(made, key=lambda each: each.ratio.value).plan, "missed"
         final = min(met, key=lambda each: damage(each.widths))
         if final.ratio.value < least:
             if final.ratio.high >= least:
                 why = "that much is within the interval of what was measured"
-            elif len(trials) + len(loop.failed) >= goal.trials:
+            elif used >= goal.trials:
                 why = "after all trials"
             progress.note(f"{percent(1 - final.ratio.value / ratio, 0)} of the budget is left: {why}")
         return trials, final.plan, "met"

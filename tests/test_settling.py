@@ -15,7 +15,7 @@ import pytest
 from conftest import make_project
 from test_budget import FILES, Device, blocks, exact, learned, measured, truth, whole
 
-from cswap_deploy import metering, planning
+from cswap_deploy import metering, planning, progress
 from cswap_deploy.artifacts import Curves, File, Groups, LatencyReport, Network, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.staircase import Steps
@@ -88,6 +88,15 @@ def test_where_what_ships_misses_an_earlier_candidate_that_meets_the_budget_is_m
     assert (verdict, len(made)) == ("met", 2) and ratio == pytest.approx(1.04 * candidates[0])
 
 
+def test_where_what_ships_leaves_room_an_earlier_candidate_that_fits_now_is_not_looked_for_anew(tmp_path: Path) -> None:
+    """The first candidate missed by a little, the second met; what ships of the second takes 4.5 % less than it did."""
+    recipe = make_project(tmp_path / "project").load("prune.target={latency_ms: 7, trials: 8}", "latency={}")
+    candidates, ratio, verdict, made, _ = settled(recipe, Device(GROUPS, 1.045), [0.955, 0.955])
+    assert len(candidates) == 2 and candidates[1] <= 0.7 < candidates[0]
+    assert [Device(GROUPS, 1.045).takes(widths) for widths in made] == [candidates[1], candidates[0]]
+    assert verdict == "met" and ratio == pytest.approx(0.955 * candidates[0])
+
+
 def test_what_met_the_budget_ships_and_not_what_is_more_damaged(recipe: Recipe) -> None:
     """The first that ships leaves room, so the loop goes on; nothing that comes later replaces it unless it loses less."""
     candidates, ratio, verdict, made, _ = settled(recipe, Device(GROUPS, 1.0), [0.9, 1.2, 1.2])
@@ -107,6 +116,19 @@ def test_where_all_that_ships_misses_the_fastest_of_it_ships(recipe: Recipe) -> 
     assert ratio == pytest.approx(
         min(slower * 0.85 * truth(GROUPS, widths, 16) for slower, widths in zip([1.5, 1.4], made, strict=True))
     )
+
+
+def test_a_budget_that_is_missed_before_all_trials_says_why(tmp_path: Path) -> None:
+    class Heard(progress.Silent):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    notes: list[str] = []
+    recipe = make_project(tmp_path / "project").load("prune.target={latency_ms: 7, trials: 50}", "latency={}")
+    with progress.reporting(Heard()):
+        candidates, _, verdict, _, _ = settled(recipe, Device(GROUPS, 1.0), [9.0] * 50)
+    said = f"the budget is missed after {len(candidates)} of 50 candidates: the widths that pay allow no faster one"
+    assert verdict == "missed" and len(candidates) < 50 and notes[-1] == said
 
 
 def test_an_approach_that_is_faster_than_the_budget_already_is_made_again_less_far(recipe: Recipe) -> None:
