@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cswap_deploy import data, model, pipeline, planning
+from cswap_deploy import data, model, pipeline, planning, prepared
 from cswap_deploy.artifacts import Groups, Network, Split
 from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
@@ -19,6 +19,8 @@ from cswap_deploy.prune.select import CostKind, narrowest
 from cswap_deploy.recipe import FpsTarget, LatencyTarget, MacsTarget, ParamsTarget, Recipe
 from cswap_deploy.stage import Workdir, WouldRun
 from cswap_deploy.wording import percent, plural
+
+BEGINS = "a build begins with the dense network's latency, and says at once whether that meets it"
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,8 @@ def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
             faults += filter(None, [_pruning_fault(recipe, groups)])
         if isinstance(recipe.prune.target, LatencyTarget | FpsTarget):
             goal = f"{planning.goal_ms(recipe):.4g} ms (p{recipe.prune.target.percentile})"
-            facts["budget"] = (
-                f"{goal}; a build begins with the dense network's latency: whether that meets it is not known yet"
-            )
+            known = prepared.answer_to(recipe, work)
+            facts["budget"] = f"{goal}; {f'{known.verdict} in the last build' if known else BEGINS}"
         if recipe.latency or recipe.engine:
             try:
                 with reach(recipe.target) as target:

@@ -38,6 +38,11 @@ def ingredients(
     return parts | {f"source {file}": f"sha256:{text}" for file, text in source_digests(function.__module__).items()}
 
 
+def arguments_of(parts: Mapping[str, str]) -> set[str]:
+    """Names of the arguments among the ingredients."""
+    return {key.partition(".")[0] for key in parts if key != "stage" and not key.startswith(("version of ", "source "))}
+
+
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """One phrase for each ingredient that differs, old and new where they are short."""
     return [_change(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -52,17 +52,17 @@ ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bu
 PRUNING = ("groups", "scores", "plan")
 
 
-def build(recipe: Recipe, work: Workdir, folder: str = BUNDLE) -> Bundle:
+def build(recipe: Recipe, work: Workdir, folder: str = BUNDLE, beside: Sequence[float] = ()) -> Bundle:
     """Everything; `work` must be open. The bundle says pass or fail; only what cannot be built raises.
 
-    `folder`: of the work folder, for the bundle.
+    `folder`: of the work folder, for the bundle. `beside`: as in `planning.choose`.
     """
     if recipe.remote and not work.dry:
         _warn_if_away(recipe)
-    return deploy(recipe, prepare(recipe, work), work, folder)
+    return deploy(recipe, prepare(recipe, work, beside), work, folder)
 
 
-def prepare(recipe: Recipe, work: Workdir) -> Prepared:
+def prepare(recipe: Recipe, work: Workdir, beside: Sequence[float] = ()) -> Prepared:
     """The host's half: load, split, prune, export, simplify, make variants, judge them on the hold-out images."""
     require_inputs(recipe)
     source = load(recipe, work)
@@ -71,7 +71,7 @@ def prepare(recipe: Recipe, work: Workdir) -> Prepared:
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
     dense, more = _dense(recipe, source, split, work) if planning.goal_ms(recipe) else ({}, [])
-    pruning, groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work)
+    pruning, groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work, beside)
     pruned, exported, models, reasons = _made(recipe, pruning, split, groups, plan, work, recipe.wanted_variants)
     reasons += _further(recipe, models, pruned, fit, work)
     if not dense:
@@ -137,11 +137,17 @@ def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
 
 
 def choose_plan(
-    recipe: Recipe, source: Network, split: Split, dense: Mapping[str, OnnxModel], work: Workdir
+    recipe: Recipe,
+    source: Network,
+    split: Split,
+    dense: Mapping[str, OnnxModel],
+    work: Workdir,
+    beside: Sequence[float],
 ) -> tuple[Network, Groups, PruningPlan, Budget | None, list[Reason]]:
     """What is pruned, what leaves it, what came of a latency that is asked for, and why nothing leaves where the target was lost.
 
-    `dense`: the dense network's files, where a latency is asked for. Errors: PruningError, ExportError.
+    `dense`: the dense network's files, where a latency is asked for; `beside`: as in `planning.choose`. Errors: PruningError,
+    ExportError.
     """
     if planning.goal_ms(recipe) is None:
         return *_plan(recipe, source, split, work), None, []
@@ -160,7 +166,7 @@ def choose_plan(
         text = f"the dense network cannot be made in {recipe.shipped_file}. {UNPLANNED}: choose another ship"
         return source, *planning.UNPRUNED, None, [Reason(ExportError.exit_code, text)]
     try:
-        return *planning.choose(recipe, source, split, dense, work, ship), []
+        return *planning.choose(recipe, source, split, dense, work, ship, beside), []
     except (DeviceError, UnshippableError) as error:
         progress.warn(f"{error}; the dense network takes the place of the pruned one")
         what, further = error.message, "choose another ship"

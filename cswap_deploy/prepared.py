@@ -12,7 +12,7 @@ from cswap_deploy.artifacts import AccuracyReport, File, Groups, Network, OnnxMo
 from cswap_deploy.budget.values import Budget
 from cswap_deploy.codec import decode, encode
 from cswap_deploy.digests import is_sealed, sealed, write_atomically
-from cswap_deploy.errors import UsageError, WorkdirError
+from cswap_deploy.errors import CswapError, UsageError, WorkdirError
 from cswap_deploy.recipe import Recipe
 from cswap_deploy.stage import Workdir
 
@@ -76,6 +76,22 @@ def require(folder: Path) -> None:
 
 def find(work: Workdir) -> tuple[Recipe, Prepared]:
     """What `keep` wrote; its results are checked and stay. Errors: UsageError, WorkdirError."""
+    recipe, ready, results = _read(work)
+    work.reuse(results)
+    return recipe, ready
+
+
+def answer_to(recipe: Recipe, work: Workdir) -> Budget | None:
+    """What came of this recipe's latency, where what `keep` wrote is of this very recipe."""
+    try:
+        stored, ready, _ = _read(work)
+    except CswapError:
+        return None
+    return ready.budget if stored == recipe else None
+
+
+def _read(work: Workdir) -> tuple[Recipe, Prepared, list[str]]:
+    """And the names of the results that it is made of."""
     require(work.root)
     path = work.root / NAME
     try:
@@ -90,5 +106,4 @@ def find(work: Workdir) -> tuple[Recipe, Prepared]:
         raise WorkdirError(
             f"{path} cannot be read: {error}", "copy the work folder again, or run prepare again"
         ) from error
-    work.reuse(results)
-    return recipe, ready
+    return recipe, ready, results

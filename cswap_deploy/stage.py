@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -31,7 +32,7 @@ from cswap_deploy.artifacts import File, sha256_of
 from cswap_deploy.codec import decode, encode
 from cswap_deploy.digests import Digests, digest_of, is_sealed, load_json, sealed, write_atomically
 from cswap_deploy.errors import CswapError, WorkdirError
-from cswap_deploy.keys import changes, ingredients
+from cswap_deploy.keys import arguments_of, changes, ingredients
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -189,18 +190,21 @@ class Workdir:
         if stage.name in self._force and f"{stage.name}/{entry.name}" not in self._used:
             return "forced"
         if not entry.exists():
-            return self._difference(stage.name, parts)
+            return self._difference(stage, parts)
         return self._damage(entry)
 
-    def _difference(self, name: str, parts: dict[str, str]) -> str:
+    def _difference(self, stage: Stage[P, T], parts: dict[str, str]) -> str:
         """What changed against the stored result of this stage that is most like the wanted one, then most recent.
 
-        Results of this very run are others' (the dense twin has the stages of the pruned network), not earlier ones.
+        Results of this very run are others' (the dense twin has the stages of the pruned network), not earlier ones, and those of
+        other arguments are another function's: measurements of several kinds are one stage.
         """
+        name = stage.name
         age = {reference: -run for run, used in enumerate(self._earlier) for reference in used}
         others = [e for e in (self.root / "stages" / name).glob("*") if f"{name}/{e.name}" not in self._used]
         entries = sorted(others, key=lambda entry: age.get(f"{name}/{entry.name}", 1))
         stored = [record.ingredients for entry in entries if (record := _record(entry))]
+        stored = [found for found in stored if arguments_of(found) <= {*signature(stage.function).parameters}]
         if not stored:
             return "not run yet"
         closest = min((changes(old, parts) for old in stored), key=len)

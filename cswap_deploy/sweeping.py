@@ -36,7 +36,9 @@ def latencies_of(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(0 < value < float("inf") for value in found):
-        raise UsageError(f"--latency: {text!r} is no list of milliseconds", "give some, such as --latency 3,4,5")
+        raise UsageError(
+            f"--latency: {text!r} is no list of milliseconds above 0", "give some, such as --latency 3,4,5"
+        )
     return found
 
 
@@ -58,7 +60,7 @@ def sweep(recipes: Sequence[Recipe], work: Workdir) -> dict[str, Any]:
         goal = recipe.prune.target
         folder = f"bundle-{goal.latency_ms:.12g}ms"  # type: ignore[union-attr]
         progress.note(f"latency {number + 1} of {len(recipes)}: {goal.latency_ms:g} ms")  # type: ignore[union-attr]
-        bundle = pipeline.build(recipe, work, folder)
+        bundle = pipeline.build(recipe, work, folder, [other.prune.target.latency_ms for other in recipes])  # type: ignore[union-attr]
         about = {"latency_ms": goal.latency_ms, "percentile": goal.percentile}  # type: ignore[union-attr]
         points.append({**about, **_point(bundle, folder)})
         latency = bundle.manifest["latency"]

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from cswap_deploy import (
     accuracy,
+    checks,
     data,
     export,
     latency,
@@ -127,6 +128,11 @@ def test_a_second_run_measures_nothing_and_decides_the_same(project: Project, de
     found = events(project.recipe, (asked(1.9), *SHORT), project.folder / "work")
     assert set(found.values()) == {"up to date"} and set(device.asked) <= {"probe"}
     assert plan.read_bytes() == before
+    assert "; proven at 95 %" in words.budget(budget_of(project.build(asked(1.9), *SHORT)))
+    said = checks.check(project.load(asked(1.9), *SHORT), project.folder / "work").facts["budget"]
+    assert said == "1.9 ms (p50); met in the last build"
+    said = checks.check(project.load(asked(1.8), *SHORT), project.folder / "work").facts["budget"]
+    assert said == f"1.8 ms (p50); {checks.BEGINS}"
 
 
 def test_another_budget_replays_the_staircase(project: Project, device: Simulated) -> None:

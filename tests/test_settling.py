@@ -225,6 +225,20 @@ def test_the_dense_network_is_measured_as_long_as_its_percentile_takes(recipe: R
     assert first.dense_ms == 150.0 and first.verdict == "met" and first.floor is None
 
 
+def test_the_dense_latency_of_a_sweep_is_known_well_enough_for_each_of_its_budgets(recipe: Recipe) -> None:
+    """7 ms are clear of 10 ms within 1 %, 10.05 ms are not: both are then parts of the longer measurement."""
+    taken: list[float] = []
+
+    def alone(seconds: float) -> Samples:
+        taken.append(seconds)
+        return Samples.of([[[round(1e7 * (1 + 0.01 * (-1) ** number))] * 10] for number in range(20)])
+
+    meter = cast(Meter, SimpleNamespace(recipe=recipe, percentile=50, timing=recipe.latency, alone=alone, facts={}))
+    planning.asked(meter, [5.0, 7.0])
+    planning.asked(meter, [7.0, 10.05])
+    assert recipe.latency and [seconds / recipe.latency.duration_s for seconds in taken] == [1, 1, metering.LONGER]
+
+
 # --- the floor
 
 

@@ -249,6 +249,20 @@ def test_missing_input_file_is_the_stages_to_refuse(root: Path, tmp_path: Path) 
     assert entries(root) == set()
 
 
+def test_a_result_of_other_arguments_is_no_earlier_one(root: Path) -> None:
+    """Measurements of several kinds are one stage, whose results have nothing to do with each other."""
+
+    @stage("write", returns=Note)
+    def other(out: Path, words: str, count: int) -> Note:
+        return _note(out, words * count)
+
+    run(root, writing())
+    assert reason(root, lambda work: work.run(other, "a", 2)) == "not run yet"
+    run(root, lambda work: work.run(other, "a", 2))
+    assert reason(root, lambda work: work.run(other, "a", 3)) == "count: 2 -> 3"
+    assert reason(root, writing(word="b")) == 'settings.word: "a" -> "b"'
+
+
 def test_changed_artefact_is_named_and_equal_ones_stop_the_rerun(root: Path) -> None:
     run(root, doubled(word="aa"))
     assert run(root, doubled(word="ab")).reasons["double"] == "note.text changed"

@@ -47,7 +47,7 @@ def budget(found: Facts) -> str:
     """What was asked for and what came of it, in one sentence."""
     asked = f"a p{found['percentile']} of {ms(found['latency_ms'])}"
     when = "when the budget was set" if found.get("planned_here", True) else "here, which is not what was planned for"
-    dense = f"; the dense network took {ms(found['dense_ms'])} {when}" if "dense_ms" in found else ""
+    dense = f"; the dense network took {ms(found['dense_ms'])}{_within(found)} {when}" if "dense_ms" in found else ""
     if found["verdict"] in ("met", "not needed") and found.get("took_ci95_ms", (0,))[0] > found["latency_ms"]:
         dense += f"; when it was measured last the device was slower: what ships took {ms(found['took_ms'])}"
     match found["verdict"]:
@@ -69,7 +69,18 @@ def budget(found: Facts) -> str:
             trials = plural(found["trials"], "trial")
             if found.get("unbuilt"):
                 trials += f"; {plural(found['unbuilt'], 'engine')} could not be built and were left out"
+            if verdict == "met" and "proven" in found:
+                trials += (
+                    "; proven at 95 %" if found["proven"] else "; not proven: the 95 % interval reaches beyond that"
+                )
             return f"{verdict.capitalize()}: {asked} was asked for, what ships takes {got}{dense}; {trials}"
+
+
+def _within(found: Facts) -> str:
+    if "dense_ci95_ms" not in found:
+        return ""
+    low, high = found["dense_ci95_ms"]
+    return f" (95 %: {ms(low)} to {ms(high)})"
 
 
 def asked(found: Facts) -> str:
