@@ -52,7 +52,7 @@ def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
         if isinstance(recipe.prune.target, LatencyTarget | FpsTarget):
             goal = f"{planning.goal_ms(recipe):.4g} ms (p{recipe.prune.target.percentile})"
             known = prepared.answer_to(recipe, work)
-            facts["budget"] = f"{goal}; {f'{known.verdict} in the last build' if known else BEGINS}"
+            facts["budget"] = f"{goal}; {f'{known.verdict} when it was planned last' if known else BEGINS}"
         if recipe.latency or recipe.engine:
             try:
                 with reach(recipe.target) as target:

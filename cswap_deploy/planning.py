@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cswap_deploy import budget, export, progress, prune
@@ -334,9 +335,7 @@ class _Planner:
             scale,
         )
 
-        def damage(widths: Mapping[str, int]) -> float:
-            return damage_at(approach.curves, widths)
-
+        damage = partial(damage_at, approach.curves)
         trials, made, shift = loop.run(), list[_Made](), 1.0
         if not trials:
             raise DeviceError("no engine of a candidate can be built", NARROW_HINT, public=UNBUILT)
@@ -353,9 +352,7 @@ class _Planner:
                 if shipped.value <= ratio and shipped.high >= least:
                     break  # no more room is left than the tolerance, as far as that is known
                 shift = shipped.value / best.ratio
-                tried = [each.widths for each in made]
-                if not any(loop.fits(trial, shift) for trial in trials if trial.widths not in tried):
-                    trials = loop.run(trials, shift)
+                trials = loop.run(trials, shift)
             except (DeviceError, ExportError) as error:
                 if all(each.ratio.value > ratio for each in made):
                     raise

@@ -85,7 +85,7 @@ def answer_to(recipe: Recipe, work: Workdir) -> Budget | None:
     """What came of this recipe's latency, where what `keep` wrote is of this very recipe."""
     try:
         stored, ready, _ = _read(work)
-    except CswapError:
+    except (CswapError, OSError):
         return None
     return ready.budget if stored == recipe else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
 
-from cswap_deploy.artifacts import Groups
+from cswap_deploy import progress, prune
+from cswap_deploy.artifacts import Architecture, File, Groups, Image, ImageSet, Network
 from cswap_deploy.prune import refit
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import with_systems
@@ -449,12 +451,18 @@ def error(module: nn.Module, dense: nn.Module, batches: Batches, part: str = "")
     return math.sqrt(off / total)
 
 
-@pytest.mark.parametrize(("negative", "less", "seed"), [(False, 0.99, 5), (True, 0.98, 2)])
-def test_where_a_relu_follows_the_fit_spends_nothing_on_what_it_cuts_off(
-    negative: bool, less: float, seed: int
-) -> None:
-    """Compared behind the ReLU with the fit that knows nothing of it: on the images of the fit and on others."""
-    torch.manual_seed(seed)  # the gain is 0.3 to 2 % of the error, as the weights fall
+@pytest.mark.parametrize(("negative", "less"), [(False, 0.99), (True, 0.985)])
+def test_where_a_relu_follows_the_fit_spends_nothing_on_what_it_cuts_off(negative: bool, less: float) -> None:
+    """Compared behind the ReLU with the fit that knows nothing of it: on the images of the fit and on others, eight networks."""
+    ratios = [rectified_gain(negative, seed) for seed in range(8)]
+    assert max(max(pair) for pair in ratios) < 1, ratios
+    seen, unseen = (sum(pair[place] for pair in ratios) / len(ratios) for place in (0, 1))
+    assert seen < less and unseen < 0.995
+
+
+def rectified_gain(negative: bool, seed: int) -> tuple[float, float]:
+    """Errors of the fit, on its images and on others, as parts of those of the fit without the rectifier."""
+    torch.manual_seed(seed)
     dense = built(nn.Sequential(zoo.conv_bn(3, 10, stride=2), zoo.conv_bn(10, 8), zoo.pooled(8)))
     with torch.no_grad():
         dense[1][1].bias.fill_(-0.4)
@@ -471,8 +479,11 @@ def test_where_a_relu_follows_the_fit_spends_nothing_on_what_it_cuts_off(
         fitted(dense, found, {"0.0": (0, 2, 4, 6, 8)}, batches, structure, steps=0)[0]
         for structure in (knowing, ignorant)
     )
-    for images, limit in ((batches, less), (zoo.batches(entry, 100, seed=5), 0.995)):
-        assert error(one, dense, images, "1") < limit * error(two, dense, images, "1")
+    seen, unseen = (
+        error(one, dense, images, "1") / error(two, dense, images, "1")
+        for images in (batches, zoo.batches(entry, 100, seed=5))
+    )
+    return seen, unseen
 
 
 def test_a_channel_that_its_scale_closes_is_fitted_plainly() -> None:
@@ -509,3 +520,42 @@ def test_structures_of_one_key_are_examined_once_and_fit_the_same(monkeypatch: p
             torch.equal(value, fits[0][name]) for name, value in other.items()
         )
     assert [*refit._examined] == ["b", "c"] and not any(found.wanted for found in refit._examined.values())
+
+
+def test_a_structure_is_of_one_network_of_some_images_on_one_device(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"a")
+    weights = File.of(tmp_path / "weights")
+    spec = zoo.spec(8)
+    source = Network(Architecture("timm", "resnet18", {}, "1"), None, weights, spec, 4, 1, 1, None)
+    fit = ImageSet(tuple(Image(f"{name}.png", name, 0) for name in "abc"), tmp_path)
+    others = [
+        (replace(source, weights=replace(weights, sha256="b")), fit, 2, "cpu"),
+        (replace(source, architecture=Architecture("timm", "resnet34", {}, "1")), fit, 2, "cpu"),
+        (replace(source, input=zoo.spec(16)), fit, 2, "cpu"),
+        (source, replace(fit, images=fit.images[::-1]), 2, "cpu"),
+        (source, fit, 3, "cpu"),
+        (source, fit, 2, "cuda"),
+    ]
+    keys = {prune._structure(*asked).key for asked in [(source, fit, 2, "cpu"), *others]}
+    assert len(keys) == 1 + len(others)
+    same = replace(fit, images=(*fit.images[:2], Image("d.png", "d", 0)), root=tmp_path / "elsewhere")
+    assert prune._structure(source, same, 2, "cpu").key == prune._structure(source, fit, 2, "cpu").key
+
+
+def test_a_layer_that_is_not_fitted_is_told_of_by_each_stage_that_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Heard(progress.Silent):
+        def warn(self, message: str) -> None:
+            said.append(message)
+
+    said: list[str] = []
+    monkeypatch.setattr(refit, "_examined", {})
+    monkeypatch.setattr(refit, "MOST_COLUMNS", 1)
+    entry = zoo.ZOO["residual"]
+    dense, batches = entry.build(), zoo.batches(entry, 10)
+    with progress.reporting(Heard()):
+        examine(dense, Structure("a"), batches, ())
+        assert said == []
+        for _ in range(2):
+            examine(dense, Structure("a"), batches, ("layer1.conv2",))
+    wide = "layer1.conv2 is not refitted: the fit of its"
+    assert len(said) == 2 and all(message.startswith(wide) for message in said)

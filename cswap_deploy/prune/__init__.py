@@ -210,7 +210,9 @@ def _search(
 
 def _structure(source: Network, fit: ImageSet, images: int, device: str) -> Structure:
     """For fits of this network on the first `images`: what a stage has found, the next one need not look for."""
-    return Structure(digest_of([encode(source, Path("/")), [image.sha256 for image in fit.images[:images]], device]))
+    network = [source.weights.sha256, source.plan and source.plan.sha256, source.outputs]
+    built = [encode(part, Path()) for part in (source.architecture, source.input)]
+    return Structure(digest_of([*network, *built, [image.sha256 for image in fit.images[:images]], device]))
 
 
 def _plan_of(state: State, bench: Bench, scores: Scores, curves: Curves | None) -> PruningPlan:

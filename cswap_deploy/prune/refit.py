@@ -46,6 +46,8 @@ class Structure:
     sites: dict[str, Site | None] = field(default_factory=dict)
     grouped: dict[str, Site] = field(default_factory=dict)
     """Convolutions of several groups that can be fitted group by group."""
+    unfitted: dict[str, str] = field(default_factory=dict)
+    """Why the other layers are not fitted, in words."""
     reuse: Reuse = field(default_factory=Reuse)
     order: tuple[str, ...] = ()
     """Convolutions and linear layers in the order in which a forward calls them."""
@@ -126,9 +128,15 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
     """Once per network: its layers in order and as linear systems, and how many images fit into the memory for replayed outputs."""
     if structure.order:
         return
-    found = _examined.get(structure.key) or _found(dense, batches, consumers, structure.reuse)
-    structure.order, structure.sites, structure.grouped = found.order, found.sites, found.grouped
+    found = _examined.get(structure.key) or _found(dense, batches, structure.reuse)
+    structure.order, structure.sites, structure.grouped = found.order, dict(found.sites), dict(found.grouped)
     structure.reuse, structure.images, structure.movers = found.reuse, found.images, found.movers
+    for name in (name for name in found.unfitted if name in consumers):
+        progress.warn(f"{name} is not refitted: {found.unfitted[name]}")
+    if structure.images < len(batches):
+        progress.note(
+            f"layers are fitted on {structure.images} of {len(batches)} images: the activations fill the memory"
+        )
     if structure.key:
         _examined[structure.key] = found
         for oldest in [*_examined][:-EXAMINED]:
@@ -138,7 +146,7 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
 _examined: dict[str, Structure] = {}
 
 
-def _found(dense: nn.Module, batches: Batches, consumers: Collection[str], reuse: Reuse) -> Structure:
+def _found(dense: nn.Module, batches: Batches, reuse: Reuse) -> Structure:
     import torch
     from torch import nn
 
@@ -160,21 +168,15 @@ def _found(dense: nn.Module, batches: Batches, consumers: Collection[str], reuse
             if rows is None and alone:
                 own = grouped_rows(dense.get_submodule(name), place.inputs, place.output, length)
                 structure.grouped |= {name: _site(dense, name, own, pair, walk.once)} if own else {}
-            if rows is None and name not in structure.grouped and name in consumers:
-                progress.warn(f"{name} is not refitted: it is no plain convolution or linear layer that is called once")
+            if rows is None and name not in structure.grouped:
+                structure.unfitted[name] = "it is no plain convolution or linear layer that is called once"
             if rows and rows.columns > MOST_COLUMNS:
                 structure.sites[name] = None
-                if name in consumers:
-                    progress.warn(
-                        f"{name} is not refitted: the fit of its {rows.columns} inputs would not fit into memory"
-                    )
+                structure.unfitted[name] = f"the fit of its {rows.columns} inputs would not fit into memory"
     structure.images = min(len(batches), max(FEWEST_IMAGES, CACHE_BYTES // largest))
     structure.movers = min(structure.images, MOST_IMAGES, max(FEWEST_MOVERS, MAPS_BYTES // largest))
     if structure.images < len(batches):
         structure.draw_denser(len(batches) / structure.images)
-        progress.note(
-            f"layers are fitted on {structure.images} of {len(batches)} images: the activations fill the memory"
-        )
     return structure
 
 

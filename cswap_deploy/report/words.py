@@ -65,15 +65,17 @@ def budget(found: Facts) -> str:
         case verdict:
             got = ms(found["achieved_ms"])
             if found.get("ratio") is not None:
-                got += f", {share(found['ratio'])} of the dense network's latency in the same run"
+                got += f", {share(found['ratio'])} of the dense network's latency in the same run{_asked(found)}"
             trials = plural(found["trials"], "trial")
             if found.get("unbuilt"):
                 trials += f"; {plural(found['unbuilt'], 'engine')} could not be built and were left out"
-            if verdict == "met" and "proven" in found:
-                trials += (
-                    "; proven at 95 %" if found["proven"] else "; not proven: the 95 % interval reaches beyond that"
-                )
             return f"{verdict.capitalize()}: {asked} was asked for, what ships takes {got}{dense}; {trials}"
+
+
+def _asked(found: Facts) -> str:
+    if found["verdict"] != "met" or "proven" not in found or found.get("ratio_asked") is None:
+        return ""
+    return f" ({share(found['ratio_asked'])} asked for, {'' if found['proven'] else 'not '}proven at 95 %)"
 
 
 def _within(found: Facts) -> str:
