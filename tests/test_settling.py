@@ -110,16 +110,12 @@ def test_where_all_that_ships_misses_the_fastest_of_it_ships(recipe: Recipe) -> 
 
 
 def test_a_budget_that_is_missed_before_all_trials_says_why(tmp_path: Path) -> None:
-    class Heard(progress.Silent):
-        def note(self, message: str) -> None:
-            notes.append(message)
-
-    notes: list[str] = []
+    heard = progress.Recording()
     recipe = make_project(tmp_path / "project").load("prune.target={latency_ms: 7, trials: 50}", "latency={}")
-    with progress.reporting(Heard()):
+    with progress.reporting(heard):
         candidates, _, verdict, _, _ = settled(recipe, Device(GROUPS, 1.0), [9.0] * 50)
     said = f"the budget is missed after {len(candidates)} of 50 candidates: the widths that pay allow no faster one"
-    assert verdict == "missed" and len(candidates) < 50 and notes[-1] == said
+    assert verdict == "missed" and len(candidates) < 50 and heard.of("note")[-1] == said
 
 
 def test_an_approach_that_is_faster_than_the_budget_already_is_made_again_less_far(recipe: Recipe) -> None:

@@ -124,6 +124,10 @@ def refit(
 # --- structure
 
 
+_examined: dict[str, Structure] = {}
+"""What was found, by key."""
+
+
 def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers: Collection[str]) -> None:
     """Once per network: its layers in order and as linear systems, and how many images fit into the memory for replayed outputs."""
     if structure.order:
@@ -131,8 +135,9 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
     found = _examined.get(structure.key) or _found(dense, batches, structure.reuse)
     structure.order, structure.sites, structure.grouped = found.order, dict(found.sites), dict(found.grouped)
     structure.reuse, structure.images, structure.movers = found.reuse, found.images, found.movers
-    for name in (name for name in found.unfitted if name in consumers):
-        progress.warn(f"{name} is not refitted: {found.unfitted[name]}")
+    for name, why in found.unfitted.items():
+        if name in consumers:
+            progress.warn(f"{name} is not refitted: {why}")
     if structure.images < len(batches):
         progress.note(
             f"layers are fitted on {structure.images} of {len(batches)} images: the activations fill the memory"
@@ -141,9 +146,6 @@ def examine(dense: nn.Module, structure: Structure, batches: Batches, consumers:
         _examined[structure.key] = found
         for oldest in [*_examined][:-EXAMINED]:
             del _examined[oldest]
-
-
-_examined: dict[str, Structure] = {}
 
 
 def _found(dense: nn.Module, batches: Batches, reuse: Reuse) -> Structure:
