@@ -765,7 +765,7 @@ def test_where_what_ships_is_slower_than_its_candidate_the_loop_goes_on_below() 
 
 def test_the_benchmark_counts_and_compares_at_equal_latency() -> None:
     bench = benchmark("budget")
-    rows = [bench.Row("net", 0.5, ratio, ratio, ratio, 3, 1.0, 2.0, ratio - 0.02) for ratio in (0.46, 0.49, 0.52)]
+    rows = [bench.Row("net", 0.5, ratio, ratio, ratio, 3, 1.0, 2.0, ratio - 0.02, 0.95) for ratio in (0.46, 0.49, 0.52)]
     assert [row.within for row in rows] == [True, True, False] and [row.used for row in rows] == [False, True, True]
     assert bench.at([(1.0, 0.0), (0.4, 6.0), (0.6, 2.0)], 0.5) == pytest.approx(4.0)
     report = {
@@ -778,10 +778,10 @@ def test_the_benchmark_counts_and_compares_at_equal_latency() -> None:
     }
     for row in rows:
         bench.add(row, report)
-    report["others"] = {"macs": [(1.0, 0.0), (0.4, 6.0)], "uniform": [(1.0, 0.0), (0.4, 9.0)]}
+    report["others"] = {"macs": [(1.0, 0.0, 1.0), (0.4, 6.0, 0.7)], "uniform": [(1.0, 0.0, 1.0), (0.4, 9.0, 0.4)]}
     text = "\n".join(bench.table(report))
     assert "within: 2 of 3; above: 2 of 3" in text and "| +2.00 at 0.440 | +5.60 | +8.40 |" in text and "10.0%" in text
-    assert "the whole took 50 min" in text
+    assert "the whole took 50 min" in text and "  0.440: 95.00%, macs 72.00%, uniform 44.00%" in text
 
 
 def test_the_benchmark_searches_with_a_made_up_damage() -> None:

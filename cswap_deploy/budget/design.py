@@ -63,7 +63,7 @@ class Design:
         return {kind: (*widths, *small[kind]) for kind, widths in found.items()}
 
 
-OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=1, together=40)
+OF_FILES = Design((32, 16, 8, 4, 2, 1), 1, (1, 4, 8, 16), stop=False, alone=1, together=24)
 """Of ONNX files, which take milliseconds to make. What pays is 16 in AVX-512, say."""
 OF_ENGINES = {
     "fp32": Design((16, 8, 4), 8, (1, 8), stop=True, alone=0, together=16),
