@@ -43,6 +43,7 @@ from cswap_deploy import (
     prepared,
     progress,
     prune,
+    surveying,
 )
 from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, OnnxModel, PruningPlan, Split
 from cswap_deploy.budget import design
@@ -222,7 +223,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
         sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
-            first, staircase = planning.probed(meter, planning.asked(meter)), planning.learned(meter)
+            first, staircase = surveying.probed(meter, surveying.asked(meter)), surveying.learned(meter)
             report["twins"][name] = twin(meter)
             report["predictions"][name] = predictions(meter, staircase)
             prepared = time.monotonic() - begun
@@ -339,12 +340,13 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
         floor = pipeline.build(recipe("{latency_ms: 1.0e-6}"), work, "floor").manifest["budget"]
         report["infeasible_s"] = time.monotonic() - begun
         first = Budget(1, 50, floor["dense_ms"], (0, 0), floor["floor_ms"] / floor["dense_ms"], "met", (), None, {})
-        files = []
+        files, ready = [], list[prepared.Prepared]()
         for asked in budgets(first, options):
             begun = time.monotonic()
             bundle = pipeline.build(recipe(f"{{latency_ms: {asked * first.dense_ms}}}"), work, f"asked-{asked:.3f}")
             seconds = time.monotonic() - begun
             files.append(bundle.file("model.onnx"))
+            ready += [found for _, found in [prepared.find(work)] if found.plan.dense_scores]
             found = ratios_of(work, recipe("null"), files[-1:], options.seconds)[0]
             block, judged = bundle.manifest["budget"], bundle.manifest["accuracy"]
             asked = block["ratio_asked"]  # of the dense latency of that build: measured longer if it is near
@@ -353,7 +355,9 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
             if errors := block["staircase"]:  # none where nothing that may be chosen is as fast
                 report["crossvalidated"] = {key: errors[key] for key in ("error_median", "error_p95")}
             written(report, start, options.out)
-        otherwise = others(recipe("null"), work, folder.parent / "otherwise")
+        if not ready:  # no budget was left to prune for
+            return
+        otherwise = others(recipe("null"), ready[0], folder.parent / "otherwise")
         flat = [made.file for found in otherwise.values() for made in found]
         ratios = [found.value for found in ratios_of(work, recipe("null"), [*files, *flat], options.seconds)]
         rest = iter(ratios)
@@ -374,12 +378,11 @@ class Otherwise:
     agreement: float
 
 
-def others(recipe: Recipe, work: Workdir, folder: Path) -> dict[str, list[Otherwise]]:
+def others(recipe: Recipe, ready: prepared.Prepared, folder: Path) -> dict[str, list[Otherwise]]:
     """Networks of MACs targets and of uniform ratios: same scores, same order of units, same compensation.
 
     Each kind in a process of one thread, with a work folder in `folder`: a fit is only half as fast again with two threads.
     """
-    _, ready = prepared.find(work)
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = {kind: pool.submit(kept_otherwise, kind, recipe, ready, folder / kind) for kind in ("macs", "uniform")}
         return {kind: made.result() for kind, made in found.items()}

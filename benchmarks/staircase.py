@@ -19,7 +19,7 @@ from typing import Any
 
 from budget import Log, count_cpu_time, noise, workplace
 
-from cswap_deploy import budget, data, export, model, planning, progress, prune
+from cswap_deploy import budget, data, export, model, planning, progress, prune, surveying
 from cswap_deploy.artifacts import ImageSet
 from cswap_deploy.budget import design
 from cswap_deploy.budget.staircase import Steps, off_by
@@ -82,8 +82,8 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
         sizes = work.run(export.sizes_of, source, groups, dense, OnnxSettings(), False)
         with planning.reached(recipe, work) as (target, probe):
             meter = Meter(recipe, work, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
-            floor = meter.timings("floor", design.extremes(groups, meter.design, None), planning.WIDTHS_S)
-            multiple, found = planning.alignment(meter)
+            floor = meter.timings("floor", design.extremes(groups, meter.design, None), surveying.WIDTHS_S)
+            multiple, found = surveying.alignment(meter)
             first = (floor, *found)
             kinds = design.kinds_of(groups)
             pools, together, options = {}, {}, {}
@@ -119,7 +119,7 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
 
 
 def measured(
-    meter: Meter, requests: Sequence[Sequence[dict[str, int]]], seconds: float = planning.WIDTHS_S
+    meter: Meter, requests: Sequence[Sequence[dict[str, int]]], seconds: float = surveying.WIDTHS_S
 ) -> list[WidthTimings]:
     return [meter.timings("pool", request, seconds) for request in requests]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cswap_deploy import data, model, pipeline, planning, prepared
+from cswap_deploy import data, model, pipeline, prepared
 from cswap_deploy.artifacts import Groups, Network, Split
 from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
@@ -50,7 +50,7 @@ def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
             facts["prunable"] = _prunable(recipe, groups)
             faults += filter(None, [_pruning_fault(recipe, groups)])
         if isinstance(recipe.prune.target, LatencyTarget | FpsTarget):
-            goal = f"{planning.goal_ms(recipe):.4g} ms (p{recipe.prune.target.percentile})"
+            goal = f"{recipe.goal_ms:.4g} ms (p{recipe.prune.target.percentile})"
             known = prepared.answer_to(recipe, work)
             facts["budget"] = f"{goal}; {f'{known.verdict} when it was planned last' if known else BEGINS}"
         if recipe.latency or recipe.engine:

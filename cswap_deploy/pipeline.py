@@ -21,6 +21,7 @@ from cswap_deploy import (
     progress,
     prune,
     signing,
+    surveying,
     variants,
 )
 from cswap_deploy.artifacts import Engine, File, Groups, ImageSet, LatencyReport, Network, OnnxModel, PruningPlan, Split
@@ -70,7 +71,7 @@ def prepare(recipe: Recipe, work: Workdir, beside: Sequence[float] = ()) -> Prep
     catalogue = data.catalogue(images, calibration.labels, source.outputs, work.digest)
     split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
     fit, holdout = ImageSet(split.fit, images), ImageSet(split.holdout, images)
-    dense, more = _dense(recipe, source, split, work) if planning.goal_ms(recipe) else ({}, [])
+    dense, more = _dense(recipe, source, split, work) if recipe.goal_ms else ({}, [])
     pruning, groups, plan, asked, lost = choose_plan(recipe, source, split, dense, work, beside)
     pruned, exported, models, reasons = _made(recipe, pruning, split, groups, plan, work, recipe.wanted_variants)
     reasons += _further(recipe, models, pruned, fit, work)
@@ -149,7 +150,7 @@ def choose_plan(
     `dense`: the dense network's files, where a latency is asked for; `beside`: as in `planning.choose`. Errors: PruningError,
     ExportError.
     """
-    if planning.goal_ms(recipe) is None:
+    if recipe.goal_ms is None:
         return *_plan(recipe, source, split, work), None, []
 
     def ship(pruning: Network, groups: Groups, plan: PruningPlan, name: str) -> dict[str, OnnxModel]:
@@ -172,8 +173,8 @@ def choose_plan(
         what, further = error.message, "choose another ship"
         if isinstance(error, DeviceError):
             what, further = f"target: {error.public}", "the same build, prepare or sweep again goes on from there"
-            if error.public == planning.UNBUILT:
-                further = planning.NARROW_HINT
+            if error.public == surveying.UNBUILT:
+                further = surveying.NARROW_HINT
             elif refused(error):
                 further = "the same again fails as this did, another engine.precision may not"
         text = f"{what}. {UNPLANNED}: {further}"
@@ -187,7 +188,7 @@ def foreseen(ready: Prepared) -> list[Reason]:
 
 def is_unplanned(recipe: Recipe, ready: Prepared) -> bool:
     """Whether a latency is asked for, and the target was lost, or failed, before anything could be pruned for it."""
-    return planning.goal_ms(recipe) is not None and ready.budget is None
+    return recipe.goal_ms is not None and ready.budget is None
 
 
 def _made(
@@ -422,7 +423,7 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
     wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
     wanted |= {"rotated"} if "plan" in wanted and recipe.prune.heads == "dims" else set()
-    wanted |= {"sizes", "staircase"} if planning.goal_ms(recipe) else set()
+    wanted |= {"sizes", "staircase"} if recipe.goal_ms else set()
     wanted |= {"variants"} if recipe.wanted_variants or _wanted_forms(recipe) else set()
     wanted |= {"engine"} if recipe.engine else set()
     wanted |= {"latency"} if recipe.latency else set()
@@ -435,7 +436,7 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
     made = [*_model_lines(recipe.wanted_variants), *further]
     dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
     before = [*names[: names.index("exported")]]
-    if planning.goal_ms(recipe):
+    if recipe.goal_ms:
         engine, alone = recipe.ships_engine, progress.spelt("staircase", "dense")
         first = ["groups", progress.spelt("engine", "dense"), alone] if engine else [alone, "groups"]
         parts = ("floor", *(("multiples",) if recipe.prune.round_to == "auto" else ()), "widths")

@@ -660,6 +660,18 @@ class Recipe(Settings):
         return tuple(variant for variant in get_args(Variant) if variant in wanted)
 
     @property
+    def goal_ms(self) -> float | None:
+        """The latency that is asked for, of one batch; None where something else is."""
+        match self.prune.target:
+            case LatencyTarget(latency_ms=value):
+                return value
+            case FpsTarget(fps=rate):
+                assert self.latency
+                return 1000 * self.latency.batch / rate
+            case _:
+                return None
+
+    @property
     def target(self) -> str:
         return self.latency.target if self.latency else "local"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from cswap_deploy.errors import DeviceError
+
 SLOWEST = 15
 """Layers of a timed network that are listed."""
 BUSY = "latencies are those of a busy machine"
@@ -74,6 +76,12 @@ def verdict(manifest: dict[str, Any]) -> str:
     """pass, fail, or, where nothing was to be passed, no gate."""
     off = manifest["accuracy"]["gate"]["verdict"] == "off"
     return "no gate" if off and manifest["verdict"] == "pass" else str(manifest["verdict"])
+
+
+def answered(point: dict[str, Any]) -> str:
+    """What came of one latency of a sweep; without a verdict, why there is none."""
+    lost = "target lost" if point["exit_code"] == DeviceError.exit_code else "not made"
+    return str(point["verdict"] or lost)
 
 
 def gate(accuracy: dict[str, Any]) -> str:

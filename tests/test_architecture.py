@@ -28,7 +28,7 @@ FLOORS = {
     "budget.values budget.shared budget.sizes budget.narrow budget.design budget.staircase budget.loop budget.account "
     "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune budget export variants accuracy engine latency assembling",
-    3: "pipeline engines metering planning sweeping errands checks measuring verify engine_check doctor doctor_host findings "
+    3: "pipeline engines metering surveying planning sweeping errands checks measuring verify engine_check doctor doctor_host findings "
     "schemas starter",
     4: "cli session running console console.* __main__",
 }

@@ -461,7 +461,7 @@ def test_fewer_networks_are_measured_where_each_takes_an_engine() -> None:
     files, engines = design.OF_FILES.most(groups, None), design.OF_ENGINES["fp16"].most(groups, None)
     print(f"{files} files, {engines} engines")
     assert (
-        files == 4 + 18 + 3 + 40 + 4 and engines == 4 + 9 + 16
+        files == 4 + 18 + 3 + 24 + 4 and engines == 4 + 9 + 16
     )  # floors, multiples, kinds alone and finer widths, all together
     assert design.OF_ENGINES["fp16"].most(groups, 8) == engines - 3 - 3 * 3  # one floor of four, no multiple to find
 
@@ -473,6 +473,7 @@ def test_fewer_networks_are_measured_where_each_takes_an_engine() -> None:
         ({16: (0.8, 0.7, 0.6), 8: (0.8, 0.8, 0.6)}, 16),
         ({16: (0.8, 0.7, 0.6), 8: (0.8, 0.7, 0.6), 4: (0.8, 0.7, 0.6)}, 4),
         ({8: (0.8, 0.7, 0.6)}, 8),
+        ({8: (0.702, 0.622, 0.536), 4: (0.642, 0.616, 0.518)}, 8),  # a mobilenetv2_100 on blocks of 8, measured
         ({}, 8),
     ],
 )
@@ -495,6 +496,11 @@ def test_unseen_widths_are_predicted(groups: Groups, step: int) -> None:
     errors.sort()
     print(f"median {errors[30]:.3f}, 95th percentile {errors[57]:.3f}")
     assert errors[30] < 0.05 and errors[57] < 0.12
+
+
+@pytest.mark.parametrize(("multiple", "block"), [(4, 16), (8, 16), (16, 16), (32, 16)])
+def test_a_block_may_be_coarser_than_the_multiple_that_was_asked_for(multiple: int, block: int) -> None:
+    assert learned(chained((64, 96, 128, 64)), block, noise=0.005, multiple=multiple).block == block
 
 
 def test_few_networks_tell_what_layers_have_in_common() -> None:

@@ -18,7 +18,7 @@ import pytest
 from conftest import Built, build, events, make_project
 from test_agent_tensorrt import DOUBLE, NEW, OLD, cudart  # noqa: F401 - a fixture
 
-from cswap_deploy import budget, export, latency, manifest, pipeline, planning, prepared, progress, prune, recipe
+from cswap_deploy import budget, export, latency, manifest, pipeline, prepared, progress, prune, recipe, surveying
 from cswap_deploy.artifacts import Groups, InputSpec
 from cswap_deploy.budget import design
 from cswap_deploy.budget.sizes import Sizes
@@ -71,7 +71,7 @@ def met(surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in surroundings.items():
             patch.setenv(name, value)
-        patch.setattr(planning, "WIDTHS_S", 0.1)
+        patch.setattr(surveying, "WIDTHS_S", 0.1)
         patch.setitem(design.OF_ENGINES, "fp16", SMALL)
         heard = progress.Recording()
         with progress.reporting(heard):

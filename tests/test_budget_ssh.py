@@ -17,7 +17,7 @@ import sshd
 from conftest import Built, events, make_project
 from sshd import Device, Server
 
-from cswap_deploy import export, metering, planning, prepared, prune
+from cswap_deploy import export, metering, planning, prepared, prune, surveying
 from cswap_deploy.artifacts import Groups, OnnxModel
 from cswap_deploy.budget import design
 from cswap_deploy.budget.sizes import Sizes
@@ -36,7 +36,7 @@ BATCH = 16
 @pytest.fixture(autouse=True)
 def settings(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{device.client(tmp_path / 'client')}:{os.environ['PATH']}")
-    for module, name, value in ((planning, "WIDTHS_S", 0.05), (metering, "PAUSE_S", 0.2)):
+    for module, name, value in ((surveying, "WIDTHS_S", 0.05), (metering, "PAUSE_S", 0.2)):
         monkeypatch.setattr(module, name, value)
     few = replace(design.OF_FILES, multiples=(16,), alone=2, together=4)
     monkeypatch.setattr(design, "OF_FILES", few)
@@ -63,8 +63,8 @@ def learned(
     with Workdir(folder).open() as opened, planning.reached(recipe, opened) as (target, probe):
         work(target)
         meter = metering.Meter(recipe, opened, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
-        assert planning.asked(meter).verdict == "not needed"
-        return planning.learned(meter)
+        assert surveying.asked(meter).verdict == "not needed"
+        return surveying.learned(meter)
 
 
 def assert_bounded(device: Device, most: int) -> None:
@@ -83,7 +83,7 @@ def test_widths_cost_there_what_they_cost_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Batches, and longer: a call that takes a tenth of a millisecond is mostly the machine's mood, which changes between the two."""
-    monkeypatch.setattr(planning, "WIDTHS_S", 0.4)
+    monkeypatch.setattr(surveying, "WIDTHS_S", 0.4)
     recipe, *rest = net
     assert recipe.latency
     net = (recipe.model_copy(update={"latency": recipe.latency.model_copy(update={"batch": BATCH})}), *rest)

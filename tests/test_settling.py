@@ -15,7 +15,7 @@ import pytest
 from conftest import make_project
 from test_budget import FILES, Device, blocks, exact, learned, measured, truth, whole
 
-from cswap_deploy import metering, planning, progress
+from cswap_deploy import metering, planning, progress, surveying
 from cswap_deploy.artifacts import Curves, File, Groups, LatencyReport, Network, PruningPlan, Scores, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.staircase import Steps
@@ -207,7 +207,7 @@ def test_the_dense_network_is_measured_as_long_as_its_percentile_takes(recipe: R
         return Samples.of([[part] for part in (calls[: count // 2], calls[count // 2 :])])
 
     meter = SimpleNamespace(recipe=recipe, percentile=99, timing=recipe.latency, alone=alone, facts={})
-    first = planning.asked(cast(Meter, meter))
+    first = surveying.asked(cast(Meter, meter))
     assert recipe.latency and taken == [recipe.latency.duration_s, 50.0], "by the median, whatever the tail is"
     assert first.dense_ms == 150.0 and first.verdict == "met" and first.floor is None
 
@@ -221,8 +221,8 @@ def test_the_dense_latency_of_a_sweep_is_known_well_enough_for_each_of_its_budge
         return Samples.of([[[round(1e7 * (1 + 0.01 * (-1) ** number))] * 10] for number in range(20)])
 
     meter = cast(Meter, SimpleNamespace(recipe=recipe, percentile=50, timing=recipe.latency, alone=alone, facts={}))
-    planning.asked(meter, [5.0, 7.0])
-    planning.asked(meter, [7.0, 10.05])
+    surveying.asked(meter, [5.0, 7.0])
+    surveying.asked(meter, [7.0, 10.05])
     assert recipe.latency and [seconds / recipe.latency.duration_s for seconds in taken] == [1, 1, metering.LONGER]
 
 
@@ -254,6 +254,7 @@ def test_the_floor_is_of_what_candidates_may_be(recipe: Recipe, tmp_path: Path) 
         design=FILES,
         exact=None,
         percentile=50,
+        batch=8,
         sampling_s=lambda seconds: seconds,
         timings=timings,
         bench=None,
@@ -261,6 +262,6 @@ def test_the_floor_is_of_what_candidates_may_be(recipe: Recipe, tmp_path: Path) 
     narrowest = 10 * truth(groups, {"b0": 16, "b1": 16}, 16)
     for goal, verdict in ((narrowest * 1.2, "met"), (narrowest * 0.9, "infeasible")):
         first = Budget(goal, 50, 10.0, (10.0, 10.0), 0.01, "met", (), None, {})
-        found = planning.reachable(cast(Meter, meter), first, staircase)
+        found = surveying.reachable(cast(Meter, meter), first, staircase)
         assert found.verdict == verdict and found.floor == pytest.approx(narrowest / 10, rel=0.01)
     assert asked[0] == ({"b0": 16, "b1": 16},)

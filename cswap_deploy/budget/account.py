@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from cswap_deploy.artifacts import Groups, LatencyReport
 from cswap_deploy.budget.staircase import Steps, off_by
 from cswap_deploy.budget.values import Budget
 from cswap_deploy.prepared import Reason
-from cswap_deploy.samples import Ratio, Samples
+from cswap_deploy.samples import Samples
 from cswap_deploy.wording import plural
 
 MISSED = 8
@@ -25,8 +26,9 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
     `proven`: the upper end of the ratio's 95 % interval is within the budget. Where what ships could not be measured, and so
     it is not known where it would run, no budget is met: `missed`.
     """
-    planned, budget = budget, _there(budget, report)
-    found = _ratio(budget, report)
+    samples = Samples.load(report.samples.path) if report else None
+    planned, budget = budget, _there(budget, report.facts, samples) if report and samples else budget
+    found = samples.ratio(1, 0, budget.percentile) if samples else None
     verdict = budget.verdict
     if found and verdict in ("met", "missed"):
         verdict = "met" if found.value <= budget.ratio else "missed"
@@ -45,7 +47,7 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
         "dense_ms": budget.dense_ms,
         "dense_ci95_ms": list(budget.dense_ci95_ms),
         **({"floor_ms": budget.floor_ms} if budget.floor is not None else {}),
-        **(_took(report, budget.percentile) if report else {}),
+        **(_took(samples, budget.percentile) if samples else {}),
         "ratio_asked": budget.ratio,
         "ratio": found.value if found else None,
         "ratio_ci95": [found.low, found.high] if found else None,
@@ -92,33 +94,26 @@ def _infeasible(asked: str, floor_ms: float, dense_ms: float) -> list[Reason]:
 
 def in_doubt(budget: Budget, report: LatencyReport) -> bool:
     """Whether the measurement leaves open on which side of the budget what ships is, or of what it may leave unused."""
-    found, ratio = _ratio(budget, report), _there(budget, report).ratio
-    return found is not None and any(
-        found.low <= edge <= found.high for edge in (ratio, (1 - budget.tolerance) * ratio)
-    )
+    samples = Samples.load(report.samples.path)
+    found, ratio = samples.ratio(1, 0, budget.percentile), _there(budget, report.facts, samples).ratio
+    return any(found.low <= edge <= found.high for edge in (ratio, (1 - budget.tolerance) * ratio))
 
 
-def _there(budget: Budget, report: LatencyReport | None) -> Budget:
+def _there(budget: Budget, facts: Mapping[str, str], samples: Samples) -> Budget:
     """On another device than was planned for, in another power mode or with another runtime the dense network has a latency of its own.
 
     What was learned where it was planned, floor, trials and staircase, is not known there.
     """
-    if report is None or all(report.facts.get(key) == budget.facts.get(key) for key in PLACE):
+    if all(facts.get(key) == budget.facts.get(key) for key in PLACE):
         return budget
-    samples = Samples.load(report.samples.path)
     interval = samples.percentile_ci95_ms(0, budget.percentile)
     took = samples.percentile_ms(0, budget.percentile)
     return replace(budget, dense_ms=took, dense_ci95_ms=interval, floor=None, trials=(), staircase=None)
 
 
-def _took(report: LatencyReport, percentile: int) -> dict[str, Any]:
-    samples = Samples.load(report.samples.path)
+def _took(samples: Samples, percentile: int) -> dict[str, Any]:
     interval = samples.percentile_ci95_ms(1, percentile)
     return {"took_ms": samples.percentile_ms(1, percentile), "took_ci95_ms": list(interval)}
-
-
-def _ratio(budget: Budget, report: LatencyReport | None) -> Ratio | None:
-    return Samples.load(report.samples.path).ratio(1, 0, budget.percentile) if report else None
 
 
 def _staircase(steps: Steps, dense_ms: float) -> dict[str, Any]:

@@ -36,6 +36,8 @@ RATES, RATES_FIRM = (0.2, 0.8, 0.0, 0.0), 0.01
 DENSE_WEIGHT = 30.0
 """How firmly the parts add up to 1 for the dense network, which every ratio refers to."""
 FOLDS = 4
+COARSER = (2, 4)
+"""Blocks, in multiples, that are tried beside the parts of one: a multiple that pays a little may still be no whole block."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ def learn(
     together: Sequence[Observation],
 ) -> Staircase:
     """`kinds`: groups that cost the same, by the first; `options`: widths that each kind may have; `alone`:
-    observations of one kind that is narrow. The block is the part of the multiple that predicts settings best that it has not seen.
+    observations of one kind that is narrow. The block is the part of the multiple, or the one of a few multiples of it, that predicts
+    settings best that it has not seen.
     """
 
     together = sorted(together, key=lambda item: item.ratio.value)  # narrow and wide ones in every fold
@@ -66,7 +69,8 @@ def learn(
         return Staircase(multiple, block, constant, layers, steps, len(alone) + len(together), ())
 
     best, errors = multiple, list[float]()
-    for block in [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]:
+    finer = [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]
+    for block in [*finer, *(multiple * times for times in COARSER)]:
         found = list[float]()
         for fold in range(FOLDS if len(together) >= 2 * FOLDS else 0):
             known = Steps(groups, of(block, [item for place, item in enumerate(together) if place % FOLDS != fold]))

@@ -42,12 +42,12 @@ def bundle_lines(bundle: Bundle) -> Iterator[str]:
     yield from wrapped(f"{verdict(manifest).upper()}: {'; '.join(manifest['reasons']) or gate(accuracy)}")
     if manifest["reasons"] and accuracy["gate"]["verdict"] == "pass":
         yield from wrapped(f"accuracy passed: {gate(accuracy)}")
+    yield from _budget(manifest["budget"])
     if latency:
         if manifest["pruned"]["units_removed"]:
             yield from _slower(latency)
         yield from unstable_lines(latency["unstable_because"], "measure again: the same command with --force latency")
         yield from busy_lines(latency["conditions"])
-        yield from _budget(manifest["budget"])
         yield from wrapped(f"latency of {manifest['shipped']} and its dense twin, on {conditions(latency)}")
     for file in manifest["onnx"]["variants"].values():
         for mark in file.get("marks", ()):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cswap_deploy.console.text import from_here, table
-from cswap_deploy.wording import count_text, ms, percent
+from cswap_deploy.wording import answered, count_text, ms, percent
 
 
 def sweep_lines(front: dict[str, Any], folder: Path) -> Iterator[str]:
@@ -16,7 +16,7 @@ def sweep_lines(front: dict[str, Any], folder: Path) -> Iterator[str]:
     rows = [("dense", "", _took(dense["latency_ms"]), percent(dense["top1"]), "", "")]
     measured = next((point["precision"] for point in front["points"] if point["precision"]), "fp32")
     for point in front["points"]:
-        verdict, achieved = point["verdict"] or "target lost", _took(point["achieved_ms"])
+        verdict, achieved = answered(point), _took(point["achieved_ms"])
         row = (f"{point['latency_ms']:g} ms", verdict, achieved, percent(point["top1"]))
         rows.append((*row, f"{point['drop_pp']:+.2f}", count_text(point["macs"])))
     yield from table(("asked", "", "achieved", "top-1", "drop", "MACs"), rows, f"{front['name']}: sweep")

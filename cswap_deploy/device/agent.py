@@ -925,6 +925,9 @@ def run_trtexec(options: Sequence[str]) -> str:
     text = process.communicate()[0].decode(errors="replace")
     if options != ["--help"]:
         print(text, end="", file=sys.stderr, flush=True)
+    if process.returncode == -9:  # nothing against this file
+        hint = "end what else runs there, or lower engine.workspace_mib"
+        raise Fault("runtime", "the system killed trtexec, as it does when memory runs out", hint)
     if process.returncode:
         raise Fault("engine", f"trtexec ended with {process.returncode}", "its log is above")
     return text

@@ -23,6 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 FILTERS = (
+    "answered",
     "percent",
     "share",
     "count",

@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 from cswap_deploy import wording
-from cswap_deploy.wording import busy, percent, plural, printable, removed, sizes, verdict
+from cswap_deploy.wording import answered, busy, percent, plural, printable, removed, sizes, verdict
 from cswap_deploy.wording import count_text as count
 from cswap_deploy.wording import size_text as size
 
-__all__ = ["busy", "count", "percent", "plural", "removed", "size", "sizes", "verdict"]
+__all__ = ["answered", "busy", "count", "percent", "plural", "removed", "size", "sizes", "verdict"]
 
 Facts = dict[str, Any]
 

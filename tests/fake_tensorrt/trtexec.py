@@ -1,7 +1,7 @@
 """A test double of trtexec: it knows the flags of one version, copies files, and makes its numbers up.
 
 FAKE_TRTEXEC_VERSION is one of trtexec.json's; there are three made-up queries and two layers. FAKE_TRTEXEC_FAIL holds
-words: `build`, `crash` (no last line), `hang`, `error` (but PASSED). Each call becomes a line of FAKE_TENSORRT_RECORD. The
+words: `build`, `crash` (no last line), `killed`, `hang`, `error` (but PASSED). Each call becomes a line of FAKE_TENSORRT_RECORD. The
 lines that it prints have the form of NVIDIA's, shortened.
 """
 
@@ -62,6 +62,8 @@ def work(options: dict[str, str]) -> bool:
     if "crash" in FAILS:
         sys.stdout.flush()
         os.abort()
+    if "killed" in FAILS:
+        os.kill(os.getpid(), 9)
     if "hang" in FAILS:
         time.sleep(30)
     if "--onnx" in options:
