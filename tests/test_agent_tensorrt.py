@@ -709,7 +709,7 @@ def test_trtexec_that_fails_is_a_fault(without_module: Callable[..., Device], fa
 def test_a_trtexec_that_the_system_kills_says_nothing_of_the_file(without_module: Callable[..., Device]) -> None:
     """Else the staircase would keep it as a network of which no engine can be built."""
     error = without_module("10.3", FAKE_TRTEXEC_FAIL="killed").build()["error"]
-    assert error["kind"] == "runtime" and "memory runs out" in error["message"] and "workspace_mib" in error["hint"]
+    assert error["kind"] == "runtime" and error["message"] == "trtexec ended with -9"
 
 
 def test_trtexec_says_which_option_it_does_not_know(without_module: Callable[..., Device]) -> None:

@@ -925,11 +925,8 @@ def run_trtexec(options: Sequence[str]) -> str:
     text = process.communicate()[0].decode(errors="replace")
     if options != ["--help"]:
         print(text, end="", file=sys.stderr, flush=True)
-    if process.returncode == -9:  # nothing against this file
-        hint = "end what else runs there, or lower engine.workspace_mib"
-        raise Fault("runtime", "the system killed trtexec, as it does when memory runs out", hint)
-    if process.returncode:
-        raise Fault("engine", f"trtexec ended with {process.returncode}", "its log is above")
+    if code := process.returncode:  # killed, as where memory runs out: that says nothing of the file
+        raise Fault("runtime" if code == -9 else "engine", f"trtexec ended with {code}", "its log is above")
     return text
 
 
