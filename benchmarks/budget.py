@@ -340,13 +340,15 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
         floor = pipeline.build(recipe("{latency_ms: 1.0e-6}"), work, "floor").manifest["budget"]
         report["infeasible_s"] = time.monotonic() - begun
         first = Budget(1, 50, floor["dense_ms"], (0, 0), floor["floor_ms"] / floor["dense_ms"], "met", (), None, {})
-        files, ready = [], list[prepared.Prepared]()
+        files, pruned = list[File](), None
         for asked in budgets(first, options):
             begun = time.monotonic()
             bundle = pipeline.build(recipe(f"{{latency_ms: {asked * first.dense_ms}}}"), work, f"asked-{asked:.3f}")
             seconds = time.monotonic() - begun
             files.append(bundle.file("model.onnx"))
-            ready += [found for _, found in [prepared.find(work)] if found.plan.dense_scores]
+            _, ready = prepared.find(work)
+            if pruned is None and ready.plan.dense_scores:
+                pruned = ready
             found = ratios_of(work, recipe("null"), files[-1:], options.seconds)[0]
             block, judged = bundle.manifest["budget"], bundle.manifest["accuracy"]
             asked = block["ratio_asked"]  # of the dense latency of that build: measured longer if it is near
@@ -355,9 +357,9 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
             if errors := block["staircase"]:  # none where nothing that may be chosen is as fast
                 report["crossvalidated"] = {key: errors[key] for key in ("error_median", "error_p95")}
             written(report, start, options.out)
-        if not ready:  # no budget was left to prune for
+        if pruned is None:  # no budget was left to prune for
             return
-        otherwise = others(recipe("null"), ready[0], folder.parent / "otherwise")
+        otherwise = others(recipe("null"), pruned, folder.parent / "otherwise")
         flat = [made.file for found in otherwise.values() for made in found]
         ratios = [found.value for found in ratios_of(work, recipe("null"), [*files, *flat], options.seconds)]
         rest = iter(ratios)

@@ -178,7 +178,7 @@ class _Planner:
         damage = partial(damage_at, approach.curves)
         trials, made, shift = loop.run(), list[_Made](), 1.0
         if not trials:
-            raise DeviceError("no engine of a candidate can be built", surveying.NARROW_HINT, public=surveying.UNBUILT)
+            raise surveying.unbuildable("a candidate")
         why = ""
         while best := _next(loop, trials, made, damage, shift):
             try:

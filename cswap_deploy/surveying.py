@@ -23,6 +23,11 @@ NARROW_HINT = "prune for macs in place of a latency, or report this network with
 Widths = dict[str, int]
 
 
+def unbuildable(what: str) -> DeviceError:
+    """Where TensorRT builds no engine of any of the networks that are to be measured: `what` they are."""
+    return DeviceError(f"no engine of {what} can be built", NARROW_HINT, public=UNBUILT)
+
+
 def asked(meter: Meter, beside: Sequence[float] = ()) -> Budget:
     """What is asked for, beside what the dense network takes: `not needed`, or `met` for the time being.
 
@@ -68,7 +73,7 @@ def probed(meter: Meter, first: Budget) -> Budget:
     settings = design.extremes(meter.groups, meter.design, meter.exact) if meter.groups.groups else ()
     found, took = _floored(meter, first, settings, "at its narrowest")
     if settings and found.floor is None:
-        raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
+        raise unbuildable("narrower groups")
     if found.verdict == "met" and meter.bench and took:
         took = (meter.bench.dense.seconds, *took)
         each, more = sum(took) / len(took), meter.planned - len(settings) - 2
@@ -143,7 +148,7 @@ def learned(meter: Meter) -> Staircase:
     if unbuilt := sum(len(item.unbuilt) for item in drawn):
         progress.warn(f"{unbuilt} of {total} engines could not be built; the staircase is learned from the others")
     if unbuilt == total:
-        raise DeviceError("no engine of narrower groups can be built", NARROW_HINT, public=UNBUILT)
+        raise unbuildable("narrower groups")
     return meter.work.run(budget.learn, groups, (*timings, *drawn), multiple, options)
 
 
