@@ -207,7 +207,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
     )
     with Workdir(folder / "work").open() as work:
         source = work.run(model.load, settings, (), 0)
-        groups = work.run(prune.find_groups, source, ())
+        groups = work.run(prune.find_groups, source, (), "whole", True)
         few = ImageSet(data.catalogue(images, None, 2).scoring, images)
         labels = tuple(f"class {number}" for number in range(source.outputs))
 
@@ -259,7 +259,8 @@ def proportional(groups: Groups, name: str, allowed: tuple[int, ...]) -> Curve:
     units = groups.by_name[name].units
     macs = groups.cost({})[1] - groups.cost({name: (0,)})[1]
     widths = tuple(width for width in reversed(allowed) if width < units)
-    return Curve(name, tuple(range(units)), widths, tuple(macs / units * (units - w) * units / w for w in widths))
+    damage = tuple(macs * (units - width) / (width + units / 16) for width in widths)  # without units four times that of a quarter
+    return Curve(name, tuple(range(units)), widths, damage)
 
 
 def noise(folder: Path) -> Path:
@@ -431,7 +432,9 @@ def uniformly(ready: prepared.Prepared) -> Iterator[Kept]:
 def along_path(
     asked: Recipe, ready: prepared.Prepared, split: Split, dense: nn.Module, work: Workdir
 ) -> Iterator[Kept]:
+    """As the tool prunes for MACs: without emptying branches."""
     settings, scores = asked.prune, ready.plan.dense_scores
+    groups = replace(ready.groups, groups=tuple(replace(group, branch=False) for group in ready.groups.groups))
     assert scores and isinstance(settings.allocation, CurvesAllocation)
     fit, selection = (ImageSet(part, asked.calibration.images) for part in (split.fit, split.selection))
     read = partial(Batches.read, spec=ready.source.input, device=resolve_device(asked.device))
@@ -439,9 +442,9 @@ def along_path(
         settings.criterion, settings.compensate, settings.allocation, MACS[0][1]
     )  # fmt: skip
     curves = work.run(
-        prune.measure_curves, ready.source, ready.groups, scores, fit, criterion, compensate, allocation, multiple, asked.device
+        prune.measure_curves, ready.source, groups, scores, fit, criterion, compensate, allocation, multiple, asked.device
     )  # fmt: skip
-    bench = Bench(dense, ready.groups, read(fit), criterion, compensate, allocation, multiple)
+    bench = Bench(dense, groups, read(fit), criterion, compensate, allocation, multiple)
     return MacsPath(bench, read(selection), scores.groups, curves.groups, asked.seed).through(MACS)
 
 

@@ -155,6 +155,8 @@ class Group:
     units: int
     members: tuple[Slice, ...]
     attributes: tuple[UnitAttribute, ...] = ()
+    branch: bool = False
+    """Whether all units may leave: the layers that read them then give a constant, those that make them are not there."""
 
     @property
     def consumers(self) -> tuple[Slice, ...]:

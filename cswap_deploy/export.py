@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cswap_deploy import int8, onnx_file, progress
+from cswap_deploy import int8, onnx_file, progress, repeats
 from cswap_deploy.artifacts import File, Groups, ImageSet, InputSpec, Network, OnnxModel, TestVectors
 from cswap_deploy.attention import exportable
 from cswap_deploy.budget import sizes
@@ -87,6 +87,7 @@ def simplify(out: Path, exported: OnnxModel, network: Network, images: ImageSet,
             model = onnx_file.without_traces(onnx_file.read(path))
             original = onnx.load(exported.graph.path, load_external_data=False)
             onnx_file.restore_metadata(model, original)
+            repeats.shorten(model)
             model.ir_version = min(model.ir_version, original.ir_version)
             onnx_file.write(model, path)
             onnx_file.require_as_asked(path, settings)
@@ -120,6 +121,8 @@ def sizes_of(
 
         def seen(path: Path) -> onnx.ModelProto:
             model = onnx.load(path)
+            if not dense.note:
+                repeats.shorten(model)
             return int8.prepared(model, Path(folder) / "prepared.onnx") if quantised else model
 
         path, simpler = Path(folder) / "narrower.onnx", Path(folder) / "simplified.onnx"
@@ -134,8 +137,11 @@ def sizes_of(
         found = sizes.learned(groups, Numbers.of(whole), narrower)
         onnx.save(whole, Path(folder) / "dense.onnx")
         template = Template.read(Path(folder) / "dense.onnx", groups, found)
-        path.write_bytes(template.narrowed(sizes.another(groups, wanted), template.shared(Path(folder))))
-        require_runnable(path)
+        shared, widths = template.shared(Path(folder)), sizes.another(groups, wanted)
+        for emptied in (False, True) if any(group.branch for group in groups.groups) else (False,):
+            gone = {group.name: 0 for group in groups.groups if group.branch and emptied}
+            path.write_bytes(template.narrowed({**widths, **gone}, shared))
+            require_runnable(path)
         return found
 
 

@@ -234,7 +234,7 @@ def _budget() -> Schema:
         trials={"type": "integer", "minimum": 0},
     )
     candidate = record(predicted=NUMBER, ratio=NUMBER, low=NUMBER, high=NUMBER)
-    kind = record(name=TEXT, groups=POSITIVE, widths=listing(POSITIVE), ms=listing(NUMBER))
+    kind = record(name=TEXT, groups=POSITIVE, widths=listing(INTEGER), ms=listing(NUMBER))
     learned = record(
         multiple=POSITIVE,
         settings=INTEGER,

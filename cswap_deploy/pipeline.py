@@ -134,7 +134,7 @@ def load(recipe: Recipe, work: Workdir) -> Network:
 
 def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
     """What can leave it."""
-    return work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
+    return work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads, recipe.goal_ms is not None)
 
 
 def choose_plan(

@@ -76,7 +76,7 @@ def choose(
     """
 
     def leaving() -> Groups:
-        return work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads)
+        return work.run(prune.find_groups, source, recipe.prune.skip, recipe.prune.heads, True)
 
     with reached(recipe, work) as (target, probe):
         if recipe.ships_engine:

@@ -124,6 +124,8 @@ def learned(meter: Meter) -> Staircase:
     """What widths cost on this device."""
     groups, wanted, exact = meter.groups, meter.design, meter.exact is not None
     timings = _in_requests(meter, "floor", design.extremes(groups, wanted, meter.exact), meter.sampling_s(WIDTHS_S))
+    if wanted.alone and any(group.branch for group in groups.groups):
+        timings += _in_requests(meter, "corners", design.corners(groups, wanted, meter.exact), WIDTHS_S)
     multiple = meter.exact
     if multiple is None:
         multiple, found = alignment(meter)
@@ -143,6 +145,7 @@ def learned(meter: Meter) -> Staircase:
     if not exact and wanted.alone:
         seen = [found for item in (*timings, *drawn) for found in budget.observed(item, 50)]
         options = budget.widths(groups, seen, multiple)
+    options = design.emptied(groups, options)
     settings = design.together(groups, kinds, options, wanted.together, meter.recipe.seed)
     draw(design.requests_together(settings, meter.batch))
     if unbuilt := sum(len(item.unbuilt) for item in drawn):

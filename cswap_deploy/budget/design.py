@@ -27,6 +27,9 @@ SMALL = 4
 SPREAD = 0.4
 """By how much a group's part of its units differs from the common one, at most, where all are narrow."""
 
+LEAVE = 0.2
+"""Part of the branches that leave in every setting of all groups: the narrowest networks are not the only ones that miss some."""
+
 
 @dataclass(frozen=True)
 class Design:
@@ -58,9 +61,15 @@ class Design:
     def widths_alone(
         self, groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int, *, exact: bool
     ) -> dict[str, tuple[int, ...]]:
-        """Widths in which each kind of group is measured alone, if any is: some multiples, unless these are `exact` all finer ones."""
+        """Widths in which each kind of group is measured alone, if any is: some multiples, unless these are `exact` all finer ones.
+
+        And without its units, where these are branches.
+        """
         found = levels(options(groups, kinds, multiple), self.alone)
-        if exact or not self.alone:
+        if not self.alone:
+            return found
+        found = emptied(groups, found)
+        if exact:
             return found
         small = finer(groups, kinds, multiple)
         return {kind: (*widths, *small[kind]) for kind, widths in found.items()}
@@ -81,7 +90,7 @@ Settings of all groups alone predict about as well as with kinds alone beside th
 def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
     """Groups that cost the same at the same width, by the name of the first: repeated blocks of one stage.
 
-    They have as many units and own the same axes of layers of the same shape and cost.
+    They have as many units and own the same axes of layers of the same shape and cost, and all or none of them are branches.
     """
     found: dict[object, list[str]] = {}
     for group in groups.groups:
@@ -90,15 +99,21 @@ def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
             mine = [(axis.size, repeat) for axis in term.axes for name, repeat in axis.owners if name == group.name]
             if mine and term.macs:
                 owned.append((term.macs, term.params, tuple(axis.size for axis in term.axes), tuple(mine)))
-        found.setdefault((group.kind, group.units, tuple(sorted(owned))), []).append(group.name)
+        found.setdefault((group.kind, group.branch, group.units, tuple(sorted(owned))), []).append(group.name)
     return {names[0]: tuple(names) for names in found.values()}
 
 
 def extremes(groups: Groups, design: Design, round_to: int | None) -> tuple[Widths, ...]:
-    """Every group as narrow as multiples of a few numbers let it be, the first as narrow as any candidate: the fastest is the floor.
+    """No branches, every other group as narrow as multiples of a few numbers let it be: the fastest is the floor.
 
     `round_to`: of which all widths are multiples.
     """
+    gone = {group.name: 0 for group in groups.groups if group.branch}
+    return _each_once([{**setting, **gone} for setting in corners(groups, design, round_to)])
+
+
+def corners(groups: Groups, design: Design, round_to: int | None) -> tuple[Widths, ...]:
+    """Every group as narrow as multiples of a few numbers let it be, branches too, the first as narrow as any candidate."""
     numbers = dict.fromkeys(lcm(round_to or 1, number) for number in design.narrowest)
     return tuple({group.name: floor_of(group, number) for group in groups.groups} for number in numbers)
 
@@ -109,7 +124,11 @@ def narrowest(extremes: Sequence[Widths], allowed: Callable[[str], Sequence[int]
         {name: min(wide for wide in allowed(name) if wide >= width) for name, width in setting.items()}
         for setting in extremes
     ]
-    return tuple(setting for number, setting in enumerate(found) if setting not in found[:number])
+    return _each_once(found)
+
+
+def _each_once(settings: Sequence[Widths]) -> tuple[Widths, ...]:
+    return tuple(setting for number, setting in enumerate(settings) if setting not in settings[:number])
 
 
 def steps_of(groups: Groups, multiple: int) -> tuple[Widths, Widths, Widths] | None:
@@ -153,6 +172,11 @@ def options(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -
         stride = step * max(1, group.units // (CHOICES * step))
         found[name] = tuple(range(step, group.units, stride))
     return found
+
+
+def emptied(groups: Groups, widths: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Widths of each kind of group, with 0 where these are branches."""
+    return {kind: ((0,) if groups.by_name[kind].branch else ()) + tuple(own) for kind, own in widths.items()}
 
 
 def finer(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> dict[str, tuple[int, ...]]:
@@ -243,6 +267,8 @@ def together(
             units = groups.by_name[kind].units
             for name in names:
                 wanted = units * min(1.0, max(0.0, part + random.uniform(-SPREAD, SPREAD)))
+                if 0 in widths[kind] and random.random() < LEAVE:
+                    wanted = 0.0
                 setting[name] = min((*widths[kind], units), key=lambda width: abs(width - wanted))
         settings.append(setting)
     return tuple(settings)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cswap_deploy.artifacts import Groups
+from cswap_deploy.budget.emptied import without_branches
 from cswap_deploy.budget.shared import SharedWeights
 from cswap_deploy.budget.sizes import HINT, Size, Sizes, resized
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
+from cswap_deploy.repeats import shapes_of
 from cswap_deploy.runtime import Session
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Template:
     """By initializer."""
     nodes: Mapping[str, Sequence[Size]]
     """By the node's name: of its attributes, and of constants that others read otherwise."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the graph's values, for a batch of one; empty where no group can leave whole."""
 
     @staticmethod
     def read(path: Path, groups: Groups, sizes: Sizes) -> Template:
@@ -66,20 +70,34 @@ class Template:
                 raise ExportError(f"{path.name} has no node {size.node!r} whose {size.key} could be changed", HINT)
             nodes.setdefault(size.node, []).append(size)
         units = {group.name: group.units for group in groups.groups}
-        return Template(model, units, {**tensors, **graph.scales(tensors)}, nodes)
+        found = shapes_of(model) if any(group.branch for group in groups.groups) else {}
+        shapes = {name: tuple(dim if isinstance(dim, int) else 1 for dim in shape) for name, shape in found.items()}
+        return Template(model, units, {**tensors, **graph.scales(tensors)}, nodes, shapes)
 
     def shared(self, folder: Path) -> SharedWeights:
         """Values for the weights of every narrowed file, written into the folder where these will lie."""
         return SharedWeights.write(folder, filter(_is_large, self.model.graph.initializer))
 
     def narrowed(self, widths: Mapping[str, int], shared: SharedWeights) -> bytes:
-        """The graph with so many units in each group; those not named stay whole. `shared`: where its weights are."""
+        """The graph with so many units in each group; those not named stay whole. `shared`: where its weights are.
+
+        What reads a group without units is a constant then, what makes it is left out. Errors: ExportError where it cannot be.
+        """
         import onnx
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         removed = {name: self.units[name] - width for name, width in widths.items()}
         by_tensor = {**self.tensors, **self._split(model)}
+        if not all(widths.values()):
+            shapes = {
+                item.name: tuple(resized(item.dims, by_tensor.get(item.name, ()), "dims", removed))
+                for item in model.graph.initializer
+            }
+            empty = {name: shape for name, shape in shapes.items() if 0 in shape}
+            graph = _Graph.of(model)
+            behind = {name: graph.source(name) or "" for node in model.graph.node for name in node.input}
+            without_branches(model, empty, behind, self.shapes)
         for tensor in model.graph.initializer:
             sizes = by_tensor.get(tensor.name, ())
             shape = tuple(resized(tensor.dims, sizes, "dims", removed))

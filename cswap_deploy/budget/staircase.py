@@ -2,8 +2,9 @@
 
 The latency, as a part of the dense network's, is a constant, plus for every layer a part that shrinks with the product of its widths
 and a part that shrinks with each of them. Sizes count in whole blocks. Parts of layers of one shape are equal, and all are at least 0.
-There are more of them than a few dozen networks tell apart. So four rates that all layers share are fitted first (a constant, per MAC, per
-weight, per output position and index of an axis that groups shorten), and all parts are drawn towards what these say.
+Where branches may leave, a layer also has a part that is there as long as the layer is.
+There are more of them than a few dozen networks tell apart. So five rates that all layers share are fitted first (a constant, per MAC, per
+weight, per output position and index of an axis that groups shorten, per layer), and all parts are drawn towards what these say.
 What a kind of group measured alone deviates from that is not kept: in sum over the kinds it made predictions of narrow networks worse
 (benchmarks/staircase.py).
 """
@@ -31,8 +32,8 @@ Widths = Mapping[str, int]
 FIRM, LEAST = 0.1, 0.01
 """A part (the constant's, or that of all layers of a shape) that is off by as much as the rates say it is, and by `LEAST` of the dense
 latency at least, counts like a measurement that is off by `FIRM`."""
-RATES, RATES_FIRM = (0.2, 0.8, 0.0, 0.0), 0.01
-"""What the constant, MACs, weights and positions are expected to make up, and how firmly: decides where hardly anything was measured."""
+RATES, RATES_FIRM = (0.2, 0.8, 0.0, 0.0, 0.0), 0.01
+"""What the constant, MACs, weights, positions and layers are expected to make up, and how firmly: decides where little was measured."""
 DENSE_WEIGHT = 30.0
 """How firmly the parts add up to 1 for the dense network, which every ratio refers to."""
 FOLDS = 4
@@ -140,7 +141,10 @@ class Steps:
         term, layer = self._layers[number]
         units, block = self._units, self.staircase.block
         parts = [_part(axis, widths, units, block) for axis in term.axes]
-        return layer.product * prod(parts) + sum(side * part for side, part in zip(layer.sides, parts, strict=True))
+        if not all(parts):  # of a branch that has left
+            return 0.0
+        sides = sum(side * part for side, part in zip(layer.sides, parts, strict=True))
+        return layer.once + layer.product * prod(parts) + sides
 
 
 def _part(axis: Axis, widths: Widths, units: Mapping[str, int], block: int) -> float:
@@ -172,6 +176,10 @@ class _Shapes:
                 found.setdefault((term.macs, term.params, owners), []).append(term)
         return _Shapes(groups, block, tuple(map(tuple, found.values())))
 
+    @property
+    def branches(self) -> bool:
+        return any(group.branch for group in self.groups.groups)
+
     def fitted(self, seen: Sequence[Observation]) -> tuple[float, tuple[LayerTime, ...]]:
         """The constant and the layers' parts with the least relative error: two non-negative least-squares problems."""
         import numpy as np
@@ -192,39 +200,46 @@ class _Shapes:
         for terms in self.terms:
             axes = len(terms[0].axes) if len(terms[0].axes) > 1 else 0
             parts = tuple(float(value) for value in found[place : place + 1 + axes])
-            layers.append(
-                LayerTime(tuple(term.name for term in terms), parts[0], parts[1:] or (0.0,) * len(terms[0].axes))
-            )
             place += 1 + axes
+            once = float(found[place]) if self.branches else 0.0
+            place += self.branches
+            names, alone = tuple(term.name for term in terms), (0.0,) * len(terms[0].axes)
+            layers.append(LayerTime(names, parts[0], parts[1:] or alone, once))
         return float(found[0]), tuple(layers)
 
     def _features(self, widths: Widths) -> Floats:
-        """1, then for each shape the sum over its layers of the product, and of each side where there are several."""
+        """1, then for each shape the sum over its layers of the product, of each side where there are several, and their number.
+
+        Layers of branches that have left count nowhere; where there are no branches, the number of layers is left out.
+        """
         import numpy as np
 
         units = {group.name: group.units for group in self.groups.groups}
         found = [1.0]
         for terms in self.terms:
             parts = np.array([[_part(axis, widths, units, self.block) for axis in term.axes] for term in terms])
+            there = parts.all(1)
             found.append(float(parts.prod(1).sum()))
-            found += parts.sum(0).tolist() if parts.shape[1] > 1 else []
+            found += parts[there].sum(0).tolist() if parts.shape[1] > 1 else []
+            found += [float(there.sum())] if self.branches else []
         return np.array(found)
 
     def _rates(self) -> Floats:
-        """(features, 4): what each feature of one layer costs where nothing but a constant, MACs, weights or positions costs anything.
+        """(features, 5): what each feature of one layer costs where a constant, MACs, weights, positions or layers alone cost anything.
 
         Each column adds up to the dense latency, or is 0. Positions (MACs per weight) are those of the output, times the size of each
         axis: they stand for what a layer reads and writes, too few where a stride skips inputs, none where it has no weights of its own.
         """
         import numpy as np
 
-        found = [[1.0, 0.0, 0.0, 0.0]]
+        found = [[1.0, 0.0, 0.0, 0.0, 0.0]]
         for terms in self.terms:
             macs, weights, sizes = terms[0].macs, terms[0].params, [axis.size for axis in terms[0].axes]
             values = [macs / weights * size if weights else 0.0 for size in sizes]
             several = len(sizes) > 1
-            found.append([0.0, macs, weights, 0.0 if several else values[0]])
-            found += [[0.0, 0.0, 0.0, value] for value in values] if several else []
+            found.append([0.0, macs, weights, 0.0 if several else values[0], 0.0])
+            found += [[0.0, 0.0, 0.0, value, 0.0] for value in values] if several else []
+            found += [[0.0, 0.0, 0.0, 0.0, 1.0]] if self.branches else []
         rates = np.array(found)
         whole = self._features({}) @ rates
         return rates / np.where(whole > 0, whole, 1.0)

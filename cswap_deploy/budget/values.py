@@ -38,13 +38,14 @@ class WidthTimings:
 class LayerTime:
     """What layers of one shape take each, as a part of the dense network's latency.
 
-    `product` shrinks with all axes that groups shorten, `sides` with one of them each.
+    `product` shrinks with all axes that groups shorten, `sides` with one of them each, `once` is there as long as the layer is.
     """
 
     terms: tuple[str, ...]
     """Names of the cost terms."""
     product: float
     sides: tuple[float, ...]
+    once: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,11 @@ LIBRARIES = ("torch", "timm", "numpy", "pillow")
 
 
 @stage("groups", returns=Groups, libraries=LIBRARIES)
-def find_groups(out: Path, source: Network, skip: tuple[str, ...], heads: HeadsMode = "whole") -> Groups:
-    """Coupled groups of units that can leave, each proven; what cannot leave, and why."""
-    return find(restore(source), source.input, skip, heads)
+def find_groups(
+    out: Path, source: Network, skip: tuple[str, ...], heads: HeadsMode = "whole", emptied: bool = False
+) -> Groups:
+    """Coupled groups of units that can leave, each proven; what cannot leave, and why. `emptied`: also which can leave whole."""
+    return find(restore(source), source.input, skip, heads, emptied)
 
 
 @stage("rotated", returns=File, libraries=(*LIBRARIES, "safetensors"))

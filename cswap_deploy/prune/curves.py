@@ -89,7 +89,7 @@ class Gauge:
         return found
 
     def curves(self, round_to: int) -> tuple[Curve, ...]:
-        """Of every group, at five widths spread over all that it may have."""
+        """Of every group, at five widths spread over all that it may have, and without units where it is a branch."""
         widths = {group.name: tried_widths(group, len(self.orders[group.name]), round_to) for group in self.groups}
         losses = self.losses(widths)
         return tuple(
@@ -118,7 +118,7 @@ class Gauge:
 def tried_widths(group: Group, now: int, round_to: int) -> tuple[int, ...]:
     """Below `now`, widest first, each of them one that the group may have."""
     step, least = step_of(group, round_to), floor_of(group, round_to)
-    found = {least}
+    found = {least, 0} if group.branch else {least}
     for share in SHARES:
         width = min(now - 1, round(now * (1 - share)))
         found.add(max(least, width - width % step))

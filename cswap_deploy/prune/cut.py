@@ -35,8 +35,13 @@ Keep = Mapping[str, Sequence[int]]
 
 
 def cut_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
-    """A copy of `module` with only the kept units of each group; groups that `keep` does not name stay whole."""
+    """A copy of `module` with only the kept units of each group; groups that `keep` does not name stay whole.
+
+    Of a branch that keeps none (`Group.branch`) nothing is left but what its last layer gives without them.
+    """
     module = fresh_copy(module)
+    emptied = [group for group in groups if group.branch and group.name in keep and not keep[group.name]]
+    groups = [group for group in groups if group not in emptied]
     for group in groups:
         if isinstance(group, HeadDims) and group.queries and group.name in keep:
             _keep_temperature(module, group, len(keep[group.name]))
@@ -47,6 +52,8 @@ def cut_copy(module: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Modul
             _lower(module, attribute, (group.units - len(keep[group.name])) * attribute.per_unit)
     for owner in {member.module for group in groups if group.name in keep for member in group.members}:
         _repair(module.get_submodule(owner))
+    for group in emptied:
+        _empty(module, group)
     return module
 
 
@@ -187,7 +194,7 @@ def _group(item: dict[str, Any]) -> Group:
     members = tuple(Slice(**member) for member in item["members"])
     attributes = tuple(UnitAttribute(**attribute) for attribute in item["attributes"])
     if item["kind"] != "dims":
-        return Group(item["name"], item["kind"], item["units"], members, attributes)
+        return Group(item["name"], item["kind"], item["units"], members, attributes, item.get("branch", False))
     queries, keys, values = (_rows(item[name]) for name in ("queries", "keys", "values"))
     scales = tuple((owner, name) for owner, name in item["scales"])
     return HeadDims(
@@ -258,6 +265,18 @@ def _require_inside(module: nn.Module, group: Group) -> None:
             raise PruningError(
                 f"{member.tensor} has {size} indices on axis {member.axis}, group {group.name!r} owns more"
             )
+
+
+def _empty(module: nn.Module, group: Group) -> None:
+    """Put what stands for a branch that has left in the place of its layers."""
+    from cswap_deploy.prune.absent import Constant, Nothing
+
+    consumers = {member.module for member in group.consumers}
+    for name in dict.fromkeys(member.module for member in group.members):
+        layer = module.get_submodule(name)
+        if isinstance(layer, Nothing) or (isinstance(layer, Constant) and name in consumers):
+            continue  # a gate within a branch that has left
+        module.set_submodule(name, Constant(layer) if name in consumers else Nothing(layer))
 
 
 def _keep_temperature(module: nn.Module, group: HeadDims, kept: int) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group, Groups, InputSpec, Refusal
 from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.branches import candidates as branch_candidates
 from cswap_deploy.prune.costs import cost_terms
 from cswap_deploy.prune.head_dims import Inner, within_heads
-from cswap_deploy.prune.proof import proven
+from cswap_deploy.prune.proof import branches, proven
 from cswap_deploy.prune.proposals import SUMMED, Proposals, overlap, propose
 from cswap_deploy.prune.tracing import traced
 from cswap_deploy.recipe import HeadsMode
@@ -19,13 +21,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = (), heads: HeadsMode = "whole") -> Groups:
+def find(
+    module: nn.Module, spec: InputSpec, skip: Sequence[str] = (), heads: HeadsMode = "whole", emptied: bool = False
+) -> Groups:
     """Groups of `module` in the order of its layers, with what each unit costs and what is not prunable, and why.
 
     A group is kept only if cutting a random part of its units gives the same logits as masking them.
     `skip`: shell patterns of module names; a group with a member that matches is left alone. A pattern that matches
     nothing is a PruningError. `module` is not changed. `heads`: whether attention loses whole heads, or where that is possible
-    dimensions within them.
+    dimensions within them. `emptied`: whether it is looked for groups that may lose all their units (`Group.branch`).
     """
     _require_matches(module, skip)
     trace = traced(module, spec)
@@ -40,6 +44,9 @@ def find(module: nn.Module, spec: InputSpec, skip: Sequence[str] = (), heads: He
         candidates += [] if reason else [group]
         refused += [Refusal(group.name, reason)] if reason else []
     groups, disproven = proven(module, candidates, spec)
+    if emptied:
+        found = branches(module, groups, branch_candidates(module, groups), spec)
+        groups = tuple(replace(group, branch=group.name in found) for group in groups)
     terms = cost_terms(module, spec, trace, groups, proposed.atoms)
     return Groups(groups, (*refused, *disproven), terms)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,31 @@ def proven(
     All are tried at once; a set that fails is halved until the ones that are wrong stand alone. `module` is not changed.
     """
     return _Prover.of(module, spec, len(groups)).sort(tuple(groups)) if groups else ((), ())
+
+
+def branches(
+    module: nn.Module, groups: tuple[Group, ...], candidates: Collection[str], spec: InputSpec
+) -> frozenset[str]:
+    """Names of those `candidates` of proven groups all of whose units may leave (`Group.branch`), alone and together."""
+    prover = _Prover.of(module, spec, 0)
+    quick = prover._quick() or prover
+    candidates = [group.name for group in groups if group.name in candidates and quick._sees_without(group)]
+    if not candidates:
+        return frozenset()
+
+    def right(names: Collection[str]) -> bool:
+        return prover._disproof(tuple(replace(group, branch=group.name in names) for group in groups)) is None
+
+    every = frozenset(candidates)
+    if not right(every):
+        every = frozenset(name for name in candidates if right({name}))
+    if not right(every):
+        known = frozenset[str]()
+        for name in candidates:
+            known |= {name} if name in every and right(known | {name}) else frozenset()
+        every = known
+    some = frozenset(name for place, name in enumerate(sorted(every)) if place % 2)
+    return every if right(some) else frozenset()
 
 
 def same_function(module: nn.Module, spec: InputSpec, change: Callable[[nn.Module], None]) -> bool:
@@ -205,7 +230,7 @@ class _Prover:
         return self.known[groups, stored]
 
     def _tried(self, groups: tuple[Group, ...], stored: bool) -> str | None:
-        """Each group keeps a part of its own, so that a number that counts other units is not right by chance."""
+        """Each group keeps a part of its own, so that a number that counts other units is not right by chance; a branch nothing."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -213,7 +238,7 @@ class _Prover:
         for group in groups:
             part = LEAST + (MOST - LEAST) * float(torch.rand((), generator=generator))
             order = torch.randperm(group.units, generator=generator).tolist()
-            keep[group.name] = tuple(sorted(order[: max(1, int(part * group.units))]))
+            keep[group.name] = () if group.branch else tuple(sorted(order[: max(1, int(part * group.units))]))
         try:
             with torch.no_grad():
                 smaller = cut_copy(self.module, groups, keep)
@@ -225,12 +250,35 @@ class _Prover:
             return f"the network fails without some of its units: {reason(error)}"
         if cut.shape != masked.shape:
             return "its units are outputs of the network"
+        if any(group.branch for group in groups) and self._blind(smaller, cut):
+            return "without all of its units the network does not see the image"
         difference = _difference(cut, masked)
         if self.exact and not (difference <= self.tolerance or CLEAR <= difference < float("inf")):
             return self.exact._disproof(groups, stored)
         if not difference <= self.tolerance:
             return f"cutting its units is not the same as masking them (relative difference {difference:.1e})"
         return None if not stored or self._reloads(smaller, groups, keep, cut) else RELOADED
+
+    def _blind(self, module: nn.Module, wanted: Tensor) -> bool:
+        """Whether it gives other images what it gives these."""
+        import torch
+
+        with torch.no_grad():
+            return torch.equal(module(-self.images), wanted)
+
+    def _sees_without(self, group: Group) -> bool:
+        """Whether two images that are each other's negative give different logits where nothing reads the group."""
+        import torch
+
+        weights: list[Any] = [self.module.get_submodule(member.module).weight for member in group.consumers]
+        before = [weight.clone() for weight in weights]
+        with torch.no_grad():
+            for weight in weights:
+                weight.zero_()
+            one, other = self.module(torch.cat([self.images[:1], -self.images[:1]]))
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+        return _difference(one, other) > SINGLE_TOLERANCE
 
     def _reloads(
         self, smaller: nn.Module, groups: Sequence[Group], keep: dict[str, tuple[int, ...]], wanted: Tensor

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
 from cswap_deploy.prune.batches import Batches
@@ -97,7 +97,7 @@ def refit(
     changed, kept = False, set[str]()
     for number, name in enumerate(structure.order, 1):
         lost, partner, quiet = gone.get(name), producers.get(name), silent.get(name, ())
-        moves = bool(steps and partner and gone.get(partner.consumer))
+        moves = bool(steps and partner and _narrowed(module, partner.consumer, gone.get(partner.consumer, ())))
         if lost is None and not changed and not moves and not quiet:
             continue
         fits = changed or bool(lost)
@@ -119,6 +119,12 @@ def refit(
             kept |= partner.between if moved else set()
         progress.advance("layers fitted", number, len(structure.order))
     return systems
+
+
+def _narrowed(module: nn.Module, consumer: str, lost: Sequence[int]) -> bool:
+    """Whether a layer has lost some of its inputs, but not all."""
+    layer: Any = module.get_submodule(consumer)
+    return 0 < len(lost) < int(layer.weight.shape[1])
 
 
 # --- structure

@@ -88,9 +88,13 @@ class Bench:
         self, module: nn.Module, systems: Systems, keep: Kept, scores: Sequence[GroupScores], damage: Damage
     ) -> Gauge:
         """Units leave in the order of elimination for the causal effect of the surgery, else the lowest scores first."""
-        orders, of_group = {}, {item.group: item for item in scores}
+        orders: dict[str, tuple[int, ...]] = {}
+        of_group = {item.group: item for item in scores}
         for group in self.groups.groups:
             kept = keep[group.name]
+            if not kept:  # of a branch that has left
+                orders[group.name] = ()
+                continue
             fixed = isinstance(group, HeadDims) and group.queries
             found = leaving_order(module, group, kept, systems) if self.eliminates or fixed else None
             orders[group.name] = found or tuple(unit for unit, _ in reversed(ranking(of_group[group.name], kept)))
