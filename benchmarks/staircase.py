@@ -74,7 +74,7 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
     )
     with Workdir(folder / "work").open() as work:
         source = work.run(model.load, recipe.model, (), 0)
-        groups = work.run(prune.find_groups, source, ())
+        groups = work.run(prune.find_groups, source, (), "whole", True)
         few = ImageSet(data.catalogue(images, None, 2).scoring, images)
         labels = tuple(f"class {number}" for number in range(source.outputs))
         exported = work.run(export.to_onnx, source, labels, few, OnnxSettings())
@@ -93,9 +93,8 @@ def judged(name: str, folder: Path, designs: Sequence[tuple[int, int]]) -> list[
                     narrow = wanted.widths_alone(groups, kinds, multiple, exact=False)
                     pools[alone] = measured(meter, design.requests_alone(design.alone(kinds, narrow), meter.batch))
                 seen = [item for timings in (*first, *pools[alone]) for item in budget.observed(timings, 50)]
-                options[alone] = (
-                    budget.widths(groups, seen, multiple) if alone else design.options(groups, kinds, multiple)
-                )
+                own = budget.widths(groups, seen, multiple) if alone else design.options(groups, kinds, multiple)
+                options[alone] = design.emptied(groups, own)
                 settings = design.together(groups, kinds, options[alone], count, count // 8 - 1)
                 together[alone, count] = measured(meter, design.requests_together(settings, meter.batch))
             shared = {kind: min((found[kind] for found in options.values()), key=len) for kind in kinds}

@@ -82,7 +82,8 @@ def _constant(
         graph.initializer.append(onnx.numpy_helper.from_array(zeros, bias))
     axes, short = f"{output} axes", f"{output} constant"
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(along, np.int64), axes))
-    if all(reader.op_type in ELEMENTWISE for reader in graph.node if output in reader.input):
+    readers = [reader.op_type for reader in graph.node if output in reader.input]
+    if readers and ELEMENTWISE.issuperset(readers):
         return [onnx.helper.make_node("Reshape", [bias, axes], [output], short)]
     times = f"{output} shape"
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(repeats, np.int64), times))
