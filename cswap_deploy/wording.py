@@ -52,7 +52,7 @@ def level(confidence: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s"
     return f"{number} {noun}{ending}"
 
 
@@ -99,10 +99,12 @@ def gate(accuracy: dict[str, Any]) -> str:
 
 
 def removed(pruned: dict[str, Any]) -> str:
-    """How many units left and, where they were judged, what the dense network's scores say of them; no full stop."""
+    """How many units and whole branches left and, where they were judged, what the dense network's scores say of units; no full stop."""
     from cswap_deploy.artifacts import Verdict
 
     text = f"{pruned['units_removed']} of {plural(pruned['units'], 'unit')} removed"
+    if whole := sum(group["kept"] == 0 for group in pruned.get("groups", ())):
+        text += f", {plural(whole, 'whole branch')} among them"
     judged = [group["left"] for group in pruned.get("groups", ()) if group.get("left")]
     totals = {kind: sum(group[kind] for group in judged) for kind in get_args(Verdict)}
     said = ", ".join(f"{total} {kind}" for kind, total in totals.items() if total)

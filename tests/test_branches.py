@@ -36,6 +36,7 @@ from cswap_deploy.prune.groups import find
 from cswap_deploy.prune.refit import Structure, examine
 from cswap_deploy.recipe import LeastSquaresCompensation
 from cswap_deploy.repeats import shorten
+from cswap_deploy.wording import removed
 
 FOUND = {
     "residual": ["layer1.conv1", "layer2.conv1", "layer3.conv1"],
@@ -315,3 +316,11 @@ def test_branches_and_others_are_not_of_one_kind_and_have_no_floor() -> None:
     assert design.extremes(every, design.OF_FILES, None) == ({f"b{number}": 0 for number in range(4)},)
     alone = design.OF_FILES.widths_alone(groups, kinds, 8, exact=True)
     assert alone == {"b0": (8,), "b2": (0, 8)}
+
+
+def test_whole_branches_are_counted_where_units_are() -> None:
+    groups = [{"name": "a", "units": 4, "kept": 0}, {"name": "b", "units": 4, "kept": 1}]
+    pruned = {"units": 8, "units_removed": 7, "groups": groups}
+    assert removed(pruned) == "7 of 8 units removed, 1 whole branch among them"
+    assert removed({**pruned, "groups": [groups[0], groups[0]]}).endswith("2 whole branches among them")
+    assert removed({**pruned, "groups": [groups[1]]}) == "7 of 8 units removed"
