@@ -18,11 +18,12 @@ ROUNDS, SAMPLES = 8, 9
 
 @dataclass(frozen=True)
 class Simulated(Target):
-    """Layers count in blocks of `step` channels on both sides; `base_ns` and `block_ns`: of a network and of a block."""
+    """Layers count in blocks of `step` channels on both sides; `base_ns`, `layer_ns` and `block_ns`: of a network, a layer and a block."""
 
     step: int = field(default=16, metadata={"key": False})
     base_ns: int = field(default=2_000_000, metadata={"key": False})
     block_ns: int = field(default=200_000, metadata={"key": False})
+    layer_ns: int = field(default=0, metadata={"key": False})
     noise: float = field(default=0.002, metadata={"key": False})
     slower: float = field(default=1.0, metadata={"key": False})
     """Of a file that holds its own weights, as what ships does, unless it is the dense one."""
@@ -77,7 +78,7 @@ class Simulated(Target):
     def latency_ns(self, path: Path) -> float:
         shapes = [shape for shape in weights(path) if len(shape) > 1]
         blocks = sum(-(-shape[0] // self.step) * -(-shape[1] // self.step) for shape in shapes)
-        return self.base_ns + self.block_ns * blocks
+        return self.base_ns + self.layer_ns * len(shapes) + self.block_ns * blocks
 
 
 def has_shared_weights(path: Path) -> bool:

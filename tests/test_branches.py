@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import runpy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,10 @@ import pytest
 import test_budget
 import torch
 import zoo
+from conftest import make_project
 from safetensors.torch import save_file
+from simulated import Simulated
+from test_planning import SHORT, use
 from torch import nn
 
 from cswap_deploy.artifacts import Architecture, File, Groups, Network, PruningPlan
@@ -26,6 +30,8 @@ from cswap_deploy.budget import widths as widths_of
 from cswap_deploy.budget.emptied import without_branches
 from cswap_deploy.budget.narrow import require_runnable
 from cswap_deploy.budget.staircase import Observation, Steps, learn
+from cswap_deploy.bundle import load_pruned
+from cswap_deploy.console.comparison import left_lines
 from cswap_deploy.errors import ExportError, PruningError
 from cswap_deploy.prune.absent import Constant, Nothing
 from cswap_deploy.prune.compensate import compensated, with_systems
@@ -316,6 +322,57 @@ def test_branches_and_others_are_not_of_one_kind_and_have_no_floor() -> None:
     assert design.extremes(every, design.OF_FILES, None) == ({f"b{number}": 0 for number in range(4)},)
     alone = design.OF_FILES.widths_alone(groups, kinds, 8, exact=True)
     assert alone == {"b0": (8,), "b2": (0, 8)}
+
+
+RESIDUAL = """
+
+class Residual(Colours):
+    def __init__(self):
+        super().__init__()
+        width = self.fc.in_features
+        generator = torch.Generator().manual_seed(0)
+        self.inner1 = nn.Conv2d(width, width, 3, padding=1)
+        self.inner2 = nn.Conv2d(width, width, 3, padding=1)
+        with torch.no_grad():
+            for layer in (self.inner1, self.inner2):
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / 30)
+                layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator) / 10)
+
+    def forward(self, x):
+        x = self.conv1(x).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        y = self.inner2(self.inner1(x).relu())
+        y += x
+        return self.fc(y.mean((2, 3)))
+"""
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["one image", "any batch"])
+def test_a_build_empties_a_branch_where_being_there_is_what_costs(
+    dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make_project(tmp_path / "project")
+    source = project.folder / "net.py"
+    source.write_text(source.read_text() + RESIDUAL)
+    use(Simulated("local", (), step=8, base_ns=1_000_000, layer_ns=400_000, block_ns=100_000), monkeypatch)
+    recipe = (f"model.factory={source}:Residual", f"onnx.dynamic_batch={str(dynamic).lower()}", *SHORT)
+    built = project.build("prune.target={latency_ms: 3.8}", *recipe)
+    kept = {group["name"]: group["kept"] for group in built.manifest["pruned"]["groups"]}
+    block = built.manifest["budget"]
+    assert block["verdict"] == "met" and kept["inner1"] == 0 < min(kept["conv1"], kept["conv2"])
+    assert block["dense_ms"] == pytest.approx(6.3, rel=0.02) and block["floor_ms"] < 3
+    assert [kind["widths"][0] for kind in block["staircase"]["kinds"]][-1] == 0
+    graph = onnx.load(built.bundle.file("model.onnx").path).graph
+    assert Counter(node.op_type for node in graph.node)["Conv"] == 2
+    network = runpy.run_path(str(source))["Residual"]
+    module = load_pruned(built.bundle.folder, network)
+    assert isinstance(module.inner2, Constant) and isinstance(module.inner1, Nothing)
+    inputs = np.load(built.bundle.folder / "test_vectors" / "input.npy")
+    wanted = np.load(built.bundle.folder / "test_vectors" / "output.npy")
+    with torch.no_grad():
+        np.testing.assert_allclose(module(torch.from_numpy(inputs)).numpy(), wanted, rtol=1e-3, atol=1e-4)
+    page = (built.bundle.folder / "report.html").read_text()
+    assert "1 whole branch among them" in page and "1 whole branch among them" in " ".join(left_lines(built.bundle))
 
 
 def test_whole_branches_are_counted_where_units_are() -> None:
