@@ -24,11 +24,13 @@ from simulated import Simulated
 from test_planning import SHORT, use
 from torch import nn
 
+from cswap_deploy import int8
 from cswap_deploy.artifacts import Architecture, File, Groups, Network, PruningPlan
-from cswap_deploy.budget import design
+from cswap_deploy.budget import design, sizes
 from cswap_deploy.budget import widths as widths_of
 from cswap_deploy.budget.emptied import without_branches
-from cswap_deploy.budget.narrow import require_runnable
+from cswap_deploy.budget.narrow import Template, require_runnable
+from cswap_deploy.budget.sizes import Numbers
 from cswap_deploy.budget.staircase import Observation, Steps, learn
 from cswap_deploy.bundle import load_pruned
 from cswap_deploy.console.comparison import left_lines
@@ -40,7 +42,7 @@ from cswap_deploy.prune.cut import cut_copy, masked_copy, positions, rebuild, wr
 from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.groups import find
 from cswap_deploy.prune.refit import Structure, examine
-from cswap_deploy.recipe import LeastSquaresCompensation
+from cswap_deploy.recipe import LeastSquaresCompensation, Variant
 from cswap_deploy.repeats import shorten
 from cswap_deploy.wording import removed
 
@@ -226,6 +228,41 @@ def test_a_file_without_branches_has_the_nodes_of_the_network_that_was_cut_and_e
     assert {op: made[op] for op in computing} == {op: real[op] for op in computing}
     dense = Counter(node.op_type for node in onnx.load(tmp_path / "dense.onnx").graph.node)
     assert sum(made[op] for op in computing) < sum(dense[op] for op in computing)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("residual", "int8"), ("squeeze-excite", "int8"), ("vit", "int8-arm"), ("residual", "int8-tensorrt")],
+)
+def test_quantised_files_lose_branches_too(name: str, kind: Variant, tmp_path: Path) -> None:
+    entry, groups = zoo.ZOO[name], found(name)
+    module, keep = entry.build(), emptied(groups)
+    noise = [np.random.default_rng(0).standard_normal((1, *entry.spec.shape), np.float32)]
+
+    def prepared(network: nn.Module) -> onnx.ModelProto:
+        graph = onnx.load(test_budget.exported(network, entry, tmp_path / "graph.onnx"))
+        return int8.prepared(graph, tmp_path / "prepared.onnx")
+
+    narrower = [
+        (
+            each,
+            Numbers.of(prepared(cut_copy(module, groups.groups, {key: range(width) for key, width in each.items()}))),
+        )
+        for each in sizes.settings(groups)
+    ]
+    known, widths = sizes.learned(groups, Numbers.of(prepared(module)), narrower), {k: len(v) for k, v in keep.items()}
+    counts = []
+    for network, narrowed in ((module, widths), (cut_copy(module, groups.groups, keep), {})):
+        graph = onnx.load(test_budget.exported(network, entry, tmp_path / "graph.onnx"))
+        quantiser = int8.Quantiser(graph, int8.KINDS[kind], lambda: noise, tmp_path)
+        onnx.save(quantiser.graph(int8.Way("minmax")), tmp_path / "int8.onnx")
+        if narrowed:
+            template = Template.read(tmp_path / "int8.onnx", groups, known)
+            (tmp_path / "int8.onnx").write_bytes(template.narrowed(narrowed, template.shared(tmp_path)))
+            require_runnable(tmp_path / "int8.onnx")
+        ops = Counter(node.op_type for node in onnx.load(tmp_path / "int8.onnx", load_external_data=False).graph.node)
+        counts.append({op: ops[op] for op in ("Conv", "Gemm", "MatMul", "Softmax")})
+    assert counts[0] == counts[1]
 
 
 def test_a_weight_without_elements_that_is_still_read_is_an_error() -> None:
