@@ -259,7 +259,9 @@ def proportional(groups: Groups, name: str, allowed: tuple[int, ...]) -> Curve:
     units = groups.by_name[name].units
     macs = groups.cost({})[1] - groups.cost({name: (0,)})[1]
     widths = tuple(width for width in reversed(allowed) if width < units)
-    damage = tuple(macs * (units - width) / (width + units / 16) for width in widths)  # without units four times that of a quarter
+    damage = tuple(
+        macs * (units - width) / (width + units / 16) for width in widths
+    )  # without units four times that of a quarter
     return Curve(name, tuple(range(units)), widths, damage)
 
 
@@ -434,7 +436,7 @@ def along_path(
 ) -> Iterator[Kept]:
     """As the tool prunes for MACs: without emptying branches."""
     settings, scores = asked.prune, ready.plan.dense_scores
-    groups = replace(ready.groups, groups=tuple(replace(group, branch=False) for group in ready.groups.groups))
+    groups = ready.groups.without_branches
     assert scores and isinstance(settings.allocation, CurvesAllocation)
     fit, selection = (ImageSet(part, asked.calibration.images) for part in (split.fit, split.selection))
     read = partial(Batches.read, spec=ready.source.input, device=resolve_device(asked.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -247,6 +247,34 @@ class Groups:
     @cached_property
     def by_name(self) -> dict[str, Group]:
         return {group.name: group for group in self.groups}
+
+    @property
+    def without_branches(self) -> Groups:
+        """The same, each of which keeps a unit."""
+        return replace(self, groups=tuple(replace(group, branch=False) for group in self.groups))
+
+    @cached_property
+    def behind(self) -> dict[str, str]:
+        """Per branch the one that it leaves with: all that reads it makes units of that one (the first layers of a bottleneck)."""
+        makers = {
+            group.name: {member.module for member in group.members if member.axis == 0}
+            for group in self.groups
+            if group.branch
+        }
+        readers = {name: {member.module for member in self.by_name[name].consumers} for name in makers}
+        return {
+            name: other
+            for name in makers
+            for other in makers
+            if name != other and readers[name] and readers[name] <= makers[other]
+        }
+
+    def closed(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """With no units of branches whose readers have left."""
+        found = dict(widths)
+        for _ in self.behind:
+            found |= {name: 0 for name, other in self.behind.items() if found.get(other) == 0}
+        return found
 
     def cost(self, keep: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
         """(params, macs) of the network that keeps these units; groups that `keep` does not name stay whole."""

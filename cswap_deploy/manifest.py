@@ -17,6 +17,7 @@ SIZES = ("shipped_bytes", "source_weights_bytes", "pruned_weights_bytes")
 Schema = dict[str, Any]
 NUMBER: Schema = {"type": "number"}
 INTEGER: Schema = {"type": "integer"}
+WHOLE: Schema = {"type": "integer", "minimum": 0}
 POSITIVE: Schema = {"type": "integer", "minimum": 1}
 TEXT: Schema = {"type": "string"}
 FRACTION: Schema = {"type": "number", "minimum": 0, "maximum": 1}
@@ -234,7 +235,7 @@ def _budget() -> Schema:
         trials={"type": "integer", "minimum": 0},
     )
     candidate = record(predicted=NUMBER, ratio=NUMBER, low=NUMBER, high=NUMBER)
-    kind = record(name=TEXT, groups=POSITIVE, widths=listing(INTEGER), ms=listing(NUMBER))
+    kind = record(name=TEXT, groups=POSITIVE, widths=listing(WHOLE), ms=listing(NUMBER))
     learned = record(
         multiple=POSITIVE,
         settings=INTEGER,

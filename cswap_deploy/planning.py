@@ -89,6 +89,7 @@ def choose(
             return source, *UNPRUNED, first
         groups, quantised = meter.groups if recipe.ships_engine else leaving(), meter.file.startswith("int8")
         sizes = work.run(export.sizes_of, source, groups, dense["fp32"], recipe.onnx.graph, quantised)
+        groups = groups if sizes.branches else groups.without_branches
         meter = replace(meter, groups=groups, sizes=sizes, call_ms=first.call_ms)
         first = surveying.probed(meter, first)
         staircase = surveying.learned(meter) if first.verdict == "met" else None
@@ -245,7 +246,14 @@ class _Planner:
         fit, _ = self._images()
         learned = recipe.accuracy.max_drop is not None
         scores = self.work.run(
-            prune.score, self.source, self.groups, fit, settings.criterion, recipe.device, recipe.seed, learned
+            prune.score,
+            self.source,
+            self.groups.without_branches,
+            fit,
+            settings.criterion,
+            recipe.device,
+            recipe.seed,
+            learned,
         )
         curves = self.work.run(
             prune.measure_curves, self.source, self.groups, scores, fit, settings.criterion, settings.compensate,

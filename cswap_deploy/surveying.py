@@ -124,8 +124,6 @@ def learned(meter: Meter) -> Staircase:
     """What widths cost on this device."""
     groups, wanted, exact = meter.groups, meter.design, meter.exact is not None
     timings = _in_requests(meter, "floor", design.extremes(groups, wanted, meter.exact), meter.sampling_s(WIDTHS_S))
-    if wanted.alone and any(group.branch for group in groups.groups):
-        timings += _in_requests(meter, "corners", design.corners(groups, wanted, meter.exact), WIDTHS_S)
     multiple = meter.exact
     if multiple is None:
         multiple, found = alignment(meter)

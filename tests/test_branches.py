@@ -24,7 +24,7 @@ from simulated import Simulated
 from test_planning import SHORT, use
 from torch import nn
 
-from cswap_deploy import int8
+from cswap_deploy import export, int8
 from cswap_deploy.artifacts import Architecture, File, Groups, Network, PruningPlan
 from cswap_deploy.budget import design, sizes
 from cswap_deploy.budget import widths as widths_of
@@ -32,6 +32,7 @@ from cswap_deploy.budget.emptied import without_branches
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.sizes import Numbers
 from cswap_deploy.budget.staircase import Observation, Steps, learn
+from cswap_deploy.budget.values import LayerTime, Staircase
 from cswap_deploy.bundle import load_pruned
 from cswap_deploy.console.comparison import left_lines
 from cswap_deploy.errors import ExportError, PruningError
@@ -42,8 +43,9 @@ from cswap_deploy.prune.cut import cut_copy, masked_copy, positions, rebuild, wr
 from cswap_deploy.prune.damage import Damage
 from cswap_deploy.prune.groups import find
 from cswap_deploy.prune.refit import Structure, examine
-from cswap_deploy.recipe import LeastSquaresCompensation, Variant
+from cswap_deploy.recipe import LeastSquaresCompensation, OnnxSettings, Variant
 from cswap_deploy.repeats import shorten
+from cswap_deploy.runtime import Session
 from cswap_deploy.wording import removed
 
 FOUND = {
@@ -265,6 +267,111 @@ def test_quantised_files_lose_branches_too(name: str, kind: Variant, tmp_path: P
     assert counts[0] == counts[1]
 
 
+def conv(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
+
+
+class Wide(nn.Module):
+    """Two branches that are added to each other and stand beside their input, a bottleneck, and a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 8)
+        self.a1, self.a2, self.b1, self.b2 = conv(8, 6), conv(6, 8), conv(8, 7), conv(7, 8)
+        self.c1, self.c2, self.c3 = conv(16, 6), conv(6, 5), conv(5, 16)
+        self.d1, self.d2 = conv(16, 9), conv(9, 16)
+        self.head = nn.Linear(16, zoo.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = torch.cat([self.a2(self.a1(x).relu()) + self.b2(self.b1(x).relu()), x], 1)
+        x = (x + self.c3(self.c2(self.c1(x).relu()).relu())).relu()
+        y = self.d2(self.d1(x).relu())
+        y += x
+        logits: torch.Tensor = self.head(y.relu().mean((2, 3)))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def wide() -> tuple[nn.Module, Groups]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = zoo.randomised(Wide()).eval().requires_grad_(False)
+    return module, find(module, zoo.spec(8), emptied=True)
+
+
+def test_what_leads_to_another_branch_alone_leaves_with_it(wide: tuple[nn.Module, Groups]) -> None:
+    module, groups = wide
+    assert branches(groups) == ["a1.0", "b1.0", "c1.0", "c2.0", "d1.0"]
+    assert groups.behind == {"c1.0": "c2.0"}
+    assert groups.closed({"c1.0": 6, "c2.0": 0, "d1.0": 9}) == {"c1.0": 0, "c2.0": 0, "d1.0": 9}
+    assert groups.closed({"c1.0": 0, "c2.0": 5}) == {"c1.0": 0, "c2.0": 5}
+    assert not groups.without_branches.behind
+    kinds = design.kinds_of(groups)
+    assert [kind for kind, widths in design.emptied(groups, dict.fromkeys(kinds, (1,))).items() if 0 in widths] == [
+        "a1.0", "b1.0", "c2.0", "d1.0",
+    ]  # fmt: skip
+    assert all(("c1.0", 0) not in each.items() for each in design.extremes(groups, design.OF_FILES, None))
+    x = zoo.images(zoo.ZOO["residual"]).float()
+    layers = tuple(
+        LayerTime((term.name,), 0.0, (0.0,) * len(term.axes), 0.05) for term in groups.terms if term.macs and term.axes
+    )
+    steps = Steps(groups, Staircase(1, 1, 1 - 0.05 * len(layers), layers, (), 0, ()))
+    whole = {group.name: group.units for group in groups.groups}
+    assert steps.total({**whole, "c2.0": 0}) == pytest.approx(1 - 0.15), "three layers"
+    assert steps.changes(whole, "c2.0", (0,)) == pytest.approx([-0.15])
+    with torch.no_grad():
+        keep = {"c1.0": (), "c2.0": ()}
+        torch.testing.assert_close(
+            cut_copy(module, groups.groups, keep)(x), masked_copy(module, groups.groups, keep)(x), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["one image", "any batch"])
+@pytest.mark.parametrize("gone", [("a1.0",), ("c2.0",), ("d1.0",), ("b1.0", "a1.0"), ("a1.0", "b1.0", "c2.0", "d1.0")])
+def test_what_ships_and_what_is_measured_for_it_are_one_graph(
+    gone: tuple[str, ...], dynamic: bool, wide: tuple[nn.Module, Groups], tmp_path: Path
+) -> None:
+    module, groups = wide
+    settings, spec = OnnxSettings(dynamic_batch=dynamic), zoo.spec(8)
+
+    def graph_of(network: nn.Module) -> onnx.ModelProto:
+        onnx.save(export._export(network, spec, settings), tmp_path / "exported.onnx")
+        assert export._run_onnxsim(tmp_path / "exported.onnx", tmp_path / "simplified.onnx") is None
+        model = onnx.load(tmp_path / "simplified.onnx")
+        shorten(model)
+        return model
+
+    narrower = [
+        (
+            each,
+            Numbers.of(graph_of(cut_copy(module, groups.groups, {key: range(width) for key, width in each.items()}))),
+        )
+        for each in sizes.settings(groups)
+    ]
+    dense = graph_of(module)
+    onnx.save(dense, tmp_path / "dense.onnx")
+    template = Template.read(tmp_path / "dense.onnx", groups, sizes.learned(groups, Numbers.of(dense), narrower))
+    path = tmp_path / "narrow.onnx"
+    path.write_bytes(template.narrowed(dict.fromkeys(gone, 0), template.shared(tmp_path)))
+    require_runnable(path)
+    cut = cut_copy(module, groups.groups, dict.fromkeys(gone, ()))
+    ships = graph_of(cut)
+    onnx.save(ships, tmp_path / "ships.onnx")
+    x = zoo.images(zoo.ZOO["residual"], 2).float()
+    given = Session(tmp_path / "ships.onnx", threads=1).logits(x.numpy())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(given), cut(x), rtol=1e-4, atol=1e-5)
+    made, real = (Counter(n.op_type for n in onnx.load(each).graph.node) for each in (path, tmp_path / "ships.onnx"))
+    assert (
+        made["Conv"] == real["Conv"] == 10 - 3 * ("c2.0" in gone) - 2 * len([name for name in gone if name != "c2.0"])
+    )
+    if {"a1.0", "b1.0"} <= {*gone}:  # of their sum nothing else has the shape: it stays whole
+        assert made["Expand"] == 2
+    else:
+        assert {op: made[op] for op in real} == dict(real) and made["Expand"] == real["BatchNormalization"] == 0
+
+
 def test_a_weight_without_elements_that_is_still_read_is_an_error() -> None:
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (1, 3, 8, 8)) for name in "xy")
     weight = onnx.numpy_helper.from_array(np.zeros((3, 3, 1, 1), np.float32), "w")
@@ -353,10 +460,12 @@ def test_branches_and_others_are_not_of_one_kind_and_have_no_floor() -> None:
     options = design.options(groups, kinds, 8)
     assert design.emptied(groups, options) == {"b0": (8, 16, 24), "b2": (0, 8, 16, 24)}
     extremes = design.extremes(groups, design.OF_FILES, None)
-    assert all((each["b2"], each["b3"]) == (0, 0) and each["b0"] > 0 for each in extremes)
-    assert len(extremes) == len(design.corners(groups, design.OF_FILES, None)) == 4
+    gone = [each for each in extremes if each["b2"] == 0]
+    assert len(gone) == len(extremes) - len(gone) == 4
+    assert all(each["b3"] == each["b2"] and each["b0"] > 0 for each in extremes)
     every = replace(groups, groups=tuple(replace(group, branch=True) for group in groups.groups))
-    assert design.extremes(every, design.OF_FILES, None) == ({f"b{number}": 0 for number in range(4)},)
+    first, *rest = design.extremes(every, design.OF_FILES, None)
+    assert first == {f"b{number}": 0 for number in range(4)} and len(rest) == 4 and all(all(r.values()) for r in rest)
     alone = design.OF_FILES.widths_alone(groups, kinds, 8, exact=True)
     assert alone == {"b0": (8,), "b2": (0, 8)}
 

@@ -90,7 +90,7 @@ Settings of all groups alone predict about as well as with kinds alone beside th
 def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
     """Groups that cost the same at the same width, by the name of the first: repeated blocks of one stage.
 
-    They have as many units and own the same axes of layers of the same shape and cost, and all or none of them are branches.
+    They have as many units and own the same axes of layers of the same shape and cost, and all or none of them may leave whole.
     """
     found: dict[object, list[str]] = {}
     for group in groups.groups:
@@ -99,23 +99,20 @@ def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
             mine = [(axis.size, repeat) for axis in term.axes for name, repeat in axis.owners if name == group.name]
             if mine and term.macs:
                 owned.append((term.macs, term.params, tuple(axis.size for axis in term.axes), tuple(mine)))
-        found.setdefault((group.kind, group.branch, group.units, tuple(sorted(owned))), []).append(group.name)
+        leaves = group.branch and group.name not in groups.behind
+        found.setdefault((group.kind, leaves, group.units, tuple(sorted(owned))), []).append(group.name)
     return {names[0]: tuple(names) for names in found.values()}
 
 
 def extremes(groups: Groups, design: Design, round_to: int | None) -> tuple[Widths, ...]:
-    """No branches, every other group as narrow as multiples of a few numbers let it be: the fastest is the floor.
+    """Every group as narrow as multiples of a few numbers let it be, with and without branches: the fastest is the floor.
 
-    `round_to`: of which all widths are multiples.
+    `round_to`: of which all widths are multiples. The first is as narrow as any candidate.
     """
-    gone = {group.name: 0 for group in groups.groups if group.branch}
-    return _each_once([{**setting, **gone} for setting in corners(groups, design, round_to)])
-
-
-def corners(groups: Groups, design: Design, round_to: int | None) -> tuple[Widths, ...]:
-    """Every group as narrow as multiples of a few numbers let it be, branches too, the first as narrow as any candidate."""
     numbers = dict.fromkeys(lcm(round_to or 1, number) for number in design.narrowest)
-    return tuple({group.name: floor_of(group, number) for group in groups.groups} for number in numbers)
+    narrow = [{group.name: floor_of(group, number) for group in groups.groups} for number in numbers]
+    gone = {group.name: 0 for group in groups.groups if group.branch and group.name not in groups.behind}
+    return _each_once([*({**setting, **gone} for setting in narrow), *narrow])
 
 
 def narrowest(extremes: Sequence[Widths], allowed: Callable[[str], Sequence[int]]) -> tuple[Widths, ...]:
@@ -175,8 +172,9 @@ def options(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -
 
 
 def emptied(groups: Groups, widths: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Widths of each kind of group, with 0 where these are branches."""
-    return {kind: ((0,) if groups.by_name[kind].branch else ()) + tuple(own) for kind, own in widths.items()}
+    """Widths of each kind of group, with 0 where these may leave whole; what is behind another branch leaves with that one."""
+    leaving = {kind for kind in widths if groups.by_name[kind].branch and kind not in groups.behind}
+    return {kind: ((0,) if kind in leaving else ()) + tuple(own) for kind, own in widths.items()}
 
 
 def finer(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> dict[str, tuple[int, ...]]:

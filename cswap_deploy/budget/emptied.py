@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 CONTRACTED = {"Conv": 1, "Gemm": 0, "MatMul": -2}
 """The axis of a weight that a node sums over; a Gemm may read its weight transposed."""
-Shape = tuple[int, ...]
+Fixed = tuple[int, ...]
+Shape = tuple[int | str, ...]
+"""Names stand for sizes that are not fixed."""
 
 
 def without_branches(
-    model: onnx.ModelProto, empty: Mapping[str, Shape], behind: Mapping[str, str], whole: Mapping[str, Shape]
+    model: onnx.ModelProto, empty: Mapping[str, Fixed], behind: Mapping[str, str], whole: Mapping[str, Shape]
 ) -> None:
-    """Change `model` in place: where a node sums over no elements its output becomes its bias, and what nothing reads any more leaves.
+    """Change `model` in place: where a node sums over no elements its output becomes a constant, and what nothing reads any more leaves.
 
     `empty`: shapes of the weights that have no elements; `behind`: the weight that a value is, seen through conversions; `whole`: shapes of
     the dense network's values. Errors: ExportError where what is left reads a weight without elements.
@@ -28,12 +30,16 @@ def without_branches(
     import onnx
 
     graph, nodes = model.graph, list[onnx.NodeProto]()
+    weights = {node.output[0]: weight for node in graph.node if (weight := _summed(node, empty, behind))}
     for node in graph.node:
-        weight = next((behind[name] for name in node.input if behind.get(name) in empty), None)
-        if weight is None or not _sums_over_nothing(node, empty[weight]):
+        output = node.output[0]
+        if output in weights:
+            short = _repeats_itself(
+                graph, output, {name: whole[name] for name in whole if name not in weights or name == output}
+            )
+            nodes += _constant(graph, node, weights[output], empty[weights[output]], whole, short=short)
+        else:
             nodes.append(node)
-            continue
-        nodes += _constant(graph, node, weight, empty[weight], whole)
     needed, left = {item.name for item in graph.output}, list[onnx.NodeProto]()
     for node in reversed(nodes):
         if needed.intersection(node.output):
@@ -48,21 +54,34 @@ def without_branches(
     graph.initializer.extend(kept)
 
 
-def _sums_over_nothing(node: onnx.NodeProto, shape: Shape) -> bool:
+def _summed(node: onnx.NodeProto, empty: Mapping[str, Fixed], behind: Mapping[str, str]) -> str | None:
+    """The weight without elements over which a node sums, if it does."""
     axis = CONTRACTED.get(node.op_type)
-    if axis is None:
-        return False
+    weight = next((behind[name] for name in node.input if behind.get(name) in empty), None)
+    if axis is None or weight is None:
+        return None
     if node.op_type == "Gemm" and any(item.name == "transB" and item.i for item in node.attribute):
         axis = 1
-    return shape[axis] == 0
+    return weight if empty[weight][axis] == 0 else None
+
+
+def _repeats_itself(graph: onnx.GraphProto, output: str, whole: Mapping[str, Shape]) -> bool:
+    """Whether all that reads an output combines it element by element with something of its whole shape, so that one value will do."""
+    readers = [node for node in graph.node if output in node.input]
+    return bool(readers) and all(
+        node.op_type in ELEMENTWISE
+        and all(whole.get(name) == whole[output] for name in node.input)
+        and {*node.input} != {output}
+        for node in readers
+    )
 
 
 def _constant(
-    graph: onnx.GraphProto, node: onnx.NodeProto, weight: str, shape: Shape, whole: Mapping[str, Shape]
+    graph: onnx.GraphProto, node: onnx.NodeProto, weight: str, shape: Fixed, whole: Mapping[str, Shape], *, short: bool
 ) -> list[onnx.NodeProto]:
     """What gives the node's output where it sums over nothing: its bias along the axis of its channels, or zeros.
 
-    Of one value along the other axes, unless that is read by what does not repeat it.
+    Of one value along the other axes where it may be `short`.
     """
     import numpy as np
     import onnx
@@ -73,21 +92,28 @@ def _constant(
     axis = 1 if node.op_type == "Conv" else -1
     along, repeats = [1] * len(whole[output]), [*whole[output]]
     along[axis], repeats[axis] = -1, 1
-    if not bias:
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param or None
+    if any(isinstance(size, str) for size in repeats[1:]) or (isinstance(repeats[0], str) and repeats[0] != batch):
+        raise ExportError(f"the shape of {output!r} is not fixed", HINT)
+    if bias not in {
+        item.name for item in graph.initializer
+    }:  # none, or one that is converted first: its values do not matter
         kind = next(item.data_type for item in graph.initializer if item.name == weight)
         kind = kind if kind in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16) else onnx.TensorProto.FLOAT
         channels = shape[0] if node.op_type == "Conv" or shape[-1] == 0 else shape[-1]
         zeros = np.zeros(channels, onnx.helper.tensor_dtype_to_np_dtype(kind))
         bias = f"{output} zeros"
         graph.initializer.append(onnx.numpy_helper.from_array(zeros, bias))
-    axes, short = f"{output} axes", f"{output} constant"
+    axes, narrow, times = f"{output} axes", f"{output} constant", f"{output} shape"
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(along, np.int64), axes))
-    readers = [reader.op_type for reader in graph.node if output in reader.input]
-    if readers and ELEMENTWISE.issuperset(readers):
-        return [onnx.helper.make_node("Reshape", [bias, axes], [output], short)]
-    times = f"{output} shape"
-    graph.initializer.append(onnx.numpy_helper.from_array(np.array(repeats, np.int64), times))
-    return [
-        onnx.helper.make_node("Reshape", [bias, axes], [short], short),
-        onnx.helper.make_node("Expand", [short, times], [output], times),
-    ]
+    if short:
+        return [onnx.helper.make_node("Reshape", [bias, axes], [output], narrow)]
+    made = [onnx.helper.make_node("Reshape", [bias, axes], [narrow], narrow)]
+    fixed = [size for size in repeats if isinstance(size, int)]
+    rest = f"{output} sizes" if len(fixed) < len(repeats) else times
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(fixed, np.int64), rest))
+    if rest != times:
+        images = f"{output} images"
+        made.append(onnx.helper.make_node("Shape", [graph.input[0].name], [images], images, start=0, end=1))
+        made.append(onnx.helper.make_node("Concat", [images, rest], [times], f"{output} sizes", axis=0))
+    return [*made, onnx.helper.make_node("Expand", [narrow, times], [output], times)]

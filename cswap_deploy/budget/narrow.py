@@ -43,8 +43,8 @@ class Template:
     """By initializer."""
     nodes: Mapping[str, Sequence[Size]]
     """By the node's name: of its attributes, and of constants that others read otherwise."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Of the graph's values, for a batch of one; empty where no group can leave whole."""
+    shapes: Mapping[str, tuple[int | str, ...]]
+    """Of the graph's values; empty where no group can leave whole."""
 
     @staticmethod
     def read(path: Path, groups: Groups, sizes: Sizes) -> Template:
@@ -70,8 +70,7 @@ class Template:
                 raise ExportError(f"{path.name} has no node {size.node!r} whose {size.key} could be changed", HINT)
             nodes.setdefault(size.node, []).append(size)
         units = {group.name: group.units for group in groups.groups}
-        found = shapes_of(model) if any(group.branch for group in groups.groups) else {}
-        shapes = {name: tuple(dim if isinstance(dim, int) else 1 for dim in shape) for name, shape in found.items()}
+        shapes = shapes_of(model) if any(group.branch for group in groups.groups) else {}
         return Template(model, units, {**tensors, **graph.scales(tensors)}, nodes, shapes)
 
     def shared(self, folder: Path) -> SharedWeights:
@@ -94,7 +93,8 @@ class Template:
                 item.name: tuple(resized(item.dims, by_tensor.get(item.name, ()), "dims", removed))
                 for item in model.graph.initializer
             }
-            empty = {name: shape for name, shape in shapes.items() if 0 in shape}
+            before = {item.name: item.dims for item in model.graph.initializer}
+            empty = {name: shape for name, shape in shapes.items() if 0 in shape and 0 not in before[name]}
             graph = _Graph.of(model)
             behind = {name: graph.source(name) or "" for node in model.graph.node for name in node.input}
             without_branches(model, empty, behind, self.shapes)
@@ -135,12 +135,12 @@ class Template:
 
 
 def require_runnable(path: Path) -> None:
-    """Run a narrowed file once on one input of zeros. Errors: ExportError."""
+    """Run a narrowed file once on zeros, on two images where it takes any number. Errors: ExportError."""
     import numpy as np
 
     try:
         session = Session(path, threads=1, literal=True)
-        session.logits(np.zeros((1, *session.input_shape), np.float32))
+        session.logits(np.zeros((2, *session.input_shape), np.float32))
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ExportError(
             f"a narrowed graph does not run: {reason(error)}",

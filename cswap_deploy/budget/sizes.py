@@ -62,6 +62,8 @@ class Sizes:
     """All numbers of one file that follow widths."""
 
     found: tuple[Size, ...]
+    branches: bool = True
+    """Whether the file can also be that of a network without branches."""
 
 
 def settings(groups: Groups) -> tuple[dict[str, int], ...]:

@@ -100,13 +100,14 @@ class Steps:
 
     def total(self, widths: Widths) -> float:
         """Groups that are not named are whole."""
+        widths = self.groups.closed(widths)
         return self.staircase.constant + sum(self._layer(number, widths) for number in range(len(self._layers)))
 
     def changes(self, at: Widths, name: str, widths: Sequence[int]) -> list[float]:
         """By how much the network with the widths `at` gets slower when group `name` alone gets each of `widths`."""
 
         def own(width: int) -> float:
-            changed = {**at, name: width}
+            changed = self.groups.closed({**at, name: width})
             return sum(self._layer(number, changed) for number in self._of_group[name])
 
         begun = own(at[name])
@@ -129,7 +130,10 @@ class Steps:
     def _of_group(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {group.name: [] for group in self.groups.groups}
         for number, (term, _) in enumerate(self._layers):
-            for name in dict.fromkeys(owner for axis in term.axes for owner, _ in axis.owners):
+            owners = dict.fromkeys(owner for axis in term.axes for owner, _ in axis.owners)
+            for _ in self.groups.behind:  # what leaves with another branch is that one's too
+                owners |= {self.groups.behind[name]: None for name in owners if name in self.groups.behind}
+            for name in owners:
                 found[name].append(number)
         return found
 
@@ -215,7 +219,7 @@ class _Shapes:
         import numpy as np
 
         units = {group.name: group.units for group in self.groups.groups}
-        found = [1.0]
+        widths, found = self.groups.closed(widths), [1.0]
         for terms in self.terms:
             parts = np.array([[_part(axis, widths, units, self.block) for axis in term.axes] for term in terms])
             there = parts.all(1)

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 def candidates(module: nn.Module, groups: Sequence[Group]) -> tuple[str, ...]:
     """Names of groups of channels whose layers are theirs alone: nothing else passes through what makes, carries or reads them."""
-    return tuple(group.name for group in groups if group.kind == "channels" and _owns_its_layers(module, group))
+    return tuple(
+        group.name
+        for group in groups
+        if group.kind == "channels" and group.units > 1 and _owns_its_layers(module, group)
+    )
 
 
 def _owns_its_layers(module: nn.Module, group: Group) -> bool:

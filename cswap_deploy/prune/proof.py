@@ -57,19 +57,19 @@ def branches(
     if not candidates:
         return frozenset()
 
-    def right(names: Collection[str]) -> bool:
-        return prover._disproof(tuple(replace(group, branch=group.name in names) for group in groups)) is None
+    def right(judge: _Prover, names: Collection[str], stored: bool = False) -> bool:
+        return judge._disproof(tuple(replace(group, branch=group.name in names) for group in groups), stored) is None
 
     every = frozenset(candidates)
-    if not right(every):
-        every = frozenset(name for name in candidates if right({name}))
-    if not right(every):
+    if not right(quick, every):
+        every = frozenset(name for name in candidates if right(quick, {name}))
+    if not right(quick, every):
         known = frozenset[str]()
         for name in candidates:
-            known |= {name} if name in every and right(known | {name}) else frozenset()
+            known |= {name} if name in every and right(quick, known | {name}) else frozenset()
         every = known
-    some = frozenset(name for place, name in enumerate(sorted(every)) if place % 2)
-    return every if right(some) else frozenset()
+    halves = [frozenset(sorted(every)[first::2]) for first in range(2)]
+    return every if all(right(prover, names, stored=True) for names in (every, *halves)) else frozenset()
 
 
 def same_function(module: nn.Module, spec: InputSpec, change: Callable[[nn.Module], None]) -> bool:

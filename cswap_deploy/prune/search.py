@@ -189,7 +189,8 @@ class Search:
 
     def settle(self, approach: State, widths: Widths) -> State:
         """The last step: from where an approach ended to these widths."""
-        return self._taken(approach, _kept(approach.curves, widths), approach.curves, approach.scores, self._judge())
+        keep = _kept(approach.curves, self.bench.groups.closed(widths))
+        return self._taken(approach, keep, approach.curves, approach.scores, self._judge())
 
     def within(self, points: float) -> State:
         """Cut until the next step's drop exceeds `points`, then approach the limit by halving the step."""
@@ -227,7 +228,7 @@ class Search:
         assert judge.damage
         scores = self._scores(state)
         curves = self._curves(state, scores, judge.damage)
-        widths = choose(curves, {name: len(units) for name, units in state.keep.items()})
+        widths = self.bench.groups.closed(choose(curves, {name: len(units) for name, units in state.keep.items()}))
         return self._taken(state, _kept(curves, widths), curves, scores, judge)
 
     def _scores(self, state: State) -> tuple[GroupScores, ...]:
