@@ -285,7 +285,7 @@ def test_a_batchnorm_takes_up_a_bias_exactly(name: str) -> None:
     entry = zoo.ZOO[name]
     dense, batches = entry.build(), zoo.batches(entry, 40)
     module, systems = fitted(dense, entry.groups, zoo.half(entry.groups), batches)
-    images = next(iter(batches))[0]
+    module, images = module.double(), next(iter(batches))[0].double()  # in float32 rounding depends on the processor
     behind = {layer: system for layer, system in systems.items() if system.norm}
     assert behind
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_a_batchnorm_takes_up_a_bias_exactly(name: str) -> None:
             added = module(images)
             handle.remove()
             norm.running_mean.copy_(system.mean - weights[-1])
-            assert torch.allclose(added, taken_up, atol=1e-5 * float(taken_up.abs().max()))
+            assert torch.allclose(added, taken_up, rtol=0, atol=1e-6 * float(taken_up.abs().max()))
 
 
 def test_a_layer_with_a_bias_of_its_own_keeps_it_though_a_batchnorm_follows() -> None:
