@@ -259,9 +259,8 @@ def proportional(groups: Groups, name: str, allowed: tuple[int, ...]) -> Curve:
     units = groups.by_name[name].units
     macs = groups.cost({})[1] - groups.cost({name: (0,)})[1]
     widths = tuple(width for width in reversed(allowed) if width < units)
-    damage = tuple(
-        macs * (units - width) / (width + units / 16) for width in widths
-    )  # without units four times that of a quarter
+    # without units some seven times that of a quarter
+    damage = tuple(macs * (units - width) / (width + units / 16) for width in widths)
     return Curve(name, tuple(range(units)), widths, damage)
 
 

@@ -13,7 +13,9 @@ ELEMENTWISE = frozenset({"Add", "Sub", "Mul"})
 LEAST = 256
 """Elements from which on a constant is looked at."""
 
-Shapes = Mapping[str, tuple[int | str, ...]]
+Shape = tuple[int | str, ...]
+"""Names stand for sizes that are not fixed."""
+Shapes = Mapping[str, Shape]
 Readers = Mapping[str, list[Any]]
 
 
@@ -27,28 +29,40 @@ def shorten(model: onnx.ModelProto) -> None:
     apart = any(item.data_location == onnx.TensorProto.EXTERNAL for item in graph.initializer)
     if apart or any(item.HasField("g") or item.graphs for node in graph.node for item in node.attribute):
         return
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    stored = [item for item in graph.initializer if len(item.dims) > 2 and _size(item) >= LEAST]
+    readers = readers_of(graph)
+    stored = [item for item in graph.initializer if len(item.dims) > 2 and prod(item.dims) >= LEAST]
     stored = [item for item in stored if _is_only_combined(item.name, readers)]
     repeated = [node for node in graph.node if node.op_type == "Expand"]
     if not stored and not repeated:
         return
     shapes = shapes_of(model)
     for item in stored:
-        if _may_be_short(item.name, tuple(item.dims), readers, shapes):
+        if may_be_short(item.name, tuple(item.dims), readers, shapes):
             _keep_one(item)
     constants = {item.name: item for item in graph.initializer}
     bypassed = [node for node in repeated if _bypass(graph, node, constants, readers, shapes)]
     for node in bypassed:
         graph.node.remove(node)
     if bypassed:
-        _drop_dead(graph)
+        drop_dead(graph)
 
 
-def shapes_of(model: onnx.ModelProto) -> dict[str, tuple[int | str, ...]]:
+def readers_of(graph: onnx.GraphProto) -> Readers:
+    """Per value the nodes that read it, one as often as it does so."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def may_be_short(name: str, shape: Shape, readers: Readers, shapes: Shapes) -> bool:
+    """Whether all that reads a value combines it element by element with something of this shape, so that one along each axis will do."""
+    others = {other for node in readers.get(name, ()) for other in node.input if other != name}
+    return _is_only_combined(name, readers) and all(shapes.get(other) == shape for other in others)
+
+
+def shapes_of(model: onnx.ModelProto) -> dict[str, Shape]:
     """Of a graph's values, as far as they can be inferred; names stand for sizes that are not fixed."""
     import onnx
 
@@ -61,20 +75,9 @@ def shapes_of(model: onnx.ModelProto) -> dict[str, tuple[int | str, ...]]:
     }
 
 
-def _size(item: onnx.TensorProto) -> int:
-
-    return prod(item.dims)
-
-
 def _is_only_combined(name: str, readers: Readers) -> bool:
     own = readers.get(name, [])
     return bool(own) and all(node.op_type in ELEMENTWISE and len({*node.input}) == 2 for node in own)
-
-
-def _may_be_short(name: str, shape: tuple[int | str, ...], readers: Readers, shapes: Shapes) -> bool:
-    """Whether all that reads it also reads something of this shape."""
-    others = {other for node in readers[name] for other in node.input if other != name}
-    return all(shapes.get(other) == shape for other in others)
 
 
 def _keep_one(item: onnx.TensorProto) -> None:
@@ -107,7 +110,7 @@ def _bypass(
             return False
         output = norm.output[0]
     shown = any(item.name == output for item in graph.output)
-    if shown or not _is_only_combined(output, readers) or not _may_be_short(output, shape, readers, shapes):
+    if shown or not may_be_short(output, shape, readers, shapes):
         return False
     if norm is not None:
         values = _normalised(norm, *(onnx.numpy_helper.to_array(constants[name]) for name in (value, *norm.input[1:])))
@@ -129,7 +132,7 @@ def _normalised(norm: onnx.NodeProto, values: Any, scale: Any, bias: Any, mean: 
     return (values * factor.reshape(along) + (bias - mean * factor).reshape(along)).astype(values.dtype)
 
 
-def _drop_dead(graph: onnx.GraphProto) -> None:
+def drop_dead(graph: onnx.GraphProto) -> None:
     """Nodes and constants that nothing reads leave, in place."""
     needed = {item.name for item in graph.output}
     for node in reversed([*graph.node]):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cswap_deploy.budget.sizes import HINT
 from cswap_deploy.errors import ExportError
-from cswap_deploy.repeats import ELEMENTWISE
+from cswap_deploy.repeats import Shape, drop_dead, may_be_short, readers_of
 
 if TYPE_CHECKING:
     import onnx
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 CONTRACTED = {"Conv": 1, "Gemm": 0, "MatMul": -2}
 """The axis of a weight that a node sums over; a Gemm may read its weight transposed."""
 Fixed = tuple[int, ...]
-Shape = tuple[int | str, ...]
-"""Names stand for sizes that are not fixed."""
 
 
 def without_branches(
@@ -31,27 +29,19 @@ def without_branches(
 
     graph, nodes = model.graph, list[onnx.NodeProto]()
     weights = {node.output[0]: weight for node in graph.node if (weight := _summed(node, empty, behind))}
+    readers, beside = readers_of(graph), {name: shape for name, shape in whole.items() if name not in weights}
     for node in graph.node:
         output = node.output[0]
         if output in weights:
-            short = _repeats_itself(
-                graph, output, {name: whole[name] for name in whole if name not in weights or name == output}
-            )
+            short = output in whole and may_be_short(output, whole[output], readers, beside)
             nodes += _constant(graph, node, weights[output], empty[weights[output]], whole, short=short)
         else:
             nodes.append(node)
-    needed, left = {item.name for item in graph.output}, list[onnx.NodeProto]()
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            left.append(node)
-            needed.update(node.input)
-    if lost := needed.intersection(empty):
-        raise ExportError(f"a network without a branch still reads {min(lost)!r}", HINT)
     del graph.node[:]
-    graph.node.extend(reversed(left))
-    kept = [item for item in graph.initializer if item.name in needed]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.node.extend(nodes)
+    drop_dead(graph)
+    if lost := {item.name for item in graph.initializer} & set(empty):
+        raise ExportError(f"a network without a branch still reads {min(lost)!r}", HINT)
 
 
 def _summed(node: onnx.NodeProto, empty: Mapping[str, Fixed], behind: Mapping[str, str]) -> str | None:
@@ -63,17 +53,6 @@ def _summed(node: onnx.NodeProto, empty: Mapping[str, Fixed], behind: Mapping[st
     if node.op_type == "Gemm" and any(item.name == "transB" and item.i for item in node.attribute):
         axis = 1
     return weight if empty[weight][axis] == 0 else None
-
-
-def _repeats_itself(graph: onnx.GraphProto, output: str, whole: Mapping[str, Shape]) -> bool:
-    """Whether all that reads an output combines it element by element with something of its whole shape, so that one value will do."""
-    readers = [node for node in graph.node if output in node.input]
-    return bool(readers) and all(
-        node.op_type in ELEMENTWISE
-        and all(whole.get(name) == whole[output] for name in node.input)
-        and {*node.input} != {output}
-        for node in readers
-    )
 
 
 def _constant(

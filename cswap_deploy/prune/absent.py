@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Sizes = tuple[int, ...]
-
 
 class Absent(nn.Module):
     """In the place of a convolution, a linear layer or what keeps the shape of its input."""
@@ -20,11 +18,9 @@ class Absent(nn.Module):
         super().__init__()
         own: Any = layer
         self.axis: int = own.axis if isinstance(layer, Absent) else -1 if isinstance(layer, nn.Linear) else 1
-        self.window: bool = own.window if isinstance(layer, Absent) else isinstance(layer, nn.Conv2d)
-        if isinstance(layer, Absent) and self.window:
-            self.kernel, self.stride, self.padding, self.dilation = own.kernel, own.stride, own.padding, own.dilation
-        elif self.window:
-            self.kernel, self.stride, self.padding, self.dilation = (
+        self.window = hasattr(layer, "kernel_size")
+        if self.window:  # under a convolution's names, since what stands for one may be replaced itself
+            self.kernel_size, self.stride, self.padding, self.dilation = (
                 own.kernel_size, own.stride, own.padding, own.dilation
             )  # fmt: skip
 
@@ -33,7 +29,7 @@ class Absent(nn.Module):
         shape = list(values.shape)
         if self.window:
             for place in range(2):
-                reach = self.dilation[place] * (self.kernel[place] - 1) + 1
+                reach = self.dilation[place] * (self.kernel_size[place] - 1) + 1
                 shape[2 + place] = (shape[2 + place] + 2 * self.padding[place] - reach) // self.stride[place] + 1
         shape[self.axis] = channels
         return shape

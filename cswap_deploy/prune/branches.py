@@ -32,10 +32,8 @@ def _owns_its_layers(module: nn.Module, group: Group) -> bool:
         owned.setdefault(member.module, {}).setdefault(member.axis, set()).update(indices)
     for name, axes in owned.items():
         layer = module.get_submodule(name)
-        weight = getattr(layer, "weight", None)
-        if weight is None or [(axis, len(own)) for axis, own in axes.items()] != [
-            (int(name in readers), weight.shape[int(name in readers)])
-        ]:
+        weight, axis = getattr(layer, "weight", None), int(name in readers)
+        if weight is None or [*axes] != [axis] or len(axes[axis]) != weight.shape[axis]:
             return False
         match layer:
             case nn.Conv2d():
