@@ -217,7 +217,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class CostTerm:
-    """Parameters and MACs (one image) that shrink with the kept part of each axis."""
+    """Parameters and MACs (one image) that shrink with the kept part of each axis. `name`: no other one's."""
 
     name: str
     params: int
@@ -272,9 +272,14 @@ class Groups:
     def closed(self, widths: Mapping[str, int]) -> dict[str, int]:
         """With no units of branches whose readers have left."""
         found = dict(widths)
-        for _ in self.behind:
-            found |= {name: 0 for name, other in self.behind.items() if found.get(other) == 0}
+        while gone := [name for name, other in self.behind.items() if found.get(other) == 0 != found.get(name)]:
+            found |= dict.fromkeys(gone, 0)
         return found
+
+    @cached_property
+    def leaving(self) -> tuple[str, ...]:
+        """Branches that leave of their own accord, behind no other."""
+        return tuple(group.name for group in self.groups if group.branch and group.name not in self.behind)
 
     def cost(self, keep: Mapping[str, tuple[int, ...]]) -> tuple[float, float]:
         """(params, macs) of the network that keeps these units; groups that `keep` does not name stay whole."""

@@ -26,10 +26,13 @@ def build(
     target: Target,
     probe: Probe,
 ) -> Engine:
-    """Of the file among `models` that carries the precision; a stored result where it was built before. Errors: DeviceError."""
-    model = alone(chosen(recipe, models, probe))
+    """Of the file among `models` that carries the precision; a stored result where it was built before. Errors: DeviceError.
+
+    `groups` say which layers are theirs; whether they may leave whole makes it no other engine.
+    """
+    model, named = alone(chosen(recipe, models, probe)), groups.without_branches
     try:
-        return work.run(engine.build, model, order(recipe, spec), groups, probe.facts("tensorrt"), target)
+        return work.run(engine.build, model, order(recipe, spec), named, probe.facts("tensorrt"), target)
     except DeviceError as error:
         if error.log:
             write_atomically(work.root / FAILED, error.log)

@@ -95,11 +95,11 @@ def discordant(labels: Sequence[int], dense: Sequence[int], shipped: Sequence[in
 
 def mean_interval(mean: float, error: float, n: int, confidence: float) -> tuple[float, float]:
     """Student's interval of a mean over n >= 2 images whose standard error this is."""
-    half = error * _student(confidence, min(n - 1, NORMAL_FROM))
+    half = error * student(confidence, min(n - 1, NORMAL_FROM))
     return mean - half, mean + half
 
 
-def _student(confidence: float, freedom: int) -> float:
+def student(confidence: float, freedom: int) -> float:
     """The t within which `confidence` of Student's distribution lies: bisection of its series, for want of scipy."""
     low, high = 0.0, pi / 2
     for _ in range(60):

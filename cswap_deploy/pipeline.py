@@ -173,7 +173,7 @@ def choose_plan(
         what, further = error.message, "choose another ship"
         if isinstance(error, DeviceError):
             what, further = f"target: {error.public}", "the same build, prepare or sweep again goes on from there"
-            if error.public == surveying.UNBUILT:
+            if error.public.startswith(surveying.UNBUILT):
                 further = surveying.NARROW_HINT
             elif refused(error):
                 further = "the same again fails as this did, another engine.precision may not"

@@ -16,13 +16,13 @@ from cswap_deploy import engines, export, progress, prune, surveying
 from cswap_deploy.artifacts import Curves, Groups, ImageSet, Network, OnnxModel, PruningPlan, Scores, Split
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.staircase import Steps
-from cswap_deploy.budget.values import Approach, Budget, BudgetVerdict, Staircase, Trial
+from cswap_deploy.budget.values import Approach, Budget, Staircase, Trial
 from cswap_deploy.device.target import Away, Probe, Target, reach
 from cswap_deploy.digests import load_json, write_atomically
 from cswap_deploy.errors import DeviceError, ExportError
 from cswap_deploy.metering import NOTHING, Meter, of_engines
 from cswap_deploy.prune.allocate import damage_at, least_damage
-from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, Recipe
+from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencyTarget, PruneSettings, Recipe
 from cswap_deploy.samples import Ratio
 from cswap_deploy.stage import Workdir
 from cswap_deploy.wording import percent
@@ -99,10 +99,8 @@ def choose(
             return source, *UNPRUNED, replace(first, unbuilt=len(meter.unbuilt))
         turned = rotated(recipe, source, split, groups, work)
         planner = _Planner(recipe, turned, split, groups, work, staircase)
-        trials, plan, verdict = planner.settled(meter, first, ship)
-        unbuilt = len(meter.unbuilt)
-        found = replace(first, trials=trials, staircase=staircase, verdict=verdict, unbuilt=unbuilt)
-        return turned, groups, plan, found
+        plan, found = planner.settled(meter, first, ship)
+        return turned, groups, plan, replace(found, staircase=staircase, unbuilt=len(meter.unbuilt))
 
 
 def rotated(recipe: Recipe, source: Network, split: Split, groups: Groups, work: Workdir) -> Network:
@@ -156,8 +154,9 @@ class _Planner:
     work: Workdir
     staircase: Staircase
 
-    def settled(self, meter: Meter, first: Budget, ship: Ship) -> tuple[tuple[Trial, ...], PruningPlan, BudgetVerdict]:
-        """Trials, plan and verdict. What ships is measured in the end; where it misses or leaves room, the loop goes on."""
+    def settled(self, meter: Meter, first: Budget, ship: Ship) -> tuple[PruningPlan, Budget]:
+        """The plan, and `first` with trials and verdict. What ships is measured in the end; where it misses or leaves room,
+        the loop goes on."""
         goal, ratio = self.recipe.prune.target, first.ratio
         assert isinstance(goal, LatencyTarget | FpsTarget)
         least = (1 - goal.tolerance) * ratio
@@ -166,16 +165,11 @@ class _Planner:
         allowed = {group.name: steps.allowed(group.name) for group in self.groups.groups}
         approach, scale = self._approached(meter, scores, curves, steps, ratio)
         now = _widths(approach)
-        loop = Loop(
-            ratio,
-            goal.tolerance,
-            goal.trials,
-            lambda target: least_damage(steps, approach.curves, now, allowed, target),
-            steps.total,
-            meter.ratio,
-            scale,
-        )
 
+        def choose(target: float) -> Widths:
+            return self._one_of_alike(least_damage(steps, approach.curves, now, allowed, target), now)
+
+        loop = Loop(ratio, goal.tolerance, goal.trials, choose, steps.total, meter.ratio, scale)
         damage = partial(damage_at, approach.curves)
         trials, made, shift = loop.run(), list[_Made](), 1.0
         if not trials:
@@ -200,21 +194,32 @@ class _Planner:
                 why = "a better one could not be made or measured"
                 progress.warn(f"{error.message}; what was within the budget before it ships")
                 break
-        met, used = [each for each in made if each.ratio.value <= ratio], len(trials) + len(loop.failed)
+        met, done = (
+            [each for each in made if each.ratio.value <= ratio],
+            replace(first, trials=trials, refused=len(loop.failed)),
+        )
         if not met:
-            if used < goal.trials:
+            if done.tried < goal.trials:
                 progress.note(
-                    f"the budget is missed after {used} of {goal.trials} candidates: the widths that pay allow no faster one"
+                    f"the budget is missed after {done.tried} of {goal.trials} candidates: the widths that pay allow no faster one"
                 )
-            return trials, min(made, key=lambda each: each.ratio.value).plan, "missed"
+            return min(made, key=lambda each: each.ratio.value).plan, replace(done, verdict="missed")
         final = min(met, key=lambda each: damage(each.widths))
         if final.ratio.value < least:
             if final.ratio.high >= least:
                 why = "that much is within the interval of what was measured"
-            all_used = "after all trials" if used >= goal.trials else ""
+            all_used = "after all trials" if done.tried >= goal.trials else ""
             why = why or all_used or "no other network of the widths that pay lies between"
             progress.note(f"{percent(1 - final.ratio.value / ratio, 0)} of the budget is left: {why}")
-        return trials, final.plan, "met"
+        return final.plan, replace(done, verdict="met")
+
+    def _one_of_alike(self, widths: Widths, now: Widths) -> Widths:
+        """Of widths that make the same network, since some branches leave with others, those that lose least by themselves."""
+        closed = self.groups.closed(widths)
+        return {
+            name: now[name] if closed.get(self.groups.behind.get(name, "")) == 0 else width
+            for name, width in widths.items()
+        }
 
     def _approached(
         self, meter: Meter, scores: Scores, curves: Curves, steps: Steps, ratio: float
@@ -235,6 +240,11 @@ class _Planner:
         progress.note(f"{found.value:.3f} of the dense latency before the last step already: once more, less far")
         aimed = 1 - (1 - ratio) * (1 - predicted) / (1 - found.value)  # the dense network takes what is predicted
         return self._approach(scores, curves, aimed), ratio / aimed
+
+    @property
+    def _method(self) -> PruneSettings:
+        """How units leave: what is asked for, and how often it may be tried, makes no other network."""
+        return self.recipe.prune.model_copy(update={"target": None, "skip": ()})
 
     def _images(self) -> tuple[ImageSet, ImageSet]:
         root = self.recipe.calibration.images
@@ -266,7 +276,7 @@ class _Planner:
         fit, selection = self._images()
         with progress.part("approach"):
             return self.work.run(
-                prune.approach, self.source, self.groups, scores, curves, fit, selection, recipe.prune, self.staircase,
+                prune.approach, self.source, self.groups, scores, curves, fit, selection, self._method, self.staircase,
                 ratio, recipe.device, recipe.seed,
             )  # fmt: skip
 
@@ -274,6 +284,6 @@ class _Planner:
         recipe = self.recipe
         fit, selection = self._images()
         return self.work.run(
-            prune.settle, self.source, self.groups, scores, curves, fit, selection, recipe.prune, approach,
+            prune.settle, self.source, self.groups, scores, curves, fit, selection, self._method, approach,
             dict(widths), recipe.device, recipe.seed,
         )  # fmt: skip

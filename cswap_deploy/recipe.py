@@ -497,7 +497,8 @@ class OnnxSettings(Settings):
     )
     image_input: bool = Field(
         default=False,
-        description="also write what ships with the preprocessing inside (model.image.onnx): uint8 NHWC in, probabilities out",
+        description="also write what ships with normalisation and softmax inside (model.image.onnx): "
+        "resized uint8 NHWC in, probabilities out",
     )
 
     @property
@@ -866,8 +867,8 @@ def _portable(recipe: Recipe, digest: Callable[[Path], str], board: str) -> dict
     if model.factory_file:
         values["model.factory"] = model.factory_shown, f"sha256:{digest(model.factory_file)}"
     if model.name is not None:
-        values["model.name"] = _without_folder(model.name), ""
-    values["model.kwargs"] = _without_folder(model.kwargs), ""
+        values["model.name"] = without_folder(model.name), ""
+    values["model.kwargs"] = without_folder(model.kwargs), ""
     if recipe.latency and recipe.latency.target != "local":
         values["latency.target"] = "local", f"{board or 'another machine'}, over ssh"
     elif recipe.latency and board:
@@ -875,13 +876,13 @@ def _portable(recipe: Recipe, digest: Callable[[Path], str], board: str) -> dict
     return values
 
 
-def _without_folder(value: Any) -> Any:
+def without_folder(value: Any) -> Any:
     """Text that is an absolute path, also behind timm's `local-dir:`, becomes its last name."""
     match value:
         case dict():
-            return {key: _without_folder(item) for key, item in value.items()}
+            return {key: without_folder(item) for key, item in value.items()}
         case list():
-            return [_without_folder(item) for item in value]
+            return [without_folder(item) for item in value]
         case str() if value.removeprefix("local-dir:").startswith(("/", "~")):
             prefix = "local-dir:" if value.startswith("local-dir:") else ""
             return prefix + Path(value.removeprefix(prefix)).name

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from math import exp, hypot, log, pi, sqrt, tan
+from math import exp, hypot, log, sqrt
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cswap_deploy.errors import DataError
+from cswap_deploy.intervals import student
 
 Nanoseconds = NDArray[np.int64]
 Number = TypeVar("Number", np.int64, np.float64)
@@ -256,27 +256,10 @@ def _resampled(blocks: Sequence[NDArray[Number]], weights: Nanoseconds, p: float
 def _half_width(logs: NDArray[np.float64], runs: int) -> float:
     """Of the 95 % interval, on the log scale.
 
-    Bootstrap standard error, made unbiased for few runs by n / (n - 1), times Student's t: the plain percentile interval
+    Bootstrap standard error, its square made unbiased for few runs by n / (n - 1), times Student's t: the plain percentile interval
     covers the truth 3 times in 4 when there are three (Hesterberg 2015, The American Statistician 69:371-386).
     """
-    return _student(runs - 1) * float(np.std(logs, ddof=1)) * sqrt(runs / (runs - 1))
-
-
-def _student(freedom: int) -> float:
-    """97.5 % point of Student's t (Abramowitz & Stegun 26.7.3-5); within 0.3 %. No scipy on devices."""
-    if freedom == 1:
-        return tan(pi * 0.475)
-    if freedom == 2:
-        return 0.95 * sqrt(2 / (1 - 0.95**2))
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return float(sum(term / freedom**power for power, term in enumerate(terms)))
+    return student(0.95, runs - 1) * float(np.std(logs, ddof=1)) * sqrt(runs / (runs - 1))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

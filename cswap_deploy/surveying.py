@@ -17,7 +17,8 @@ from cswap_deploy.wording import duration_text, percent
 
 WIDTHS_S = 0.75
 """Sampling of each network while the floor is looked for and while the staircase is learned."""
-UNBUILT = "TensorRT on the target builds no engine of narrower groups"
+UNBUILT = "TensorRT on the target builds no engine of"
+"""How that begins, where it is of none of the networks that were to be measured."""
 NARROW_HINT = "prune for macs in place of a latency, or report this network with the warnings above"
 
 Widths = dict[str, int]
@@ -25,7 +26,7 @@ Widths = dict[str, int]
 
 def unbuildable(what: str) -> DeviceError:
     """Where TensorRT builds no engine of any of the networks that are to be measured: `what` they are."""
-    return DeviceError(f"no engine of {what} can be built", NARROW_HINT, public=UNBUILT)
+    return DeviceError(f"no engine of {what} can be built", NARROW_HINT, public=f"{UNBUILT} {what}")
 
 
 def asked(meter: Meter, beside: Sequence[float] = ()) -> Budget:
@@ -77,7 +78,10 @@ def probed(meter: Meter, first: Budget) -> Budget:
     if found.verdict == "met" and meter.bench and took:
         took = (meter.bench.dense.seconds, *took)
         each, more = sum(took) / len(took), meter.planned - len(settings) - 2
-        progress.note(f"an engine took {each:.0f} s: up to {duration_text(each * more)} for the {more} that may follow")
+        progress.note(
+            f"an engine took {each:.0f} s: up to {duration_text(each * more)} for the {more} that may follow, less for those "
+            "that were measured before"
+        )
     return found
 
 

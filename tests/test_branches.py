@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ from simulated import Simulated
 from test_planning import SHORT, use
 from torch import nn
 
-from cswap_deploy import export, int8
+from cswap_deploy import export, int8, planning
 from cswap_deploy.artifacts import Architecture, File, Groups, Network, PruningPlan
 from cswap_deploy.budget import design, sizes
 from cswap_deploy.budget import widths as widths_of
@@ -225,9 +226,12 @@ def test_a_file_without_branches_has_the_nodes_of_the_network_that_was_cut_and_e
     require_runnable(path)
     onnx.checker.check_model(str(path), full_check=True)
     cut = test_budget.exported(cut_copy(module, groups.groups, keep), entry, tmp_path / "cut.onnx")
-    computing = {"Conv", "Gemm", "MatMul", "Softmax", "LayerNormalization"}
+    computing = {"Conv", "Gemm", "MatMul", "Softmax", "LayerNormalization", "Add"}
     made, real = (Counter(node.op_type for node in onnx.load(each).graph.node) for each in (path, cut))
     assert {op: made[op] for op in computing} == {op: real[op] for op in computing}
+    assert name == "squeeze-excite" or not made["Expand"], (
+        "only a gate's constant, of one value per channel, is given its shape"
+    )
     dense = Counter(node.op_type for node in onnx.load(tmp_path / "dense.onnx").graph.node)
     assert sum(made[op] for op in computing) < sum(dense[op] for op in computing)
 
@@ -325,6 +329,15 @@ def test_what_leads_to_another_branch_alone_leaves_with_it(wide: tuple[nn.Module
         torch.testing.assert_close(
             cut_copy(module, groups.groups, keep)(x), masked_copy(module, groups.groups, keep)(x), rtol=1e-5, atol=1e-6
         )
+
+
+def test_widths_that_make_the_same_network_are_one_candidate(wide: tuple[nn.Module, Groups]) -> None:
+    _, groups = wide
+    now = {group.name: group.units for group in groups.groups}
+    nothing = cast(Any, None)
+    planner = planning._Planner(nothing, nothing, nothing, groups, nothing, nothing)
+    assert planner._one_of_alike({**now, "c2.0": 0, "c1.0": 1}, now) == {**now, "c2.0": 0}
+    assert planner._one_of_alike({**now, "c2.0": 1, "c1.0": 1}, now) == {**now, "c2.0": 1, "c1.0": 1}
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one image", "any batch"])
@@ -493,23 +506,30 @@ class Residual(Colours):
 """
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["one image", "any batch"])
+@pytest.mark.parametrize(
+    ("dynamic", "ship"),
+    [(False, "fp32"), (True, "fp32"), (False, "fp16"), (False, "int8")],
+    ids=["one image", "any batch", "fp16", "int8"],
+)
 def test_a_build_empties_a_branch_where_being_there_is_what_costs(
-    dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dynamic: bool, ship: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = make_project(tmp_path / "project")
     source = project.folder / "net.py"
     source.write_text(source.read_text() + RESIDUAL)
     use(Simulated("local", (), step=8, base_ns=1_000_000, layer_ns=400_000, block_ns=100_000), monkeypatch)
-    recipe = (f"model.factory={source}:Residual", f"onnx.dynamic_batch={str(dynamic).lower()}", *SHORT)
+    recipe = (f"model.factory={source}:Residual", f"onnx.dynamic_batch={str(dynamic).lower()}", f"ship={ship}", *SHORT)
     built = project.build("prune.target={latency_ms: 3.8}", *recipe)
     kept = {group["name"]: group["kept"] for group in built.manifest["pruned"]["groups"]}
     block = built.manifest["budget"]
     assert block["verdict"] == "met" and kept["inner1"] == 0 < min(kept["conv1"], kept["conv2"])
     assert block["dense_ms"] == pytest.approx(6.3, rel=0.02) and block["floor_ms"] < 3
     assert [kind["widths"][0] for kind in block["staircase"]["kinds"]][-1] == 0
-    graph = onnx.load(built.bundle.file("model.onnx").path).graph
-    assert Counter(node.op_type for node in graph.node)["Conv"] == 2
+    shipped = built.manifest["shipped"]
+    assert shipped == ("model.onnx" if ship == "fp32" else f"model.{ship}.onnx")
+    for name in {"model.onnx", shipped}:
+        graph = onnx.load(built.bundle.file(name).path).graph
+        assert Counter(node.op_type for node in graph.node)["Conv"] == 2
     network = runpy.run_path(str(source))["Residual"]
     module = load_pruned(built.bundle.folder, network)
     assert isinstance(module.inner2, Constant) and isinstance(module.inner1, Nothing)

@@ -32,6 +32,7 @@ from cswap_deploy.budget.values import Staircase, WidthTimings
 from cswap_deploy.errors import ExportError
 from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.prune.cut import cut_copy
+from cswap_deploy.prune.select import spread
 from cswap_deploy.recipe import Variant
 from cswap_deploy.runtime import Session
 from cswap_deploy.samples import Ratio, Samples
@@ -380,6 +381,20 @@ def test_small_groups_get_finer_widths() -> None:
     assert learned(blocks(9, 96), 16, multiple=16).steps[0].widths == (16, 32, 48, 64, 80, 96)
 
 
+@pytest.mark.parametrize(
+    ("step", "units", "found"),
+    [
+        (8, 64, (8, 16, 24, 32, 40, 48, 56)),
+        (8, 512, (8, *range(16, 512, 16))),
+        (4, 576, (4, *range(16, 576, 16))),
+        (1, 96, (1, *range(3, 96, 3))),
+        (8, 8, ()),
+    ],
+)
+def test_wide_groups_have_widths_of_whole_blocks(step: int, units: int, found: tuple[int, ...]) -> None:
+    assert spread(step, units, 32) == found
+
+
 def test_finer_widths_end_above_the_first_that_is_slower() -> None:
     groups = chained((16, 64, 256))
     kinds = design.kinds_of(groups)
@@ -473,6 +488,7 @@ def test_fewer_networks_are_measured_where_each_takes_an_engine() -> None:
         ({16: (0.8, 0.7, 0.6), 8: (0.8, 0.8, 0.6)}, 16),
         ({16: (0.8, 0.7, 0.6), 8: (0.8, 0.7, 0.6), 4: (0.8, 0.7, 0.6)}, 4),
         ({8: (0.8, 0.7, 0.6)}, 8),
+        ({16: (0.8, 0.7, 0.6), 8: (0.8, 0.803, 0.812)}, 16),  # what makes it slower brings nothing
         ({8: (0.702, 0.622, 0.536), 4: (0.642, 0.616, 0.518)}, 8),  # a mobilenetv2_100 on blocks of 8, measured
         ({}, 8),
     ],
@@ -669,6 +685,16 @@ def looped(groups: Groups, device: Device, budget: float, trials: int = 8, **mor
         budget, more.get("tolerance", 0.05), trials,
         lambda target: least_damage(steps, curves, whole(groups), allowed, target), steps.total, device.measure,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("power", [1.8, 2.5])
+@pytest.mark.parametrize("budget", [0.5, 0.6, 0.7, 0.8, 0.9])
+def test_where_widths_save_more_than_is_predicted_the_loop_does_not_go_to_and_fro(power: float, budget: float) -> None:
+    """Corrected by the last measurement alone it would miss, leave room, miss, and so on."""
+    groups = blocks(12, 64)
+    loop = looped(groups, Device(groups, 1.0, power=power), budget)
+    trials = loop.run()
+    assert loop.fits(trials[-1]) and len(trials) <= 6
 
 
 @pytest.mark.parametrize("off", [0.8, 0.93, 1.0, 1.1, 1.25])

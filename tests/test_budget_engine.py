@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import Built, build, events, make_project
 from test_agent_tensorrt import DOUBLE, NEW, OLD, cudart  # noqa: F401 - a fixture
+from test_branches import RESIDUAL
 
 from cswap_deploy import budget, export, latency, manifest, pipeline, prepared, progress, prune, recipe, surveying
 from cswap_deploy.artifacts import Groups, InputSpec
@@ -59,7 +60,7 @@ def surroundings(cudart: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "PYTHONPATH": f"{DOUBLE}:{DOUBLE.parent}:{os.environ.get('PYTHONPATH', '')}",
         "LD_LIBRARY_PATH": str(cudart),
         "FAKE_TENSORRT_VERSION": OLD,
-        "FAKE_TENSORRT_STEPS": f"{STEP} {BASE_US} {BLOCK_US}",
+        "FAKE_TENSORRT_STEPS": f"{STEP} {BASE_US} {BLOCK_US} 0",
         "FAKE_TENSORRT_RECORD": str(folder / "record.jsonl"),
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
@@ -135,6 +136,32 @@ def test_a_budget_below_the_floor_or_above_the_dense_latency_takes_no_staircase(
     found = build(built.recipe, (asked(latency_ms), *SETTINGS), built.work).manifest
     assert (found["budget"]["verdict"], found["exit_code"], found["budget"]["trials"]) == (verdict, code, 0)
     assert builds(surroundings) - before <= 2  # the dense network again, as what ships
+
+
+LAYER_US = 1500
+"""Of a network of five layers; 33 blocks as a whole: 3 of the first layer and of the last, 9 of each between."""
+
+
+def test_an_engine_loses_a_branch_where_being_there_is_what_costs(
+    surroundings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FAKE_TENSORRT_STEPS", f"{STEP} {BASE_US} {BLOCK_US} {LAYER_US}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(surveying, "WIDTHS_S", 0.1)
+    monkeypatch.setitem(design.OF_ENGINES, "fp16", SMALL)
+    project = make_project(tmp_path / "project")
+    source = project.folder / "net.py"
+    source.write_text(source.read_text() + RESIDUAL)
+    settings = [item for item in SETTINGS if not item.startswith("model.kwargs")]
+    narrowest = (BASE_US + 5 * (BLOCK_US + LAYER_US)) / 1000
+    built = project.build(asked(narrowest - 1), *settings, f"model.factory={source}:Residual")
+    kept = {group["name"]: group["kept"] for group in built.manifest["pruned"]["groups"]}
+    block = built.manifest["budget"]
+    assert block["verdict"] == "met" and kept["inner1"] == 0 < min(kept["conv1"], kept["conv2"])
+    assert block["dense_ms"] == pytest.approx((BASE_US + 33 * BLOCK_US + 5 * LAYER_US) / 1000, rel=0.02)
+    assert built.manifest["shipped"] == "engine/model.engine" and block["achieved_ms"] <= narrowest - 1
 
 
 # --- one batch

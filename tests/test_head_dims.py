@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from cswap_deploy import recipe, units
 from cswap_deploy.artifacts import Architecture, File, Groups, HeadDims, Network, PruningPlan
 from cswap_deploy.budget.narrow import require_runnable
+from cswap_deploy.budget.staircase import Steps
+from cswap_deploy.budget.values import LayerTime, Staircase
 from cswap_deploy.codec import decode, encode
 from cswap_deploy.errors import PruningError, UsageError
 from cswap_deploy.model import count
@@ -142,6 +144,23 @@ def test_what_is_found_may_be_cut(name: str) -> None:
         cut, masked = (change(precise, found.groups, within)(x) for change in (cut_copy, masked_copy))
         assert float((cut - masked).abs().max()) <= 1e-9 * float(masked.abs().max())
         assert float((masked - precise(x)).abs().max()) > 1e-7 * float(masked.abs().max()), "the mask changes nothing"
+
+
+@pytest.mark.parametrize("name", ["apart", "levit"])
+def test_the_two_products_of_an_attention_are_priced_apart(name: str) -> None:
+    """Were each MAC to take the same time, dimensions would save the time of their MACs."""
+    found = found_in(name)
+    whole = found.cost({})[1]
+    layers = tuple(
+        LayerTime((term.name,), term.macs / whole, (0.0,) * len(term.axes))
+        for term in found.terms
+        if term.macs and term.axes
+    )
+    rest = 1 - sum(layer.product for layer in layers)
+    steps = Steps(found, Staircase(1, 1, rest, layers, (), 0, ()))
+    for group in found.groups:
+        keep = {group.name: tuple(range(group.units // 2))}
+        assert steps.total({group.name: group.units // 2}) == pytest.approx(found.cost(keep)[1] / whole, abs=1e-9)
 
 
 def test_heads_stay_whole_unless_asked_otherwise() -> None:

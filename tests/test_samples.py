@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from cswap_deploy.errors import DataError
-from cswap_deploy.samples import RELOAD, Samples, _medians, _resampled, _student, _weights
+from cswap_deploy.intervals import student
+from cswap_deploy.samples import RELOAD, Samples, _medians, _resampled, _weights
 
 RNG = np.random.default_rng
 
@@ -85,7 +86,7 @@ def test_resampling_by_bisection_equals_resamples_written_out(p: float) -> None:
 @pytest.mark.parametrize("freedom", [1, 2, 3, 5, 10, 49, 1000])
 def test_student_agrees_with_scipy(freedom: int) -> None:
     stats = pytest.importorskip("scipy.stats")
-    assert _student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+    assert student(0.95, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 import zoo
 from torch import nn
 
-from cswap_deploy.artifacts import Groups, GroupScores
+from cswap_deploy import prune
+from cswap_deploy.artifacts import Groups, GroupScores, PruningPlan, Scores
 from cswap_deploy.codec import canonical, encode
 from cswap_deploy.errors import PruningError
 from cswap_deploy.progress import Recording, reporting
@@ -22,6 +23,7 @@ from cswap_deploy.prune.criteria import scorer
 from cswap_deploy.prune.cut import cut_copy
 from cswap_deploy.prune.groups import find
 from cswap_deploy.prune.search import Bench, Search, State, correct
+from cswap_deploy.prune.select import ranking
 from cswap_deploy.recipe import (
     AllocationSettings,
     CausalCriterion,
@@ -111,6 +113,36 @@ def test_the_first_step_goes_by_the_scores_that_were_stored() -> None:
         assert item.keep_value == tuple(stored[item.group][unit] for unit in item.units)
 
 
+class Proportional:
+    """MACs as a part of the dense network's."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+
+    def total(self, widths: Mapping[str, int]) -> float:
+        keep = {name: tuple(range(width)) for name, width in widths.items()}
+        return self.groups.cost(keep)[1] / self.groups.cost({})[1]
+
+    def changes(self, at: Mapping[str, int], name: str, widths: Sequence[int]) -> list[float]:
+        return [self.total({**at, name: width}) - self.total(at) for width in widths]
+
+
+@pytest.mark.parametrize("case", ["curves, taylor, mean", "curves, magnitude, none"])
+def test_where_units_are_ranked_by_scores_the_last_step_of_a_latency_goes_by_those_of_the_network_as_it_is(
+    case: str,
+) -> None:
+    search = CASES[case].of("residual")
+    groups = search.bench.groups
+    allowed = {group.name: range(1, group.units + 1) for group in groups.groups}
+    state = search.approach(Proportional(groups), allowed, 0.5, 3)
+    assert len(state.steps) == 2
+    fresh = search.criterion.score(state.module, groups.groups, search.bench.fit)
+    ranked = {item.group: [unit for unit, _ in ranking(item, state.keep[item.group])] for item in fresh}
+    for curve in state.curves:
+        assert [*reversed(curve.order)] == ranked[curve.group]
+    assert {item.group: item.units for item in state.scores} == state.keep
+
+
 @pytest.mark.parametrize("kind", ["macs", "params"])
 @pytest.mark.parametrize("fraction", [0.8, 0.4])
 def test_a_target_is_met_closely(kind: Any, fraction: float) -> None:
@@ -190,6 +222,20 @@ def test_a_drop_target_keeps_every_step_within_it(case: str) -> None:
     for number, step in enumerate(state.steps):
         scored = not (number and search.bench.eliminates)
         assert {item.group: item.units for item in step.scores} == (step.removed if scored else {})
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_where_all_may_stay_nothing_leaves_for_the_biases_that_are_added(kind: Any) -> None:
+    def unbiased() -> nn.Module:
+        return nn.Sequential(zoo.conv_bn(3, 6), nn.Conv2d(6, 6, 1, bias=False), nn.ReLU(), zoo.pooled(6))
+
+    entry = zoo.Entry(unbiased, zoo.spec(8), 3)
+    search = CASES["curves, surgery"].search(entry.build(), entry.groups, entry)
+    assert search.bench.priced.cost({})[0] > search.bench.groups.cost({})[0]
+    state = search.towards(kind, 1.0, 2)
+    assert (state.keep, state.steps) == (search.bench.everything, ())
+    scores = Scores("causal", 30, search.scores)
+    assert prune._plan_of(state, search.bench, scores, None) == PruningPlan(search.bench.everything, (), None, scores)
 
 
 # --- refusals

@@ -17,7 +17,7 @@ from test_budget import FILES, Device, blocks, exact, learned, measured, truth, 
 
 from cswap_deploy import metering, planning, progress, surveying
 from cswap_deploy.artifacts import Curves, File, Groups, LatencyReport, Network, PruningPlan, Scores, Split
-from cswap_deploy.budget import design
+from cswap_deploy.budget import account, design
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Budget, WidthTimings
 from cswap_deploy.errors import UnshippableError
@@ -75,10 +75,10 @@ def settled(
 
     meter = SimpleNamespace(ratio=device.measure, shipped=shipped, file="fp32")
     first = Budget(7.0, 50, 10.0, (10.0, 10.0), 0.1, "met", (), None, {})
-    trials, plan, verdict = planner.settled(cast(Meter, meter), first, ship)
+    plan, found = planner.settled(cast(Meter, meter), first, ship)
     widths = {name: len(units) for name, units in plan.keep.items()}
     ratio = slower[made.index(widths)] * device.takes(widths)
-    return tuple(trial.ratio for trial in trials), ratio, verdict, made, planner.asked_for
+    return tuple(trial.ratio for trial in found.trials), ratio, found.verdict, made, planner.asked_for
 
 
 def test_where_what_ships_misses_an_earlier_candidate_that_meets_the_budget_is_made(recipe: Recipe) -> None:
@@ -116,6 +116,21 @@ def test_a_budget_that_is_missed_before_all_trials_says_why(tmp_path: Path) -> N
         candidates, _, verdict, _, _ = settled(recipe, Device(GROUPS, 1.0), [9.0] * 50)
     said = f"the budget is missed after {len(candidates)} of 50 candidates: the widths that pay allow no faster one"
     assert verdict == "missed" and len(candidates) < 50 and heard.of("note")[-1] == said
+
+
+def test_candidates_of_which_no_engine_can_be_built_count_as_trials(recipe: Recipe) -> None:
+    class Refusing(Device):
+        asked = 0
+
+        def measure(self, widths: Widths, longer: bool) -> Any:
+            self.asked += 1
+            return None if self.asked == 1 else super().measure(widths, longer)
+
+    candidates, _, verdict, _, _ = settled(recipe, Refusing(GROUPS, 1.0), [1.0])
+    assert len(candidates) == 1 and verdict == "met", "two in all"
+    first = Budget(7.0, 50, 10.0, (10.0, 10.0), 0.1, "missed", (), None, {}, refused=1)
+    assert account.account(first, GROUPS, None)["trials"] == 1
+    assert account.foreseen(first)[0].text.endswith("missed after 1 trial")
 
 
 def test_an_approach_that_is_faster_than_the_budget_already_is_made_again_less_far(recipe: Recipe) -> None:

@@ -41,7 +41,7 @@ def account(budget: Budget, groups: Groups, report: LatencyReport | None) -> dic
         "percentile": budget.percentile,
         "achieved_ms": found.value * budget.dense_ms if found else None,
         "verdict": verdict,
-        "trials": len(planned.trials),
+        "trials": planned.tried,
         "unbuilt": budget.unbuilt,
         "planned_here": budget is planned,
         "dense_ms": budget.dense_ms,
@@ -81,7 +81,7 @@ def foreseen(budget: Budget) -> list[Reason]:
     """Why it will not be met, as far as planning knows."""
     asked = f"p{budget.percentile} of {budget.latency_ms:.4g} ms"
     if budget.verdict == "missed":
-        return [Reason(MISSED, f"budget: {asked} was missed after {plural(len(budget.trials), 'trial')}")]
+        return [Reason(MISSED, f"budget: {asked} was missed after {plural(budget.tried, 'trial')}")]
     return _infeasible(asked, budget.floor_ms, budget.dense_ms) if budget.verdict == "infeasible" else []
 
 

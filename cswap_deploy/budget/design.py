@@ -9,7 +9,7 @@ from math import inf, lcm
 from random import Random
 
 from cswap_deploy.artifacts import Groups
-from cswap_deploy.prune.select import floor_of, step_of
+from cswap_deploy.prune.select import floor_of, spread, step_of
 
 Widths = dict[str, int]
 
@@ -99,7 +99,7 @@ def kinds_of(groups: Groups) -> dict[str, tuple[str, ...]]:
             mine = [(axis.size, repeat) for axis in term.axes for name, repeat in axis.owners if name == group.name]
             if mine and term.macs:
                 owned.append((term.macs, term.params, tuple(axis.size for axis in term.axes), tuple(mine)))
-        leaves = group.branch and group.name not in groups.behind
+        leaves = group.name in groups.leaving
         found.setdefault((group.kind, leaves, group.units, tuple(sorted(owned))), []).append(group.name)
     return {names[0]: tuple(names) for names in found.values()}
 
@@ -111,7 +111,7 @@ def extremes(groups: Groups, design: Design, round_to: int | None) -> tuple[Widt
     """
     numbers = dict.fromkeys(lcm(round_to or 1, number) for number in design.narrowest)
     narrow = [{group.name: floor_of(group, number) for group in groups.groups} for number in numbers]
-    gone = {group.name: 0 for group in groups.groups if group.branch and group.name not in groups.behind}
+    gone = dict.fromkeys(groups.leaving, 0)
     return _each_once([*({**setting, **gone} for setting in narrow), *narrow])
 
 
@@ -142,9 +142,9 @@ def steps_of(groups: Groups, multiple: int) -> tuple[Widths, Widths, Widths] | N
 
 
 def pays(ratios: tuple[float, float, float]) -> bool:
-    """Whether the step in the middle brings its part of the time. `ratios`: of the settings of `steps_of`."""
+    """Whether both steps bring time, and the one in the middle its part of it. `ratios`: of the settings of `steps_of`."""
     wide, middle, narrow = ratios
-    return wide - middle >= PAYS * (wide - narrow)
+    return wide > narrow and wide - middle >= PAYS * (wide - narrow)
 
 
 def alignment(design: Design, ratios: Mapping[int, tuple[float, float, float]]) -> int:
@@ -165,16 +165,13 @@ def options(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -
     found = {}
     for name in kinds:
         group = groups.by_name[name]
-        step = step_of(group, multiple)
-        stride = step * max(1, group.units // (CHOICES * step))
-        found[name] = tuple(range(step, group.units, stride))
+        found[name] = spread(step_of(group, multiple), group.units, CHOICES)
     return found
 
 
 def emptied(groups: Groups, widths: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Widths of each kind of group, with 0 where these may leave whole; what is behind another branch leaves with that one."""
-    leaving = {kind for kind in widths if groups.by_name[kind].branch and kind not in groups.behind}
-    return {kind: ((0,) if kind in leaving else ()) + tuple(own) for kind, own in widths.items()}
+    return {kind: ((0,) if kind in groups.leaving else ()) + tuple(own) for kind, own in widths.items()}
 
 
 def finer(groups: Groups, kinds: Mapping[str, Sequence[str]], multiple: int) -> dict[str, tuple[int, ...]]:

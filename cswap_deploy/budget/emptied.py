@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cswap_deploy.budget.sizes import HINT
 from cswap_deploy.errors import ExportError
-from cswap_deploy.repeats import Shape, drop_dead, may_be_short, readers_of
+from cswap_deploy.repeats import Readers, Shape, drop_dead, may_be_short, readers_of
 
 if TYPE_CHECKING:
     import onnx
@@ -28,13 +28,18 @@ def without_branches(
     import onnx
 
     graph, nodes = model.graph, list[onnx.NodeProto]()
-    weights = {node.output[0]: weight for node in graph.node if (weight := _summed(node, empty, behind))}
-    readers, beside = readers_of(graph), {name: shape for name, shape in whole.items() if name not in weights}
+    readers, vectors = readers_of(graph), {item.name: item.dims[0] for item in graph.initializer if len(item.dims) == 1}
+    sums = {}
+    for node in graph.node:
+        if weight := _summed(node, empty, behind):
+            output, bias = _with_bias(node, readers, vectors, whole)
+            sums[output] = node, weight, bias
+    beside = {name: shape for name, shape in whole.items() if name not in sums}
     for node in graph.node:
         output = node.output[0]
-        if output in weights:
+        if output in sums:
             short = output in whole and may_be_short(output, whole[output], readers, beside)
-            nodes += _constant(graph, node, weights[output], empty[weights[output]], whole, short=short)
+            nodes += _constant(graph, output, *sums[output], empty[sums[output][1]], whole, short=short)
         else:
             nodes.append(node)
     del graph.node[:]
@@ -55,17 +60,39 @@ def _summed(node: onnx.NodeProto, empty: Mapping[str, Fixed], behind: Mapping[st
     return weight if empty[weight][axis] == 0 else None
 
 
+def _with_bias(
+    node: onnx.NodeProto, readers: Readers, vectors: Mapping[str, int], whole: Mapping[str, Shape]
+) -> tuple[str, str]:
+    """Where a layer's output is and the name of its bias, which a layer over tokens adds in a node of its own.
+
+    `vectors`: lengths of the constants of one axis.
+    """
+    output, added = node.output[0], readers.get(node.output[0], [])
+    if node.op_type == "MatMul" and len(added) == 1 and added[0].op_type == "Add" and added[0].output[0] in whole:
+        for name in added[0].input:
+            if vectors.get(name) == whole[added[0].output[0]][-1]:
+                return added[0].output[0], name
+    return output, node.input[2] if len(node.input) > 2 else ""
+
+
 def _constant(
-    graph: onnx.GraphProto, node: onnx.NodeProto, weight: str, shape: Fixed, whole: Mapping[str, Shape], *, short: bool
+    graph: onnx.GraphProto,
+    output: str,
+    node: onnx.NodeProto,
+    weight: str,
+    bias: str,
+    shape: Fixed,
+    whole: Mapping[str, Shape],
+    *,
+    short: bool,
 ) -> list[onnx.NodeProto]:
-    """What gives the node's output where it sums over nothing: its bias along the axis of its channels, or zeros.
+    """What gives the `output` of a layer that sums over nothing: its bias along the axis of its channels, or zeros.
 
     Of one value along the other axes where it may be `short`.
     """
     import numpy as np
     import onnx
 
-    output, bias = node.output[0], node.input[2] if len(node.input) > 2 else ""
     if output not in whole:
         raise ExportError(f"the shape of {output!r} cannot be inferred", HINT)
     axis = 1 if node.op_type == "Conv" else -1

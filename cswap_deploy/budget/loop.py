@@ -17,6 +17,20 @@ CLOSER = 0.005
 
 
 @dataclass(frozen=True)
+class _Line:
+    """What networks take, over what is predicted of them."""
+
+    slope: float
+    offset: float = 0.0
+
+    def takes(self, predicted: float) -> float:
+        return self.offset + self.slope * predicted
+
+    def predicted(self, takes: float) -> float:
+        return (takes - self.offset) / self.slope
+
+
+@dataclass(frozen=True)
 class Loop:
     """Towards `budget`, a ratio to the dense network's latency; at most `trials` candidates are measured in all.
 
@@ -41,25 +55,38 @@ class Loop:
 
         `shift`: what a network that ships takes, divided by what its candidate took.
         """
-        done, scale = list(earlier), shift * self.scale
-        if done:
-            scale = shift * done[-1].ratio / self.predict(done[-1].widths)
-        while len(done) + len(self.failed) < self.trials and (widths := self._fresh(done, scale, shift)):
+        done = list(earlier)
+        while len(done) + len(self.failed) < self.trials:
+            line = self._line(done, shift)
+            widths = self._fresh(done, line.predicted(self.aim), shift)
+            if widths is None:
+                break
             found = self.measure(widths, False)
             if found and found.low * shift <= self.budget <= found.high * shift:
                 found = self.measure(widths, True)
             if found is None:
                 self.failed.append(widths)
                 continue
-            done.append(Trial(widths, scale / shift * self.predict(widths), found.value, found.low, found.high))
+            expected = line.takes(self.predict(widths)) / shift
+            done.append(Trial(widths, expected, found.value, found.low, found.high))
             if self.fits(done[-1], shift):
                 break
-            scale = shift * found.value / self.predict(widths)
         return tuple(done)
 
-    def _fresh(self, done: Sequence[Trial], scale: float, shift: float) -> Widths | None:
+    def _line(self, done: Sequence[Trial], shift: float) -> _Line:
+        """Through the slowest that met the budget and the fastest that missed it, by prediction; else from nothing to the last one."""
+        if not done:
+            return _Line(shift * self.scale)
+        known = sorted((self.predict(trial.widths), shift * trial.ratio) for trial in done)
+        met, missed = ([pair for pair in known if (pair[1] <= self.budget) == within] for within in (True, False))
+        if met and missed and met[-1][0] < missed[0][0]:
+            (left, low), (right, high) = met[-1], missed[0]
+            slope = (high - low) / (right - left)
+            return _Line(slope, low - slope * left)
+        return _Line(shift * done[-1].ratio / self.predict(done[-1].widths))
+
+    def _fresh(self, done: Sequence[Trial], target: float, shift: float) -> Widths | None:
         """Widths that were not measured yet: faster than those that missed, less damaged than those that met. None: no such."""
-        target = self.aim / scale
         while True:
             widths = self.choose(target)
             known = next((trial for trial in done if trial.widths == widths), None)
@@ -74,7 +101,7 @@ class Loop:
                 missed = [self.predict(trial.widths) for trial in done if trial.ratio * shift > self.budget]
                 missed += map(self.predict, self.failed)
                 target *= 1 + CLOSER
-                if target >= min([1.0, *missed]):
+                if target >= min([1.0, *missed]) or widths == self.choose(1.0):  # these are the slowest that there are
                     return None
 
     @property

@@ -104,7 +104,8 @@ class Template:
             if _is_large(tensor):
                 shared.fill(tensor, shape)
             elif sizes:
-                values = onnx.numpy_helper.to_array(tensor)[tuple(slice(size) for size in shape)].copy()
+                whole = onnx.numpy_helper.to_array(tensor)
+                values = whole[(..., *(slice(size) for size in shape))].copy()  # an array, even of no dimensions
                 if any(size.key == "values" for size in sizes):
                     values.flat[:] = resized(values.ravel().tolist(), sizes, "values", removed)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))

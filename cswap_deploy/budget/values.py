@@ -107,6 +107,8 @@ class Budget:
     """Of the device."""
     unbuilt: int = 0
     """Narrower networks of which no engine could be built."""
+    refused: int = 0
+    """Candidates among them, which count as trials."""
     call_ms: float = 0.0
     """Of the dense network, the median: how long it takes to see so many calls."""
     tolerance: float = 0.0
@@ -115,6 +117,11 @@ class Budget:
     @property
     def ratio(self) -> float:
         return self.latency_ms / self.dense_ms
+
+    @property
+    def tried(self) -> int:
+        """Candidates, those included of which no engine could be built."""
+        return len(self.trials) + self.refused
 
     @property
     def floor_ms(self) -> float:

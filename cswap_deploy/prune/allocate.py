@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cswap_deploy.artifacts import CostTerm, Curve, Groups
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.select import CostKind, floor_of, step_of
+from cswap_deploy.prune.select import CostKind, spread, step_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def choose_widths(
 
     `now`: widths that the curves were measured at; none grows. Errors: PruningError when the narrowest widths cost more.
     """
-    allowed = {curve.group: _allowed(groups, curve, now[curve.group], round_to) for curve in curves}
+    allowed = {curve.group: _allowed(groups, curve, round_to) for curve in curves}
     bill = _Bill.of(groups, kind)
     dense = bill.total({group.name: group.units for group in groups.groups})
     found = least_damage(bill, curves, now, allowed, fraction * dense)
@@ -89,10 +89,9 @@ class _Options:
     damage: tuple[float, ...]
 
 
-def _allowed(groups: Groups, curve: Curve, now: int, round_to: int) -> tuple[int, ...]:
+def _allowed(groups: Groups, curve: Curve, round_to: int) -> tuple[int, ...]:
     group = groups.by_name[curve.group]
-    stride = step_of(group, round_to) * max(1, group.units // CHOICES // step_of(group, round_to))
-    return (*range(floor_of(group, round_to), now, stride), *curve.widths)
+    return (*spread(step_of(group, round_to), group.units, CHOICES), *curve.widths)
 
 
 def _options(curve: Curve, now: int, allowed: Sequence[int]) -> _Options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,15 @@ def cost_terms(
         terms += apart
         if macs and "weight" not in tensors:
             terms.append(CostTerm(name, 0, macs, ()))
-    return tuple(terms)
+    return tuple(_told_apart(terms))
+
+
+def _told_apart(terms: Sequence[CostTerm]) -> Iterator[CostTerm]:
+    """With a number behind a name that another one has: two products of an attention, say."""
+    seen = Counter[str]()
+    for term in terms:
+        seen[term.name] += 1
+        yield replace(term, name=f"{term.name} {seen[term.name]}") if seen[term.name] > 1 else term
 
 
 def _apart(

@@ -159,7 +159,12 @@ class Search:
         return State(self.bench.everything, self.bench.dense, {}, self.scores, self.curves, ())
 
     def towards(self, kind: CostKind, fraction: float, steps: int) -> State:
-        """`steps` equal cuts of the cost, down to `fraction` with what compensation adds. Errors: PruningError."""
+        """`steps` equal cuts of the cost, down to `fraction` with what compensation adds; none where all may stay.
+
+        Errors: PruningError.
+        """
+        if fraction >= 1:  # nothing leaves, so no bias comes that units would have to make room for
+            return self.start()
         axis = int(kind == "macs")
         share = self.bench.groups.cost({})[axis] / self.bench.priced.cost({})[axis]
         self._require_reachable(kind, fraction, share)
@@ -185,7 +190,8 @@ class Search:
             state = self._cut(state, choose, judge)
             progress.advance("steps", number, steps)
         assert judge.damage
-        return replace(state, curves=self._curves(state, state.scores, judge.damage))
+        scores = self._scores(state)
+        return replace(state, scores=scores, curves=self._curves(state, scores, judge.damage))
 
     def settle(self, approach: State, widths: Widths) -> State:
         """The last step: from where an approach ended to these widths."""

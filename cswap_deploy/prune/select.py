@@ -69,6 +69,15 @@ def floor_of(group: Group, round_to: int) -> int:
     return min(group.units, step_of(group, round_to))
 
 
+def spread(step: int, units: int, most: int) -> tuple[int, ...]:
+    """The step and multiples of it below `units`, narrow to wide: all, or about `most` that are multiples of one of them.
+
+    What a runtime computes in blocks is wide in whole blocks so: 8, 16, 32, 48 in place of 8, 24, 40.
+    """
+    stride = step * max(1, units // (most * step))
+    return tuple(dict.fromkeys(width for width in (step, *range(stride, units, stride)) if width < units))
+
+
 @dataclass
 class _Bench:
     """Widths on the way down, with what each group's next lot would lose and save."""
