@@ -37,7 +37,7 @@ from cswap_deploy import data, model, prune
 from cswap_deploy.artifacts import Group, ImageSet
 from cswap_deploy.prune.ablation import ablated
 from cswap_deploy.prune.attribution import first_order
-from cswap_deploy.prune.batches import Batches
+from cswap_deploy.prune.batches import Batches, resolve_device
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.prune.exact import Ablations
 from cswap_deploy.prune.reading import input_means, readings
@@ -170,13 +170,14 @@ def _loop(
 
 
 def prepare(name: str, weights: Path, folder: Path, args: argparse.Namespace, scratch: Path) -> Bench:
+    device = resolve_device(args.device)
     settings = ModelSettings(**NETS[name], checkpoint=weights.resolve(), input=InputSettings(**INPUT))
     network = model.load(scratch, settings, seed=args.seed)
     images = data.catalogue(folder.resolve(), None, network.outputs)
     fit = data.divide(images, 1024, None, args.seed).fit
-    batches = Batches.read(ImageSet(fit, folder.resolve()), network.input, args.device).first(args.images)
+    batches = Batches.read(ImageSet(fit, folder.resolve()), network.input, device).first(args.images)
     groups = prune.find_groups(scratch, network, ()).groups
-    return Bench(restore(network).to(args.device), groups, batches, args.intervention, args.seed)
+    return Bench(restore(network).to(device), groups, batches, args.intervention, args.seed)
 
 
 def show(name: str, found: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def count_by_module(module: nn.Module, spec: InputSpec) -> dict[str, int]:
         own[name] += (now - start) // 2
         begun[:] = [outer + now - start for outer in begun]
 
-    with torch.no_grad(), _frozen(module), ExitStack() as hooks:
+    with torch.no_grad(), _frozen(module), _taken_apart(), ExitStack() as hooks:
         for name, layer in module.named_modules():
             hooks.callback(layer.register_forward_pre_hook(enter).remove)
             hooks.callback(layer.register_forward_hook(lambda _l, _i, _o, name=name: leave(name)).remove)
@@ -150,6 +150,19 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad = True
+
+
+@contextmanager
+def _taken_apart() -> Iterator[None]:
+    """PyTorch's attention and encoder layers call plain products: their fused operators are none that its counter knows."""
+    import torch
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from cswap_deploy import data, recipe
 from cswap_deploy.artifacts import Group, Groups, GroupScores, ImageSet, InputSpec
+from cswap_deploy.errors import DeviceError
 from cswap_deploy.intervals import paired_drop
 from cswap_deploy.model import count
 from cswap_deploy.progress import Recording, reporting
@@ -424,6 +426,14 @@ def test_results_of_costs_are_kept_by_case_and_drawn(tmp_path: Path) -> None:
     drawn = (tmp_path / "cost.svg").read_text()
     assert drawn.count("<path") == 2 * len(cost.COLOURS)
     assert 'd="M60 236 L400 167"' in drawn, "a factor of ten is two sevenths of 240 pixels"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch finds a CUDA device here")
+def test_the_estimators_ask_for_their_device_as_a_recipe_does(tmp_path: Path) -> None:
+    """On cuda convolutions are then in full float32; without one nothing is loaded."""
+    fidelity, args = benchmark("fidelity"), Namespace(device="cuda", seed=0, images=8, intervention="zero")
+    with pytest.raises(DeviceError, match="finds no CUDA device"):
+        fidelity.prepare("vit", tmp_path / "none.safetensors", tmp_path, args, tmp_path)
 
 
 def test_every_case_of_costs_is_a_recipe(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from cswap_deploy.artifacts import Groups
+from cswap_deploy.artifacts import Groups, HeadDims, HeadRows
 from cswap_deploy.progress import Recording, reporting
 from cswap_deploy.prune import refit
 from cswap_deploy.prune.batches import Batches
@@ -163,6 +163,33 @@ def test_batchnorm_statistics_are_those_of_what_is_read_now(name: str) -> None:
     batches = zoo.batches(entry, 100)
     pruned = compensated(entry.build(), entry.groups.groups, zoo.half(entry.groups), batches, BatchNormCompensation())
     require_own_statistics(pruned, batches, tolerance=0.03)
+
+
+class Queried(nn.Module):
+    """Attention over positions whose queries and keys alone lose dimensions; a BatchNorm reads what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.q, self.k = (nn.Conv2d(3, 6, 3), *(nn.Conv2d(6, 4, 1) for _ in "qk"))
+        self.norm, self.head = nn.BatchNorm2d(6), zoo.pooled(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        logits = self.q(x).flatten(2).transpose(1, 2) @ self.k(x).flatten(2)
+        found = (x.flatten(2) @ logits.softmax(-1).transpose(1, 2)).view_as(x)
+        out: Tensor = self.head(self.norm(found))
+        return out
+
+
+def test_batchnorm_statistics_are_renewed_where_only_queries_and_keys_lost_dimensions() -> None:
+    entry = zoo.Entry(Queried, zoo.spec(8), 0)
+    queries, keys = HeadRows(("q",), (0,)), HeadRows(("k",), (0,))
+    group = HeadDims("qk_dims", "dims", 4, (), queries=queries, keys=keys, values=None, scales=())
+    batches, settings = zoo.batches(entry, 100), BatchNormCompensation()
+    pruned = compensated(entry.build(), (group,), {"qk_dims": (0,)}, batches, settings)
+    require_own_statistics(pruned, batches, tolerance=0.03)
+    whole = compensated(entry.build(), (group,), {}, batches, settings)
+    assert zoo.same(zoo.fingerprint(whole), zoo.fingerprint(entry.build()))
 
 
 def test_batchnorm_without_a_batchnorm_says_that_it_does_nothing() -> None:
@@ -335,6 +362,50 @@ def test_a_layer_of_more_inputs_than_memory_holds_is_left_alone_with_a_warning(m
     masked = masked_copy(dense, entry.groups.groups, keep)
     for name in wide:
         assert torch.equal(pruned.get_submodule(name).weight, masked.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize(("most", "fitted"), [(54, False), (77, True)])
+def test_a_grouped_layer_has_as_much_memory_for_all_of_its_groups(
+    monkeypatch: pytest.MonkeyPatch, most: int, fitted: bool
+) -> None:
+    """Two groups of 54 inputs each: 2 x 54 x 54 values, which 76.4 x 76.4 are."""
+    monkeypatch.setattr(refit, "MOST_COLUMNS", most)
+    entry = zoo.Entry(
+        lambda: nn.Sequential(
+            zoo.conv_bn(3, 5, 1), zoo.conv_bn(5, 12, 1), zoo.conv_bn(12, 12, groups=2), zoo.pooled(12)
+        ),
+        zoo.spec(8),
+        0,
+    )
+    found, recording = refit.Structure(), Recording()
+    with reporting(recording), torch.no_grad():
+        refit.examine(entry.build(), found, zoo.batches(entry, 4), ("2.0",))
+    assert ("2.0" in found.grouped) is fitted
+    said = "2.0 is not refitted: the fits of its 2 groups of 54 inputs would not fit into memory"
+    assert recording.of("warn") == ([] if fitted else [said])
+
+
+class Unlike(nn.Module):
+    """Rows of pixels as channels of a sequence, or the image as a volume of one slice."""
+
+    def __init__(self, kind: type[nn.Conv1d | nn.Conv3d]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second, self.head = kind(3, 6, 1), kind(6, 5, 1), nn.Linear(5, zoo.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x.flatten(2) if self.kind is nn.Conv1d else x[:, :, None]).relu()).relu()
+        out: Tensor = self.head(x.flatten(2).mean(2))
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d])
+def test_a_convolution_of_another_dimension_is_left_alone_with_a_warning(kind: type[nn.Conv1d | nn.Conv3d]) -> None:
+    entry, recording = zoo.Entry(lambda: Unlike(kind), zoo.spec(8), 0), Recording()
+    keep = without(entry.groups, "first", 0, 3)
+    with reporting(recording):
+        compensated(entry.build(), entry.groups.groups, keep, zoo.batches(entry), LeastSquaresCompensation())
+    assert recording.of("warn") == [f"second is not refitted: layers of the kind {kind.__name__} are not fitted"]
 
 
 def test_a_layer_that_runs_twice_is_left_alone_with_a_warning() -> None:

@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import Group, GroupScores
+from cswap_deploy.errors import PruningError
 from cswap_deploy.prune import criteria
 from cswap_deploy.prune.ablation import ablated, taps
 from cswap_deploy.prune.batches import Batches
@@ -554,3 +555,44 @@ def test_ablation_by_means_reads_the_mean_of_each_channel() -> None:
     with torch.no_grad():
         expected = module(images).mean(0)
     assert torch.allclose(logits, expected.expand_as(logits), atol=1e-5)
+
+
+# --- rows that are no images
+
+
+class TokensFirst(nn.Module):
+    """An encoder layer of PyTorch's own as it comes: what it reads is (tokens, images, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12)
+        self.head = nn.Linear(8, zoo.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layer(self.stem(x).flatten(2).permute(2, 0, 1)).mean(0))
+        return out
+
+
+def tokens_first() -> tuple[zoo.Entry, nn.Module, tuple[Group, ...]]:
+    entry = zoo.Entry(TokensFirst, zoo.spec(16), 3)
+    return entry, entry.build(), entry.groups.groups
+
+
+@pytest.mark.parametrize("count", [8, 10], ids=["a divisor of the tokens", "no divisor"])
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if isinstance(CRITERIA[name], CausalCriterion)])
+def test_tokens_are_not_taken_for_images(criterion: str, count: int) -> None:
+    entry, module, groups = tokens_first()
+    with pytest.raises(PruningError, match="told apart by image") as caught:
+        score(CRITERIA[criterion], module, groups, zoo.batches(entry, count))
+    assert caught.value.message.startswith("layer.linear2 reads 16 rows for one image and 16 for 2 images")
+    assert "batch_first=True" in caught.value.hint and "'layer.linear2' under prune.skip" in caught.value.hint
+
+
+def test_variance_needs_no_images_apart() -> None:
+    entry, module, groups = tokens_first()
+    batches = zoo.batches(entry, 10)
+    (found,) = score(VarianceCriterion(), module, groups, batches)
+    values = read_by(module, groups[0].consumers[0], 12, everything(batches)[0]).double()
+    expected = values.var(1, unbiased=False)
+    assert found.keep_value == pytest.approx((expected / expected.mean()).tolist(), rel=1e-4)

@@ -543,3 +543,126 @@ def test_cost_by_hand() -> None:
     found = Groups((group,), (), terms)
     assert found.cost({}) == (84, 750)
     assert found.cost({"a": (0, 5)}) == pytest.approx((8 + 2 + 27 + 3, 80 + 270))
+
+
+# --- what no gradient goes through
+
+
+class Frozen(nn.Module):
+    """Two layers with units; what `way` names is done to the images or around the first of them."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.stem, self.inner, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), zoo.pooled(5)
+        if way == "gate":
+            self.reduce, self.expand = nn.Conv2d(5, 3, 1), nn.Conv2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "writes":
+            x.sub_(0.5)
+        if self.way == "writes past autograd":
+            x.data.sub_(0.5)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.way != "backbone"):
+            x = F.relu(self.inner(F.relu(self.stem(x))))
+        if self.way == "detached":
+            x = x.detach()
+        if self.way == "gate":
+            with torch.no_grad():
+                gate = self.expand(self.reduce(x.mean((2, 3), keepdim=True))).sigmoid()
+            x = x * gate
+        if self.way == "breaks":
+            x = _NoSlope.apply(x)
+        out: Tensor = self.head(x)
+        return out.detach() if self.way == "logits" else out
+
+
+class _NoSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            raise NotImplementedError("no slope")
+        return x.clone()
+
+
+@pytest.mark.parametrize(
+    ("way", "message", "way_out"),
+    [
+        ("writes", "writes into the images", "x = x.clone()"),
+        ("writes past autograd", "writes into the images", "x = x.clone()"),
+        (
+            "backbone",
+            "computes what inner reads without a gradient (torch.no_grad",
+            "take that out of the forward, or set",
+        ),
+        ("detached", "computes what head.2 reads without a gradient", "take that out of the forward, or set"),
+        ("logits", "computes its logits without a gradient", "take that out of the forward, or set"),
+        ("gate", "computes what reduce reads without a gradient", "list 'reduce', 'expand' under prune.skip"),
+        ("breaks", "does not run with gradients: NotImplementedError: no slope", "let it run with gradients"),
+    ],
+)
+def test_a_network_that_cannot_be_scored_is_refused_before_it_is(way: str, message: str, way_out: str) -> None:
+    module = Frozen(way).eval()
+    before = zoo.fingerprint(module)
+    with pytest.raises(PruningError) as caught:
+        find(module, zoo.spec(8))
+    assert caught.value.exit_code == 4
+    assert message in caught.value.message
+    assert way_out in caught.value.hint and "prune.target: null" in caught.value.hint
+    assert zoo.same(before, zoo.fingerprint(module))
+
+
+def test_a_branch_without_a_gradient_may_be_left_alone_by_name() -> None:
+    assert set(widths(find(Frozen("gate").eval(), zoo.spec(8), skip=["reduce", "expand"]))) == {"stem"}
+
+
+def test_what_does_not_depend_on_the_image_needs_no_gradient() -> None:
+    """A table of biases that a small network computes from constants, as in Swin V2."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("places", torch.linspace(-1, 1, 4)[:, None])
+            self.wide, self.narrow, self.head = nn.Linear(1, 7), nn.Linear(7, 4), nn.Linear(4, zoo.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            table: Any = self.narrow(F.relu(self.wide(self.places)))
+            out: Tensor = self.head(x.mean((2, 3)).mean(1, keepdim=True) * table.mean(0))
+            return out
+
+    assert "wide" in widths(find(Table().eval(), zoo.spec(8)))
+
+
+def test_a_layer_whose_weight_is_used_without_calling_it_reads_no_group() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.fc3 = nn.Linear(12, 7), nn.Linear(7, 6), nn.Linear(6, zoo.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc3(F.relu(F.linear(F.relu(self.fc1(x.flatten(1))), self.fc2.weight, self.fc2.bias)))
+            return out
+
+    found = find(Functional().eval(), zoo.spec(2))
+    assert widths(found) == {"fc2": 6}
+    assert refusals(found)["fc1"] == "the forward uses the weight of fc2 without calling the layer"
+
+
+def test_attention_of_pytorch_s_own_has_its_price() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 4, 4)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+            self.head = nn.Linear(8, zoo.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.layer(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+            return out
+
+    module = Tokens().eval()
+    found = find(module, zoo.spec(16))
+    assert widths(found) == {"layer.linear1": 12}
+    keep = {"layer.linear1": (0, 3, 5)}
+    for kept, network in (({}, module), (keep, cut_copy(module, found.groups, keep))):
+        assert found.cost(kept) == pytest.approx(count(network, zoo.spec(16)), rel=1e-9)

@@ -225,6 +225,50 @@ def test_count_holds_both_products_of_an_attention() -> None:
     assert count_by_module(module, spec)["blocks.0.attn"] == 2 * tokens**2 * width
 
 
+class Tokens(nn.Module):
+    """Attention of PyTorch's own over 4x4 patches, alone or inside its encoder layer: without gradients one fused operator each."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, 4, bias=False)
+        self.layer = layer
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["attention", "encoder layer"])
+def test_count_holds_all_products_of_attention_that_pytorch_fuses(within: bool) -> None:
+    width, hidden, tokens = 8, 12, 16
+    layer = (
+        nn.TransformerEncoderLayer(width, 2, hidden, batch_first=True)
+        if within
+        else nn.MultiheadAttention(width, 2, batch_first=True)
+    )
+    spec = InputSpec((3, 16, 16), (0, 0, 0), (1, 1, 1), "bilinear", 1.0)
+    attention = 4 * tokens * width**2 + 2 * tokens**2 * width
+    around = tokens * width * 48 + width * 5 + 2 * tokens * width * hidden * within
+    assert count(Tokens(layer, width).eval(), spec)[1] == attention + around
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_counting_leaves_the_fused_operators_off_where_they_were_and_on_after_a_failure() -> None:
+    spec = InputSpec((3, 15, 15), (0, 0, 0), (1, 1, 1), "bilinear", 1.0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    with pytest.raises(RuntimeError):
+        count(module, spec)
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        count(nn.Sequential(nn.Flatten(), nn.Linear(3 * 225, 2)), spec)
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 class Added(nn.Module):
     def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
         return pair[0] + pair[1]

@@ -11,7 +11,8 @@ import zoo
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import Group
-from cswap_deploy.prune import residual
+from cswap_deploy.progress import Recording, reporting
+from cswap_deploy.prune import reading, residual
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.criteria.causal import CausalEffect
 from cswap_deploy.prune.exact import Ablations
@@ -108,3 +109,23 @@ def test_wide_receptive_fields_are_explained_channel_by_channel(monkeypatch: pyt
     cut, zeroed = (exact_effects(module, group, batches, kind).abs().mean(0) for kind in ("surgery", "zero"))
     assert max(cut[0], cut[2]) < 0.01 * zeroed[0]
     assert cut[1] > 0
+
+
+def test_a_consumer_of_more_inputs_than_memory_holds_is_scored_without_a_re_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a warning; its units then take their own values, and those of other consumers what the others cannot explain."""
+    entry = zoo.ZOO["flattened"]
+    module, batches, recording = entry.build(), zoo.batches(entry, 24), Recording()
+    narrow, wide = entry.groups.groups[:2]
+    surgery, zeroed = (exact_effects(module, wide, batches, kind) for kind in ("surgery", "zero"))
+    kept = exact_effects(module, narrow, batches)
+    monkeypatch.setattr(reading, "MOST_COLUMNS", 90)
+    with reporting(recording):
+        found = exact_effects(module, wide, batches)
+    assert torch.allclose(found, zeroed, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found, surgery, rtol=1e-3, atol=1e-5)
+    assert recording.of("warn") == [
+        "units that 5 reads are scored without a re-fit: one of its 96 inputs would not fit into memory"
+    ]
+    assert torch.equal(exact_effects(module, narrow, batches), kept)

@@ -104,8 +104,9 @@ class Template:
             if _is_large(tensor):
                 shared.fill(tensor, shape)
             elif sizes:
-                whole = onnx.numpy_helper.to_array(tensor)
-                values = whole[(..., *(slice(size) for size in shape))].copy()  # an array, even of no dimensions
+                values = onnx.numpy_helper.to_array(tensor).copy()
+                if shape:  # what has no dimensions would become a number
+                    values = values[tuple(slice(size) for size in shape)]
                 if any(size.key == "values" for size in sizes):
                     values.flat[:] = resized(values.ravel().tolist(), sizes, "values", removed)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))

@@ -58,23 +58,20 @@ def with_systems(
     import torch
 
     module = masked_copy(dense, groups, keep)
-    gone = _gone_inputs(groups, keep)
+    gone, silent = _gone_inputs(groups, keep), _silent(groups, keep)
     systems: Systems = {}
     with torch.no_grad():
         match settings:
             case LeastSquaresCompensation():
                 examine(dense, structure, batches, gone)
                 producers = partners(groups, structure.sites)
-                silent = _silent(groups, keep)
                 systems = refit(dense, module, gone, batches, structure, producers, settings.producer_steps, silent)
-            case _ if not any(gone.values()):
-                pass
-            case NoCompensation():
-                pass
-            case MeanCompensation():
+            case MeanCompensation() if any(gone.values()):
                 _fold_means(dense, module, {name: lost for name, lost in gone.items() if lost}, batches)
-            case BatchNormCompensation():
+            case BatchNormCompensation() if any(gone.values()) or any(silent.values()):
                 _reestimate(module, batches)
+            case NoCompensation() | MeanCompensation() | BatchNormCompensation():
+                pass
             case _:
                 assert_never(settings)
     return module, systems

@@ -7,14 +7,15 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.artifacts import Group, Groups, InputSpec, Refusal
+from cswap_deploy.artifacts import Group, Groups, HeadDims, InputSpec, Refusal
 from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.attribution import require_gradients
 from cswap_deploy.prune.branches import candidates as branch_candidates
 from cswap_deploy.prune.costs import cost_terms
 from cswap_deploy.prune.head_dims import Inner, within_heads
 from cswap_deploy.prune.proof import branches, proven
 from cswap_deploy.prune.proposals import SUMMED, Proposals, overlap, propose
-from cswap_deploy.prune.tracing import traced
+from cswap_deploy.prune.tracing import Trace, traced
 from cswap_deploy.recipe import HeadsMode
 
 if TYPE_CHECKING:
@@ -30,20 +31,26 @@ def find(
     `skip`: shell patterns of module names; a group with a member that matches is left alone. A pattern that matches
     nothing is a PruningError. `module` is not changed. `heads`: whether attention loses whole heads, or where that is possible
     dimensions within them. `emptied`: whether it is looked for groups that may lose all their units (`Group.branch`).
+    Errors: PruningError, also where no gradient goes through what reads the units, or a forward writes into the images.
     """
     _require_matches(module, skip)
     trace = traced(module, spec)
     proposed = propose(module, trace)
+
+    def leave(group: Group) -> str | None:
+        return _skipped(group, skip) or _shared(module, group) or _uncalled(trace, group)
+
     if heads == "dims":
-        inner = within_heads(module, trace, spec, lambda group: _skipped(group, skip) or _shared(module, group))
+        inner = within_heads(module, trace, spec, leave)
         proposed = _beside(proposed, inner)
     order = {name: position for position, (name, _) in enumerate(module.named_modules())}
     candidates, refused = [], list(proposed.refused)
     for group in sorted(proposed.groups, key=lambda group: order[group.members[0].module]):
-        reason = _skipped(group, skip) or _shared(module, group)
+        reason = leave(group)
         candidates += [] if reason else [group]
         refused += [Refusal(group.name, reason)] if reason else []
     groups, disproven = proven(module, candidates, spec)
+    require_gradients(module, groups, spec)
     if emptied:
         found = branches(module, groups, branch_candidates(module, groups), spec)
         groups = tuple(replace(group, branch=group.name in found) for group in groups)
@@ -93,3 +100,10 @@ def _shared(module: nn.Module, group: Group) -> str | None:
             names.setdefault(tensor, []).append(f"{owner}.{leaf}" if owner else leaf)
     twins = next((n for n in names.values() if len(n) > 1 and {m.tensor for m in group.members} & set(n)), None)
     return f"{' and '.join(twins)} are one tensor" if twins else None
+
+
+def _uncalled(trace: Trace, group: Group) -> str | None:
+    """Why a layer must be called: what it reads is seen nowhere else. Of dimensions within heads those that make them, too."""
+    layers = group.members if isinstance(group, HeadDims) else group.consumers
+    unseen = next((m.module for m in layers if m.parameter == "weight" and m.module not in trace.called), None)
+    return f"the forward uses the weight of {unseen} without calling the layer" if unseen else None

@@ -32,7 +32,7 @@ MOST_IMAGES, FEWEST_IMAGES = 1024, 32
 MAPS_BYTES = 1 << 28
 """Memory for the activations of these images at the widest place."""
 JUDGES = 6
-"""One batch of this many judges each step and takes no part in it."""
+"""Of this many batches, or more where an input is large, one in so many, rounded down, judges each step and takes no part in it."""
 DAMPING = 1e-3
 """Of the producer's side of the matrix, relative to each input's power."""
 OUTPUT_DAMPING = 1e-2

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Group, Slice
+from cswap_deploy.errors import PruningError
 from cswap_deploy.prune.ablation import channel_axis, taps, unit_sums
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import positions
 from cswap_deploy.prune.observe import observe
+from cswap_deploy.prune.refit import MOST_COLUMNS
 from cswap_deploy.prune.replay import Reuse, Walk, in_order
 from cswap_deploy.prune.residual import Residual
 from cswap_deploy.prune.rows import Rows
@@ -114,12 +116,16 @@ class Reading:
 def readings(
     module: nn.Module, groups: Sequence[Group], batches: Batches, intervention: Intervention
 ) -> list[tuple[Reading, ...]]:
-    """How each group is read, and what the intervention takes; statistics over all images of `batches`."""
+    """How each group is read, and what the intervention takes; statistics over all images of `batches`.
+
+    Errors: PruningError where a layer's rows do not belong to images.
+    """
     import torch
 
     found: dict[Slice, Reading] = {}
     members = {member: group.units for group in groups for member in group.consumers}
     with torch.no_grad():
+        _require_rows_by_image(module, sorted({member.module for member in members}), next(iter(batches.first(1)))[0])
         means = input_means(module, groups, batches) if intervention == "mean" else {}
         walk = Walk(module, batches, Reuse())
         order = in_order(module, [member.module for member in members], next(iter(batches.first(1)))[0])
@@ -130,12 +136,40 @@ def readings(
             seen = observe(module, member.module, few, as_far_as_sum=False)
             rows = Rows.of(layer, seen.inputs, seen.output, len(seen.output) * len(batches) // len(few))
             residual = None
-            if intervention == "surgery" and rows is not None:
+            if intervention == "surgery" and rows is not None and _explainable(member.module, layer):
                 places = walk.visit(member.module, as_far_as_sum=False)
                 residual = Residual.fit(rows, member, units, ((own.inputs, own.output) for own in places))
                 progress.advance("consumers fitted", number, len(members))
             found[member] = Reading(member, layer, units, rows is not None, means.get(member.module), residual)
     return [tuple(found[member] for member in group.consumers) for group in groups]
+
+
+def _require_rows_by_image(module: nn.Module, layers: Sequence[str], image: Tensor) -> None:
+    """Twice the images must be twice the rows: a transformer that puts its tokens first has as many, whatever it is given."""
+    import torch
+
+    counts: list[dict[str, list[int]]] = []
+    for images in (image, torch.cat([image, image])):
+        with taps(module, layers) as seen:
+            module(images)
+        counts.append({name: [len(values) for values in calls] for name, calls in seen.items()})
+    for name in layers:
+        one, two = (sum(own[name]) for own in counts)
+        if counts[1][name] != [2 * rows for rows in counts[0][name]]:
+            raise PruningError(
+                f"{name} reads {one} rows for one image and {two} for 2 images: effects cannot be told apart by image",
+                f"let the network keep its images first (batch_first=True), or list {name!r} under prune.skip",
+            )
+
+
+def _explainable(name: str, layer: Any) -> bool:
+    """Whether the Gram matrix of a layer's input channels fits into memory; where it does not, a unit takes its own values."""
+    channels = int(layer.weight.shape[1])
+    if channels > MOST_COLUMNS:
+        progress.warn(
+            f"units that {name} reads are scored without a re-fit: one of its {channels} inputs would not fit into memory"
+        )
+    return channels <= MOST_COLUMNS
 
 
 def input_means(module: nn.Module, groups: Sequence[Group], batches: Batches) -> dict[str, Tensor]:

@@ -32,7 +32,8 @@ EXAMINED = 2
 WANTED_BYTES = 1 << 30
 """Memory for what the dense network gives; beyond it that is computed for each fit."""
 MOST_COLUMNS = 10_000
-"""Inputs of a layer that is fitted, at most: its Gram matrix then has 0.8 GB, and ordering units by it three more."""
+"""Inputs of a layer that is fitted or explained, at most: its Gram matrix then has 0.8 GB, and ordering units by it three more. The
+matrices of a grouped convolution may have as many values together."""
 FEWEST_IMAGES = 64
 """Fitted on at least, however large the network's activations are."""
 
@@ -178,14 +179,37 @@ def _found(dense: nn.Module, batches: Batches, reuse: Reuse) -> Structure:
                 structure.grouped |= {name: _site(dense, name, own, pair, walk.once)} if own else {}
             if rows is None and name not in structure.grouped:
                 structure.unfitted[name] = "it is no plain convolution or linear layer that is called once"
-            if rows and rows.columns > MOST_COLUMNS:
-                structure.sites[name] = None
-                structure.unfitted[name] = f"the fit of its {rows.columns} inputs would not fit into memory"
+            if why := _too_large(dense.get_submodule(name), rows, structure.grouped.get(name)):
+                structure.sites[name], structure.unfitted[name] = None, why
+                structure.grouped.pop(name, None)
+    structure.unfitted |= _without_a_fit(dense)
     structure.images = min(len(batches), max(FEWEST_IMAGES, CACHE_BYTES // largest))
     structure.movers = min(structure.images, MOST_IMAGES, max(FEWEST_MOVERS, MAPS_BYTES // largest))
     if structure.images < len(batches):
         structure.draw_denser(len(batches) / structure.images)
     return structure
+
+
+def _too_large(layer: Any, rows: Rows | None, grouped: Site | None) -> str | None:
+    """Why a layer's Gram matrices, of one group or of several, are not summed."""
+    columns = layer.weight[0].numel()
+    if rows and columns > MOST_COLUMNS:
+        return f"the fit of its {columns} inputs would not fit into memory"
+    if grouped and layer.groups * columns**2 > MOST_COLUMNS**2:
+        return f"the fits of its {layer.groups} groups of {columns} inputs would not fit into memory"
+    return None
+
+
+def _without_a_fit(dense: nn.Module) -> dict[str, str]:
+    """The layers that may read units and are of a kind that is never fitted."""
+    from torch import nn
+
+    others = (nn.Conv1d, nn.Conv3d)
+    return {
+        name: f"layers of the kind {type(layer).__name__} are not fitted"
+        for name, layer in dense.named_modules()
+        if isinstance(layer, others)
+    }
 
 
 def _alone(dense: nn.Module, name: str, once: Collection[str]) -> bool:

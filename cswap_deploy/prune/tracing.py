@@ -54,6 +54,8 @@ class Trace:
     """Per module the parts of each axis that its own forward has split by a list of sizes, in their order."""
     modules: list[str] = field(default_factory=lambda: [""])
     kinds: dict[str, str] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+    """Modules whose forward ran."""
     known: Any = None
     """Tensor → axes, by identity, without keeping the tensor."""
     names: Any = None
@@ -99,6 +101,10 @@ class Trace:
         """A product ran here."""
         self.products.append(Product(self.module, weight, macs, tuple(dims)))
 
+    def enter(self, module: str) -> None:
+        self.modules.append(module)
+        self.called.add(module)
+
     @property
     def module(self) -> str:
         return self.modules[-1]
@@ -127,7 +133,7 @@ def traced(module: nn.Module, spec: InputSpec) -> Trace:
         with warnings.catch_warnings(), torch.no_grad(), ExitStack() as undo:
             warnings.simplefilter("ignore")
             for name, layer in module.named_modules():
-                layer.register_forward_pre_hook(lambda _layer, _inputs, name=name: trace.modules.append(name))
+                layer.register_forward_pre_hook(lambda _layer, _inputs, name=name: trace.enter(name))
                 layer.register_forward_hook(lambda _layer, _inputs, _output: _drop_last(trace.modules))
             for mode in _modes(trace):
                 undo.enter_context(mode)

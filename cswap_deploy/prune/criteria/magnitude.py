@@ -1,4 +1,7 @@
-"""L2 norm of all weights that leave with a unit, relative to its group's mean (Li et al. 2017, arXiv 1608.08710, coupled)."""
+"""L2 norms of the weights that leave with a unit, added over the layers that it spans, relative to its group's mean.
+
+After Li et al. 2017 (arXiv 1608.08710), who take the L1 norm of the one filter that makes the unit.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Variance:
     settings: VarianceCriterion
 
     def score(self, module: nn.Module, groups: Sequence[Group], batches: Batches) -> tuple[GroupScores, ...]:
-        """Population variance over images and positions, summed over the group's consumers; float64 moments in one pass."""
+        """Population variance over images, positions and the group's consumers, all pooled; float64 moments in one pass."""
         import torch
 
         layers = sorted({member.module for group in groups for member in group.consumers})
@@ -40,11 +40,8 @@ class Variance:
                         layer = module.get_submodule(member.module)
                         for tap in seen[member.module]:
                             for power, total in enumerate(moments[group.name], 1):
-                                total += (
-                                    unit_sums(tap.double() ** power, member, layer, group.units, len(images))
-                                    .sum(0)
-                                    .cpu()
-                                )
+                                (own,) = unit_sums(tap.double() ** power, member, layer, group.units, images=1)
+                                total += own.cpu()
                             seen_values[group.name] += tap.numel() // tap.shape[channel_axis(layer)] * member.repeat
         results = []
         for group in groups:
