@@ -89,7 +89,9 @@ def on_engine(
     """The engine on the target, where it was built; its outcomes count, whatever its ONNX file's are. Errors: DeviceError."""
     import numpy as np
 
-    images, model = target.put(pixels)[0], {"sha256": engine.file.sha256, "name": "the engine"}
+    model, images = target.put(
+        engine.file, pixels, names=("the engine", pixels.path.name)
+    )  # its store may have let it go
     answer = target.ask(
         "infer",
         120 + len(labels) / IMAGES_PER_SECOND,

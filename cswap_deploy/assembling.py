@@ -42,7 +42,7 @@ from cswap_deploy.report import render_card, render_html, render_readme, web_fil
 from cswap_deploy.stage import stage
 
 RECORD = "# A record of what was built; local files are named without their folders, with their sha256.\n"
-ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "numpy")
+ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "onnx-ir", "numpy")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _sizes(name: str, ready: Prepared, deployed: Deployed) -> tuple[OnnxModel | 
     if name == ENGINE and deployed.engine:
         return None, deployed.engine.file.bytes
     nearest = next(key for key in ready.models if FILES[key] == name)
-    return ready.dense.get(nearest), ready.models[nearest].graph.bytes
+    return ready.dense.get(nearest), facts.model_bytes(ready.models[nearest])
 
 
 def environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 Facts = dict[str, Any]
 SPEC = "1.6"
-LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "numpy")
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "onnx-ir", "numpy")
 """Of the manifest's `environment`: what made the files."""
 
 
@@ -106,7 +106,7 @@ def _files(m: Facts, by_name: dict[str, Facts]) -> Iterator[Facts]:
 def _libraries(m: Facts) -> Iterator[Facts]:
     """What made it."""
     for name in LIBRARIES:
-        if version := m["environment"].get(name):
+        if version := m["environment"].get(name.replace("-", "_")):
             yield {
                 "type": "library",
                 "bom-ref": f"pypi/{name}",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cswap_deploy import progress
 from cswap_deploy.artifacts import Engine, File, Groups
 from cswap_deploy.device import layers as parts
 from cswap_deploy.device import trtexec
@@ -16,7 +17,9 @@ from cswap_deploy.errors import DeviceError
 from cswap_deploy.recipe import EngineSettings
 from cswap_deploy.stage import stage
 
-LAYERS_S = 600.0
+LAYERS_S = WAIT_S + 600.0
+"""Beside what another build or measurement on the target may still take."""
+UNTIMED = "its layers were not timed"
 UNCHECKED = [8, 6]
 """What is older was checked against no list of names of its own, and what it builds is marked so."""
 HINTS = {
@@ -39,18 +42,24 @@ def build(
     facts: Mapping[str, str],
     target: Target,
 ) -> Engine:
-    """ONNX file → engine, its log, and how long each of its layers takes. Errors: DeviceError, with TensorRT's own words."""
+    """ONNX file → engine, its log, and how long each of its layers takes. Errors: DeviceError, with TensorRT's own words.
+
+    A build may take an hour, so an engine whose layers cannot be timed is kept, and its note says so.
+    """
     try:
         answer, log = order.build(target, target.put(model)[0])
     except DeviceError as error:
         raise _explained(error, model) from error
     (out / "build.log").write_text(log, encoding="utf-8")
     file = target.get(answer["engine"], out / "model.engine")
-    kept = {"sha256": file.sha256, "name": "the engine"}
-    found = target.ask("layers", LAYERS_S, model=kept, **order_of_layers(order.settings))
-    rows = parts.joined(found, parts.nodes_of(model.path), groups)
+    found, rows = _layers(target, file, order.settings, model, groups)
     parts.write(
-        out / "layers.json", {"layers": rows, "reformats": parts.reformats(rows), "tensorrt": found.get("layer_info")}
+        out / "layers.json",
+        {
+            "layers": rows or [],
+            "reformats": parts.reformats(rows or []),
+            "tensorrt": found.get("layer_info"),
+        },
     )
     by_trtexec = trtexec.banner_version(f"[{answer['tensorrt']}]")  # its banner, in place of a version
     version = by_trtexec or answer["tensorrt"]
@@ -63,7 +72,7 @@ def build(
         tensorrt=version,
         gpu=answer["gpu"],
         seconds=answer["seconds"],
-        note=_note(answer["note"], version, len(beside) if by_trtexec else 0),
+        note=_note(answer["note"], version, len(beside) if by_trtexec else 0, timed=rows is not None),
         compute_capability=answer["compute_capability"],
         board=answer["board"],
         power_mode=answer["power_mode"],
@@ -71,16 +80,31 @@ def build(
     )
 
 
+def _layers(
+    target: Target, file: File, settings: EngineSettings, model: File, groups: Groups
+) -> tuple[Mapping[str, Any], list[dict[str, Any]] | None]:
+    """The agent's answer and the rows that it makes; nothing and None where the layers could not be timed."""
+    kept = {"sha256": file.sha256, "name": "the engine"}
+    try:
+        found = target.ask("layers", LAYERS_S, model=kept, **order_of_layers(settings))
+        return found, parts.joined(found, parts.nodes_of(model.path), groups)
+    except DeviceError as error:
+        progress.warn(f"the engine is kept, but {UNTIMED}: {error}")
+        return {}, None
+
+
 def order_of_layers(settings: EngineSettings) -> dict[str, Any]:
     return {"runtime": "tensorrt", "batch": settings.batch.opt, "wait_s": WAIT_S}
 
 
-def _note(told: str, version: str, on_gpu: int) -> str:
+def _note(told: str, version: str, on_gpu: int, timed: bool) -> str:
     """With what the agent cannot know: how many layers trtexec says it put on the GPU, and that JetPack 5 is unchecked."""
     notes = [told, f"{on_gpu} layers run on the GPU, not on the DLA" if on_gpu else ""]
     numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
     if numbers and numbers < UNCHECKED:
         notes.append(f"TensorRT {version}, that of JetPack 5, is unchecked")
+    if not timed:
+        notes.append(UNTIMED)
     return "; ".join(filter(None, notes))
 
 

@@ -26,7 +26,7 @@ from cswap_deploy.model import quiet
 from cswap_deploy.preprocess import INPUT, LABELS_KEY, OUTPUT, PREPROCESS_KEY, preprocess
 from cswap_deploy.prune.cut import cut_copy, restore
 from cswap_deploy.recipe import OnnxSettings
-from cswap_deploy.runtime import Session
+from cswap_deploy.runtime import Session, without_folders
 from cswap_deploy.stage import disk_fault, stage
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-LIBRARIES = ("torch", "timm", "numpy", "pillow", "onnx", "onnxscript", "onnxruntime")
+LIBRARIES = ("torch", "timm", "numpy", "pillow", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 TOLERANCE = 1e-3
 """Largest difference from PyTorch, relative to the largest logit; the worst seen on sound fp32 exports is 1e-4."""
 VECTORS = 4
@@ -60,6 +60,8 @@ model, ok = onnxsim.simplify(onnx.load(sys.argv[1]))
 onnx.save(model, sys.argv[2])
 """
 SIMPLIFY_SECONDS: float = 300
+BUSY = "; a machine that is busy or short of memory may be why: --force simplified tries again"
+"""Where the graph may not be at fault. The result is kept all the same: a machine that is always too small must get its bundle."""
 
 
 @stage("exported", returns=OnnxModel, libraries=LIBRARIES)
@@ -94,7 +96,7 @@ def simplify(out: Path, exported: OnnxModel, network: Network, images: ImageSet,
             onnx_file.require_as_asked(path, settings)
             return _checked(path, network, images, "")
         except ExportError as error:
-            fault = error.message
+            fault = without_folders(error.message)
     progress.warn(f"the graph is shipped unsimplified: {fault}")
     for file in (exported.graph, *exported.beside):
         shutil.copyfile(file.path, out / file.path.name)
@@ -185,7 +187,7 @@ def _export(module: nn.Module, spec: InputSpec, settings: OnnxSettings) -> onnx.
             )
     except Exception as error:  # the exporter raises whatever the user's forward makes it stumble over
         raise ExportError(
-            f"PyTorch cannot export the network to ONNX: {reason(error.__cause__ or error)}",
+            f"PyTorch cannot export the network to ONNX: {without_folders(reason(error.__cause__ or error))}",
             "the forward must not branch on the values of tensors",
         ) from error
     assert program is not None
@@ -223,14 +225,15 @@ def _run_onnxsim(source: Path, target: Path) -> str | None:
             command, cwd=target.parent, capture_output=True, timeout=SIMPLIFY_SECONDS, check=False, errors="replace"
         )
     except subprocess.TimeoutExpired:
-        return f"onnxsim did not end within {SIMPLIFY_SECONDS} s"
+        return f"onnxsim did not end within {SIMPLIFY_SECONDS} s{BUSY}"
     if done.returncode < 0:
-        return f"onnxsim was ended by signal {-done.returncode} ({signal.strsignal(-done.returncode)})"
+        ended = f"onnxsim was ended by signal {-done.returncode} ({signal.strsignal(-done.returncode)})"
+        return ended + (BUSY if done.returncode == -signal.SIGKILL else "")
     if done.returncode > 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         if fault := disk_fault(last):
             raise OSError(fault)  # not the graph's fault: it must not ship unsimplified for that
-        return f"onnxsim failed with exit code {done.returncode}: {last}"
+        return f"onnxsim failed with exit code {done.returncode}: {without_folders(last)}"
     return None if target.exists() else "onnxsim wrote no file"
 
 

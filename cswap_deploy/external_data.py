@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 TENSORS: Mapping[str, Mapping[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
@@ -23,19 +25,34 @@ EXTERNAL_DATA, DATA_LOCATION = 13, 14
 
 
 LOCATION = b"location"
+LARGEST, MOST_FIELDS, LONGEST = 2 << 30, 4_000_000, 4096
+"""Bytes of a model, where protobuf ends; its fields that are looked at, some ten seconds' worth; bytes of a file's name."""
 
 
-def locations(model: bytes) -> set[str]:
+def locations_in(path: Path) -> set[str]:
+    """The same of a file, which is mapped, not read: of its tensors nothing is looked at. Errors: ValueError."""
+    size = path.stat().st_size
+    if not 0 < size < LARGEST:
+        raise ValueError(f"it has {size} bytes, expected 1 to {LARGEST - 1}")
+    with path.open("rb") as stream:
+        return locations(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def locations(model: bytes | mmap.mmap) -> set[str]:
     """Files in which an ONNX file keeps data of its tensors, as it names them; empty where it stands alone.
 
-    Errors: ValueError for what is no protobuf. ONNX Runtime 1.20 reads such data from wherever the file says, /etc/passwd
-    included; later ones refuse some of it.
+    Errors: ValueError for what is no protobuf, or has more than MOST_FIELDS fields. ONNX Runtime 1.20 reads such data from wherever
+    the file says, /etc/passwd included; later ones refuse some of it.
     """
     found: set[str] = set()
+    fields = 0
     waiting = [("ModelProto", memoryview(model))]
     while waiting:
         kind, body = waiting.pop()
         for number, value in _fields(body):
+            fields += 1
+            if fields > MOST_FIELDS:
+                raise ValueError(f"it has more than {MOST_FIELDS} fields")
             if kind == "TensorProto" and number == DATA_LOCATION and value != 0:
                 found.add("")
             elif kind == "TensorProto" and number == EXTERNAL_DATA:
@@ -50,6 +67,8 @@ def _location(entry: int | memoryview) -> str:
     """The file of one key and value of a tensor's external data; empty for another key."""
     if not isinstance(entry, memoryview):
         return ""
+    if len(entry) > LONGEST:
+        raise ValueError(f"a tensor's external data is described in {len(entry)} bytes, at most {LONGEST} are read")
     texts = {number: bytes(value) for number, value in _fields(entry) if isinstance(value, memoryview)}
     return texts.get(2, b"").decode("utf-8", "replace") if texts.get(1) == LOCATION else ""
 

@@ -24,7 +24,7 @@ from cswap_deploy.device import conditions
 from cswap_deploy.intervals import Gate, discordant, gate, paired_drop, wilson
 from cswap_deploy.manifest import SCORED, VERDICTS
 from cswap_deploy.prepared import Reason
-from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings
+from cswap_deploy.recipe import AccuracySettings, EngineSettings, LatencySettings, without_folder
 from cswap_deploy.samples import Samples
 from cswap_deploy.wording import level
 
@@ -35,9 +35,9 @@ WORST_CLASSES = 5
 
 def model_block(source: Network) -> dict[str, Any]:
     return {
-        "name": source.architecture.name,
+        "name": without_folder(source.architecture.name),
         "source": source.architecture.source,
-        "kwargs": source.architecture.kwargs,
+        "kwargs": without_folder(source.architecture.kwargs),
         "params": source.params,
         "macs": source.macs,
         "license": source.license,
@@ -134,11 +134,16 @@ def accuracy_block(
 def size_block(source: Network, pruned: Network, dense: OnnxModel | None, shipped_bytes: int) -> dict[str, Any]:
     """Of the file that ships and of its dense twin (null where none was made), and of both networks' float32 weights."""
     return {
-        "source_bytes": dense.graph.bytes if dense else None,
+        "source_bytes": model_bytes(dense) if dense else None,
         "shipped_bytes": shipped_bytes,
         "source_weights_bytes": source.weights.bytes,
         "pruned_weights_bytes": pruned.weights.bytes,
     }
+
+
+def model_bytes(model: OnnxModel) -> int:
+    """With the weights that a model beyond 2 GB keeps beside its graph; a list of operators is no part of it."""
+    return model.graph.bytes + sum(file.bytes for file in model.beside if file.path.suffix == ".data")
 
 
 def latency_block(report: LatencyReport, settings: LatencySettings, precision: str, remote: bool) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,10 @@ from cswap_deploy.errors import ExportError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+AT_ONCE = 64
+"""Images of a call where a file leaves its batch open: activations of a thousand would fill the memory."""
 
 
 class Session:
@@ -32,7 +38,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base
             raise ExportError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot open {path.name}: {reason(error)}",
+                f"ONNX Runtime {onnxruntime.__version__} cannot open {path.name}: {without_folders(reason(error))}",
                 "update onnxruntime, or lower onnx.opset",
             ) from error
         self._input = self._session.get_inputs()[0]
@@ -48,13 +54,33 @@ class Session:
         return tuple(self._input.shape[1:])
 
     def logits(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n, C, H, W) normalised images → (n, classes); one by one where the file's batch is fixed to one."""
+        """(n, C, H, W) normalised images → (n, classes); one by one where the file's batch is fixed to one, else up to AT_ONCE."""
         return self.run(inputs)
 
     def run(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         """What the file takes, (n, ...), → its first output."""
         import numpy as np
 
-        step = 1 if self._input.shape[0] == 1 else len(inputs)
+        step = 1 if self._input.shape[0] == 1 else AT_ONCE
         starts = range(0, len(inputs), step)
         return np.concatenate([self._session.run(None, {self._input.name: inputs[i : i + step]})[0] for i in starts])
+
+
+def without_folders(text: str) -> str:
+    """A library's message as a bundle may hold it: paths of this machine are their last names.
+
+    What begins with a folder that exists is such a path; names of ONNX nodes may begin with a slash too. `os.path` is asked, since
+    a Path raises where a name is too long.
+    """
+    kept, at = "", 0
+    for found in re.finditer(r"(?<![\w/.~-])/(?=[^\s/])", text):
+        start = found.start()
+        slashes = [match.start() for match in re.finditer("/", text) if match.start() > start]
+        folders = [place for place in slashes if os.path.isdir(text[start:place])]  # noqa: PTH112
+        if start < at or not folders:
+            continue
+        word = re.match(r"[^\s'\"]*", text[start:])
+        assert word
+        end = max(folders[-1], *(place for place in slashes if place < start + word.end()))
+        kept, at = kept + text[at:start], end + 1
+    return kept + text[at:]

@@ -18,9 +18,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from typing import IO, Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -40,6 +41,10 @@ T = TypeVar("T")
 FORMAT = 2
 RUNS_KEPT = 4
 """Results that none of this many last runs used are removed."""
+MANIFEST = "manifest.json"
+"""Of a published folder: it lists, under `files`, what was published with it."""
+EMPTY = sha256(b"").hexdigest()
+"""Of a file that there is no use in keeping."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
@@ -134,7 +139,10 @@ class Workdir:
         return value
 
     def publish(self, files: Sequence[File], root: Path, folder: str) -> Path:
-        """Copy files of a result to `<work>/<folder>`, replacing it as a whole; nothing happens when it is already equal."""
+        """Copy files of a result to `<work>/<folder>`, replacing it as a whole; nothing happens when it is already equal.
+
+        What lies there and was not made here is kept, in `<folder>.replaced/<time>`.
+        """
         target = self.root / folder
         wanted = {file.path.relative_to(root).as_posix(): file for file in files}
         present = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
@@ -146,10 +154,26 @@ class Workdir:
         for name, file in wanted.items():
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file.path, fresh / name)
+        self._keep_foreign(target, present, {file.sha256 for file in wanted.values()})
         if target.exists():
             target.replace(self._scratch("replaced") / folder)
         fresh.replace(target)
         return target
+
+    def _keep_foreign(self, target: Path, present: Iterable[str], wanted: set[str]) -> None:
+        """Move out of a published folder what somebody has added or changed there: no stage and no earlier bundle has made it."""
+        known = wanted | _listed(target / MANIFEST)
+        for entry in self.root.glob("stages/*/*"):
+            known.update(record.files.values() if (record := _record(entry)) else ())
+        foreign = [name for name in sorted(present) if self.digest(target / name) not in known | {EMPTY}]
+        if not foreign:
+            return
+        kept = target.with_name(f"{target.name}.replaced") / time.strftime("%Y%m%d-%H%M%S")
+        for name in foreign:
+            (kept / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).replace(kept / name)
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        progress.warn(f"{target.name} is made anew; what was added or changed in it is now in {kept}: {shown}")
 
     def digest(self, path: Path) -> str:
         """sha256 of a file, or of a folder's tree of files (links followed), remembered between runs."""
@@ -374,6 +398,14 @@ class _Record:
     """sha256 by path below the result's folder."""
     value: Any
     seconds: float
+
+
+def _listed(manifest: Path) -> set[str]:
+    """Digests of the files of a published folder, as its manifest has them, and its own; none where it is not as it was written."""
+    document = load_json(manifest, dict[str, Any])
+    if document is None or not is_sealed(document):
+        return set()
+    return {sha256_of(manifest), *(entry["sha256"] for entry in document["files"])}
 
 
 def _record(entry: Path) -> _Record | None:

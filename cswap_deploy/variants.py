@@ -22,7 +22,7 @@ from cswap_deploy.images import batches, load, normalise
 from cswap_deploy.int8 import KINDS, WEIGHTED, Quantiser, Way
 from cswap_deploy.model import quiet
 from cswap_deploy.recipe import Int8Settings, OnnxSettings, Variant
-from cswap_deploy.runtime import Session
+from cswap_deploy.runtime import Session, without_folders
 from cswap_deploy.stage import stage
 from cswap_deploy.vectors import softmax
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     Array: TypeAlias = NDArray[np.float32]
 
 LIBRARIES = ("torch", "timm", "numpy", "pillow", "onnx", "onnxruntime", "onnxconverter-common")
-CALIBRATION_BATCH = 8
-"""Images at a time where the file leaves the batch open."""
 SELECTION_IMAGES = 1024
 """Of the selection images that int8 files are chosen on, at most."""
 
@@ -167,10 +165,13 @@ def _first(images: ImageSet, count: int) -> ImageSet:
 
 
 def _batches(original: onnx.ModelProto, network: Network, images: ImageSet) -> Iterator[Array]:
-    """Calibration images, normalised, as many at a time as the graph takes."""
+    """Calibration images, normalised, as many at a time as the graph takes; one where its batch is open.
+
+    ONNX Runtime stacks the activations of a call for its histograms, and cannot where the last batch is shorter than the others.
+    """
     fixed = original.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     done = 0
-    for pixels, _ in batches(images, network.input, fixed or CALIBRATION_BATCH):
+    for pixels, _ in batches(images, network.input, fixed or 1):
         yield normalise(pixels, network.input)
         done += len(pixels)
         progress.advance("calibration images", done, len(images.images))
@@ -235,12 +236,12 @@ def _named(kind: str) -> Iterator[None]:
     try:
         yield
     except ExportError as error:
-        raise ExportError(f"variant {kind}: {error.message}", error.hint) from error
+        raise ExportError(f"variant {kind}: {without_folders(error.message)}", error.hint) from error
     except (CswapError, OSError):
         raise
     except Exception as error:  # the converters raise whatever a graph makes them stumble over
         raise ExportError(
-            f"variant {kind}: the conversion failed: {reason(error)}",
+            f"variant {kind}: the conversion failed: {without_folders(reason(error))}",
             f"remove {kind} from variants, or report this network",
         ) from error
 

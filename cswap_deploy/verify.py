@@ -23,7 +23,7 @@ from cswap_deploy.bundle import ENGINE, MANIFEST, Bundle, load_pruned
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.digests import SEAL
 from cswap_deploy.errors import CswapError, DeviceError, UsageError, VerifyError
-from cswap_deploy.external_data import locations
+from cswap_deploy.external_data import locations_in
 from cswap_deploy.handoff import FILES
 from cswap_deploy.isolated import AGAIN, Skipped
 from cswap_deploy.ort_format import IDENTIFIER
@@ -278,13 +278,12 @@ def _require_plain_file(contents: _Contents, kind: str, name: str, path: Path) -
                 raise VerifyError(f"{name} is not in ORT format", AGAIN)
         return
     try:
-        places = locations(path.read_bytes())
+        places = locations_in(path)
     except ValueError as error:
         raise VerifyError(f"{name} is not an ONNX file: {error}", AGAIN) from error
     if not places:
         return
-    own = f"{name}.data"
-    if places != {own} or own not in contents.files:
+    if places != {f"{path.name}.data"} or f"{name}.data" not in contents.files:  # relative to the model's own folder
         raise VerifyError(f"{name} keeps weights in other files, which is not followed", "build the bundle again")
 
 

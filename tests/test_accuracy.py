@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from math import isclose
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cswap_deploy import facts, manifest, progress
-from cswap_deploy.accuracy import BATCH, Shown, evaluate
+from cswap_deploy.accuracy import BATCH, Shown, evaluate, on_engine
 from cswap_deploy.artifacts import (
     AccuracyReport,
     Architecture,
+    Engine,
     Evaluation,
     File,
     Image,
@@ -27,6 +28,8 @@ from cswap_deploy.artifacts import (
     Network,
     sha256_of,
 )
+from cswap_deploy.device.target import Target
+from cswap_deploy.errors import DeviceError
 from cswap_deploy.intervals import Gate, paired_drop, wilson
 from cswap_deploy.recipe import AccuracySettings
 
@@ -261,3 +264,35 @@ json_values = st.recursive(
 @given(json_values, st.sampled_from(list(manifest.schema()["properties"].values())))
 def test_the_checker_agrees_with_the_tests_own_validator(value, schema):
     assert any(manifest.faults(value, schema)) == any(faults(value, schema))
+
+
+# --- an engine on its target
+
+
+def test_an_engine_that_the_target_has_removed_is_sent_again(tmp_path):
+    """Its store keeps what was used last: the engine is put there with the images, before anything is asked."""
+    (tmp_path / "engine").write_bytes(b"native code")
+    (tmp_path / "pixels.npy").write_bytes(b"pixels")
+    engine = Engine(File.of(tmp_path / "engine"), File.of(tmp_path / "engine"), "10.3.0", None, 1.0, "")
+    with pytest.raises(DeviceError, match="nothing more is played"):
+        on_engine(
+            tmp_path, engine, File.of(tmp_path / "pixels.npy"), (0, 1), SPEC, 1, (board := Emptied("a board", ()))
+        )
+    assert board.sent == [engine.file.sha256, sha256_of(tmp_path / "pixels.npy")]
+    assert board.asked["model"] == {"sha256": engine.file.sha256, "name": "the engine"}
+
+
+class Emptied(Target):
+    """A board over ssh that has none of the files, and stores what it gets."""
+
+    sent: ClassVar[list[str]] = []
+    asked: ClassVar[dict[str, Any]] = {}
+
+    def _exchange(self, request, seconds, source=None, into=None, most=0):
+        if request["verb"] == "missing":
+            return {"missing": request["sha256"]}, ""
+        if request["verb"] == "store":
+            self.sent.append(request["sha256"])
+            return {}, ""
+        self.asked.update(request)
+        raise DeviceError("nothing more is played")

@@ -23,12 +23,15 @@ import numpy as np
 import pytest
 import sshd
 
-from cswap_deploy import manifest
-from cswap_deploy.device import protocol, target
+from cswap_deploy import manifest, recipe
+from cswap_deploy.device import needs, protocol, target
 from cswap_deploy.device.target import AGENT, Probe, reach
 from cswap_deploy.errors import DeviceError
 
 TREE = ast.parse(AGENT.read_text("utf-8"), feature_version=(3, 8))
+ENGINE_RECIPE = {
+    "name": "x", "model": {"name": "resnet18"}, "calibration": {"images": "."}, "prune": {}, "engine": {"precision": "fp16"},
+}  # fmt: skip
 SETTINGS = {
     "precision": "fp16", "workspace_mib": 64, "optimization_level": 2, "dla_core": None, "keep_fp32": "auto",
     "batch": {"min": 1, "opt": 2, "max": 4},
@@ -365,6 +368,33 @@ def test_full_disk_is_told_before_anything_is_sent(module: ModuleType, monkeypat
     give(module, monkeypatch, b"content")
 
 
+def test_what_a_builder_needs_meanwhile_counts_for_the_disk_alone(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LIMIT", 100)
+    kept = [give(module, monkeypatch, bytes([n]) * 30, age=10_000 - n) for n in range(2)]
+    module.Store().make_room(5000, kept=False)
+    assert module.missing({"sha256": kept}, module.Store())["missing"] == []
+    monkeypatch.setattr(module.Store, "free", lambda store: 300 << 20)
+    with pytest.raises(module.Fault, match=r"300 MiB are free, 256 stay free$"):
+        module.Store().make_room(50 << 20, kept=False)
+
+
+def test_a_store_without_its_name_gets_one(agent: Agent) -> None:
+    """Power fails after a file is made and before it has its content."""
+    name = agent.ask("probe")["id"]
+    assert agent.ask("probe")["id"] == name and len(name) == 16
+    (agent.store / "id").write_bytes(b"")
+    assert len(agent.ask("probe")["id"]) == 16 and kept(agent) == []
+
+
+def test_files_bear_their_names_once_the_disk_has_them(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(module.os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    module.probe({}, module.Store())
+    assert synced == [(module.Store().root / "id").stat().st_ino]
+
+
 def test_disk_that_fills_up_meanwhile_is_told(agent: Agent) -> None:
     limit = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_FSIZE, (1000, 1000)); "
     run = f"sys.argv = [{str(AGENT)!r}]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -625,3 +655,47 @@ def test_a_gray_network_takes_the_first_mean_and_std(agent: Agent, tmp_path: Pat
     kept_of = np.load(io.BytesIO(agent.exchange("fetch", file={"sha256": answer["outcomes"]["sha256"]})[1]))
     found = kept_of["logits"]
     np.testing.assert_allclose(found, np.full((2, 4), 2.0))
+
+
+# --- what a bundle may say
+
+
+@pytest.mark.parametrize(
+    ("message", "public"),
+    [
+        (
+            "ONNX Runtime is not usable on the target: ImportError: /home/me/x.so",
+            "ONNX Runtime is not usable on the target",
+        ),
+        ("TensorRT is not on the target: OSError: /home/me/x.so", "TensorRT is not on the target"),
+        ("trtexec of /home/me ended with -9", "the runtime on the target cannot be used"),
+    ],
+)
+def test_a_bundle_says_of_a_runtimes_fault_what_names_no_path(message: str, public: str) -> None:
+    error = target.refusal("ssh://me@board", {"kind": "runtime", "message": message, "hint": ""}, "")
+    assert error.public == public and error.message == f"ssh://me@board: {message}"
+
+
+def test_every_fault_of_a_runtime_has_its_public_words() -> None:
+    """But for what trtexec ends with, of which a bundle says the least."""
+    texts = [
+        piece.value
+        for call in ast.walk(TREE)
+        if isinstance(call, ast.Call)
+        and getattr(call.func, "id", "") == "Fault"
+        and "'runtime'" in ast.unparse(call.args[0])
+        for piece in ast.walk(call.args[1])
+        if isinstance(piece, ast.Constant) and isinstance(piece.value, str) and "target" in piece.value
+    ]
+    assert len(texts) == 4 and all(text.startswith(target.PUBLIC_RUNTIME) for text in texts)
+
+
+def test_a_bundle_does_not_say_why_tensorrt_cannot_be_imported(agent: Agent) -> None:
+    document = agent.ask("probe")
+    why = "ImportError: /home/me/venv/libnvinfer.so.10: no such file"
+    document["tensorrt"] |= {"version": None, "reason": why}
+    asked = recipe.Recipe.model_validate(ENGINE_RECIPE)
+    for refuse in (lambda: Probe(document).require_tensorrt("local"), lambda: needs.require(asked, document, "local")):
+        with pytest.raises(DeviceError, match="/home/me/venv") as caught:
+            refuse()
+        assert caught.value.public == "TensorRT cannot be used on the target"

@@ -548,6 +548,38 @@ def test_only_engines_of_this_device_or_trusted_ones_are_loaded(old: Built, make
     assert "error" not in measured(other, named(path), trust=[old.engine["sha256"]])
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}"])
+def test_a_broken_entry_of_the_ledger_is_passed_over(make: Callable[..., Device], content: str) -> None:
+    device = make(OLD)
+    request = {"model": device.model, "settings": SETTINGS, "input": INPUT, "dynamic": False, "passing": True}
+    first = device.ask("build", **request)
+    entry = device.folder / "cswap-deploy" / "engines" / ("0" * 64)
+    entry.write_text(content)
+    assert device.ask("build", **request) == {**first, "reused": True}
+    (entry.parent / first["engine"]["sha256"]).write_text(content)
+    again = device.ask("build", **request)
+    assert "error" not in again and "reused" not in again, again
+    (entry.parent / again["engine"]["sha256"]).write_text(content)
+    file = {"sha256": again["engine"]["sha256"], "name": "the engine"}
+    refused = device.ask("measure", runtime="tensorrt", models=[file], warmup_s=0, duration_s=0.1)["error"]
+    assert refused["kind"] == "engine" and "was not built on the target" in refused["message"]
+
+
+def test_an_engine_of_a_model_of_a_gigabyte_is_built(make: Callable[..., Device]) -> None:
+    """Four times its weights are beyond what is kept here at most, and need only be free meanwhile."""
+    device = make(OLD)
+    device.ask("probe")
+    weights = device.folder / "cswap-deploy" / "files" / ("1" * 64)
+    with weights.open("wb") as stream:
+        stream.truncate(1100 << 20)
+    if shutil.disk_usage(device.folder).free < 5 << 30:
+        pytest.skip("the disk of this machine has less than 5 GiB free")
+    answer = device.ask(
+        "build", model=device.model, settings=SETTINGS, input=INPUT, dynamic=False, beside=[{"sha256": "1" * 64}]
+    )
+    assert "error" not in answer, answer
+
+
 def test_missing_libcudart_is_named(make: Callable[..., Device]) -> None:
     """The agent looks in CUDA's own folder too: where there is a real one, there is nothing to miss."""
     if any(Path("/usr/local/cuda/lib64").glob("libcudart.so*")) or "cudart" in ldconfig():

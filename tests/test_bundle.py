@@ -378,6 +378,11 @@ def test_test_vectors_that_do_not_fit_are_refused(copy, tmp_path):
         lambda plan: plan.update(schema="other"),
         lambda plan: plan["keep"].update({plan["groups"][0]["name"]: []}),
         lambda plan: plan["shapes"].pop("after"),
+        lambda plan: plan["groups"][0].update(members=[], units=10**11),
+        lambda plan: plan["groups"][0].update(units=10**11),
+        lambda plan: plan["groups"][0].update(
+            kind="dims", units=10**11, queries=None, keys=None, values=None, scales=[]
+        ),
     ],
 )
 def test_a_plan_that_is_not_ours_is_a_model_error(copy, change):

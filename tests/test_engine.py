@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boards
+import numpy as np
 import pytest
 import sshd
 from conftest import SHARED, Built, build, events, make_project, run
@@ -22,12 +23,14 @@ from sshd import Device
 from test_agent_tensorrt import DOUBLE, NEW, OLD, cudart  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
-from cswap_deploy import cli, engine, manifest, pipeline, recipe
+from cswap_deploy import cli, engine, manifest, pipeline, progress, recipe
 from cswap_deploy.artifacts import File, Groups, InputSpec, sha256_of
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.console import bundle_lines
 from cswap_deploy.device import recorded
 from cswap_deploy.device.building import Order
+from cswap_deploy.engine_check import replay
+from cswap_deploy.errors import VerifyError
 from cswap_deploy.recipe import EngineSettings
 from cswap_deploy.verify import verify
 
@@ -408,3 +411,38 @@ def test_layers_beside_the_dla_are_counted_from_trtexec_s_log(tmp_path: Path) ->
     found = engine.build(tmp_path, model, Order(spec, settings, False), Groups((), (), ()), {}, target)
     assert len(found.gpu_layers) == 6 and "6 layers run on the GPU, not on the DLA" in found.note
     assert "TensorRT 8.4.0, that of JetPack 5, is unchecked" in found.note
+
+
+def test_an_engine_whose_layers_cannot_be_timed_is_kept(tmp_path: Path) -> None:
+    model, blob = File.of(sshd.classifier(tmp_path / "model.onnx", batch=1)), tmp_path / "files"
+    blob.mkdir()
+    (blob / "0").write_bytes(b"an engine of nobody")
+    built = File.of(blob / "0")
+    (blob / "0").rename(blob / built.sha256)
+    settings, spec = EngineSettings(precision="fp16"), InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
+    answer = {
+        "engine": {"sha256": built.sha256, "bytes": built.bytes}, "tensorrt": "10.3.0", "note": "", "gpu_layers": [],
+        "seconds": 1.0, "gpu": None, "compute_capability": None, "board": None, "power_mode": None,
+    }  # fmt: skip
+    order = Order(spec, settings, False)
+    build_key = recorded.key_of({"verb": "build", "model": {"sha256": model.sha256}, **order.request})
+    layers_key = recorded.key_of(
+        {"verb": "layers", "model": {"sha256": built.sha256}, **engine.order_of_layers(settings)}
+    )
+    failed = {"error": {"kind": "engine", "message": "CUDA error 2", "hint": ""}}
+    target = recorded.Recorded("a board", (), {build_key: (answer, ""), layers_key: (failed, "")}, blob)
+    with progress.reporting(recording := progress.Recording()):
+        found = engine.build(tmp_path, model, order, Groups((), (), ()), {}, target)
+    assert found.file.sha256 == built.sha256 and found.note == "its layers were not timed"
+    assert json.loads(found.layers.path.read_text())["layers"] == []
+    [warning] = recording.of("warn")
+    assert "the engine is kept" in warning and "CUDA error 2" in warning
+    assert engine.LAYERS_S > engine.WAIT_S
+
+
+def test_an_engine_is_not_held_to_test_vectors_that_promise_any_size(tmp_path: Path) -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (400000, 1000000), }"
+    (tmp_path / "output.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    np.save(tmp_path / "input.npy", np.zeros((1, 3, 8, 8), np.float32))
+    with pytest.raises(VerifyError, match=r"output\.npy is not a plain array"):
+        replay(File.of(tmp_path / "input.npy"), tmp_path / "input.npy", tmp_path / "output.npy", {})

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from conftest import COLOURS, NO_VNNI, VNNI, Built, build, make_project, reseal,
 from PIL import Image
 from ruamel.yaml import YAML
 
-from cswap_deploy import bom, progress
+from cswap_deploy import assembling, bom, export, progress
 from cswap_deploy.artifacts import InputSpec
 from cswap_deploy.errors import UsageError
 from cswap_deploy.handoff import FILES
@@ -47,7 +48,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Built:
         for name, strange in zip(sorted(COLOURS), sorted(STRANGE), strict=True):
             folder = project.folder / "images" / part
             (folder / name).rename(folder / strange)
-    return project.build(*EVERYTHING)
+    net = (project.folder / NAME).read_text()
+    (project.folder / NAME).write_text(
+        net.replace("def colours(copies=COPIES):", "def colours(copies=COPIES, cache=''):")
+    )
+    return project.build(*EVERYTHING, f"model.kwargs.cache={project.folder / 'cache'}")
 
 
 @pytest.fixture
@@ -175,6 +180,8 @@ def test_the_onnx_block_says_where_each_file_runs_and_what_speaks_against_it(who
 
 def test_no_file_tells_about_this_machine(whole: Built) -> None:
     assert traces(whole) == {}
+    plan = json.loads((whole.bundle.folder / "plan.json").read_text("utf-8"))
+    assert whole.manifest["model"]["kwargs"] == plan["source"]["kwargs"] == {"cache": "cache"}
 
 
 def test_what_tells_about_this_machine_is_found(whole: Built, tmp_path: Path) -> None:
@@ -233,6 +240,13 @@ def test_the_bill_of_materials_is_valid_cyclonedx(whole: Built, quickstart: Buil
                 assert component["hashes"] == [{"alg": "SHA-256", "content": listed[component["name"]]}]
         assert {name for name in listed if name.endswith((".onnx", ".ort"))} <= {c["name"] for c in found["components"]}
         assert found["metadata"]["component"]["type"] == "machine-learning-model"
+
+
+def test_the_bill_names_every_library_that_wrote_the_files(quickstart: Built) -> None:
+    bill = json.loads((quickstart.bundle.folder / "bom.cdx.json").read_text("utf-8"))
+    listed = {each["name"]: each["version"] for each in bill["components"] if each["type"] == "library"}
+    assert listed == {name: metadata.version(name) for name in bom.LIBRARIES} and "onnx-ir" in listed
+    assert set(bom.LIBRARIES) == set(assembling.ENVIRONMENT) and "onnx-ir" in export.LIBRARIES
 
 
 def test_the_validator_sees_a_broken_bill(quickstart: Built, strict: Any) -> None:

@@ -72,6 +72,8 @@ def test_a_model_beyond_2_gb_keeps_its_weights_in_one_file_beside_it(large: Buil
     ]
     assert all("the model is beyond 2 GB" in reason for reason in large.manifest["reasons"])
     assert large.manifest["accuracy"]["exported"]["top1"] == 1.0
+    both = sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert large.manifest["size"]["shipped_bytes"] == both
 
 
 def test_its_weights_count_as_much_as_its_graph(large: Built, tmp_path: Path) -> None:

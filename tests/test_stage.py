@@ -591,6 +591,33 @@ def test_published_folder_is_repaired_as_a_whole(root: Path, harm: Callable[[Pat
     assert tree(run(root, publishing).value) == {"text/note.txt": b"shipped"}
 
 
+def test_what_somebody_added_to_a_published_folder_is_kept_elsewhere(root: Path) -> None:
+    bundle = run(root, publishing).value
+    (bundle / "notes").mkdir()
+    (bundle / "notes" / "field.txt").write_text("seen on the road")
+    (bundle / "text" / "note.txt").write_text("shipped, and corrected by hand")
+    (bundle / "empty").touch()
+    done = run(root, publishing)
+    assert tree(done.value) == {"text/note.txt": b"shipped"}
+    [kept] = (root / "bundle.replaced").iterdir()
+    assert tree(kept) == {"notes/field.txt": b"seen on the road", "text/note.txt": b"shipped, and corrected by hand"}
+    [warning] = [event[1] for event in done.events if event[0] == "warn"]
+    assert str(kept) in warning and "notes/field.txt, text/note.txt" in warning
+
+
+def test_what_an_earlier_result_was_is_not_kept(root: Path) -> None:
+    """Neither what stages have made, nor what an earlier bundle lists, though its stages are gone."""
+    bundle = run(root, publishing).value
+    (bundle / "old.txt").write_text("of another setting")
+    entry = {"path": "old.txt", "sha256": sha256_of(bundle / "old.txt"), "bytes": 18}
+    (bundle / "manifest.json").write_text(json.dumps(digests.sealed({"files": [entry]})))
+    made = next((root / "stages" / "write").glob("*/*/note.txt"))
+    shutil.copyfile(made, bundle / "copy.txt")
+    done = run(root, publishing)
+    assert tree(done.value) == {"text/note.txt": b"shipped"}
+    assert not (root / "bundle.replaced").exists() and not [event for event in done.events if event[0] == "warn"]
+
+
 def test_equal_published_folder_is_left_alone(root: Path) -> None:
     bundle = run(root, publishing).value
     before = bundle.stat().st_ino, (bundle / "text/note.txt").stat().st_mtime_ns

@@ -487,14 +487,36 @@ def test_weights_alone(name: str, request: pytest.FixtureRequest, tmp_path: Path
     assert (tmp_path / "weights.onnx").stat().st_size < 0.35 * source.model.graph.bytes
 
 
-@pytest.mark.parametrize(("name", "steps"), [("cnn", range(1, 129)), ("vit", range(8, 129, 8))])
-def test_calibration_goes_image_by_image_where_the_batch_is_fixed(
+@pytest.mark.parametrize(("name", "steps"), [("cnn", range(1, 129)), ("vit", range(1, 129))])
+def test_calibration_goes_image_by_image(
     name: str, steps: range, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     with progress.reporting(recording := progress.Recording()):
         request.getfixturevalue(name).make(tmp_path, "int8")
     told = [event[2] for event in recording.events if event[:2] == ("advance", "calibration images")]
     assert told == [f"{done}/128" for done in steps] * len(METHODS)
+
+
+def test_an_open_batch_takes_any_number_of_calibration_images(vit: Source, tmp_path: Path) -> None:
+    """12 are no multiple of any batch above 6; histograms are made of as many values of each."""
+    few = replace(vit, fit=ImageSet(vit.fit.images[:12], vit.fit.root))
+    with progress.reporting(recording := progress.Recording()):
+        found = few.make(tmp_path, "int8").parity
+    told = [event[2] for event in recording.events if event[:2] == ("advance", "calibration images")]
+    assert told == [f"{done}/12" for done in range(1, 13)] * len(METHODS) and found.sqnr_db > 10
+
+
+def test_a_variants_failure_tells_no_folder_of_this_machine(
+    small: Callable[[str], Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(*arguments: object) -> None:
+        raise RuntimeError(f"Load model from {tmp_path}/a b/model.onnx failed: node '/conv/Conv' of {tmp_path / 'x'}")
+
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setattr(variants, "to_half", stumble)
+    with pytest.raises(ExportError, match=r"Load model from model\.onnx failed: node '/conv/Conv' of x \(") as caught:
+        small("sound").make(tmp_path / "out", "fp16")
+    assert str(tmp_path) not in str(caught.value)
 
 
 # --- manners

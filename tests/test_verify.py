@@ -21,9 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 from cswap_deploy import external_data, isolated, vectors
 from cswap_deploy import verify as module
 from cswap_deploy.artifacts import File, sha256_of
+from cswap_deploy.bundle import Bundle
 from cswap_deploy.digests import sealed
-from cswap_deploy.errors import UsageError
-from cswap_deploy.external_data import TENSORS, locations
+from cswap_deploy.errors import UsageError, VerifyError
+from cswap_deploy.external_data import TENSORS, locations, locations_in
 from cswap_deploy.verify import ALWAYS, Check, verify
 
 LIGHT = """
@@ -525,6 +526,44 @@ def test_places_of_tensors_are_those_of_onnx_proto():
 def test_what_parsers_may_read_differently_is_refused(content):
     with pytest.raises(ValueError, match=r"no protobuf message|ends in the middle"):
         locations(content)
+
+
+def test_a_model_of_endless_fields_is_not_read_to_its_end(copy: Path, monkeypatch):
+    monkeypatch.setattr(external_data, "MOST_FIELDS", 1000)
+    put(copy, "model.onnx", b"\x08\x08" * 1001)
+    found = checks(copy)["onnx"]
+    assert found.outcome == "failed" and "it has more than 1000 fields" in found.detail
+    with pytest.raises(ValueError, match="described in 5"):
+        locations(graph_of([], [external("x" * 5000)]))
+
+
+@pytest.mark.parametrize("size", [0, external_data.LARGEST])
+def test_a_model_that_protobuf_cannot_hold_is_not_mapped(tmp_path: Path, size: int):
+    with (tmp_path / "model.onnx").open("wb") as stream:
+        stream.truncate(size)  # without content: it takes no room
+    with pytest.raises(ValueError, match=f"it has {size} bytes"):
+        locations_in(tmp_path / "model.onnx")
+
+
+def test_weights_lie_beside_their_model_in_a_folder_too(copy: Path):
+    """ONNX reads the name relative to the model's own folder, not to the bundle."""
+    values = np.arange(4, dtype=np.float32)
+    add = helper.make_node("Add", ["input", "w"], ["logits"])
+    (copy / "more").mkdir()
+    for location, listed in (("model.onnx.data", True), ("more/model.onnx.data", True), ("model.onnx.data", False)):
+        put(copy, "more/model.onnx.data", values.tobytes())
+        put(copy, "more/model.onnx", graph_of([add], [external(location)], (1, 3, 4, 4)))
+        if not listed:
+            edit(
+                copy, lambda m: m.update(files=[each for each in m["files"] if each["path"] != "more/model.onnx.data"])
+            )
+        contents = module._read_files(Bundle.read(copy))
+        path = contents.path("more/model.onnx")
+        if (location, listed) == ("model.onnx.data", True):
+            module._require_plain_file(contents, "fp32", "more/model.onnx", path)
+            continue
+        with pytest.raises(VerifyError, match="keeps weights in other files"):
+            module._require_plain_file(contents, "fp32", "more/model.onnx", path)
 
 
 def test_deep_nesting_is_read_without_recursion():

@@ -7,10 +7,9 @@ and a runtime: onnxruntime, or TensorRT by its Python module, else by trtexec.
   which follows the line · build: ONNX file → TensorRT engine · measure: durations of several models, run in turn ·
   infer: outcomes of images · layers: where a model's time goes
 
-~/.cache/cswap-deploy/ (or below XDG_CACHE_HOME) holds files/<sha256>, timing/ (TensorRT's timing caches), lock (held while
-a model is built or run) and engines/<sha256>, a ledger: an engine is native code, so only one that was built on this board
-with this TensorRT, or that the request trusts by its digest, is loaded. Of engines that are only to be measured the last
-PASSING stay. What trtexec prints is not read here but sent to the host.
+~/.cache/cswap-deploy/ (or below XDG_CACHE_HOME) holds files/<sha256>, timing/ (TensorRT's timing caches), lock (held while a model is built
+or run) and engines/<sha256>, a ledger: an engine is native code, so only one that was built on this board with this TensorRT, or that the
+request trusts by its digest, is loaded. Of engines only to be measured the last PASSING stay. What trtexec prints is read on the host.
 """
 
 from __future__ import annotations
@@ -121,32 +120,33 @@ class Store:
         if sha256 and found != sha256:
             path.unlink()
             raise Fault("transfer", "a file arrived incomplete or changed", "run the same command again")
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        path.replace(self.path(found))
+        self.settle(path, self.path(found))
         return {"sha256": found, "bytes": self.path(found).stat().st_size}
 
-    def make_room(self, size: int) -> None:
-        """Remove abandoned files, then the least recently used ones, until `size` bytes more fit; if they cannot, none."""
+    def settle(self, path: Path, target: Path) -> None:  # its name, once the disk has it: boards lose their power
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        path.replace(target)
+
+    def make_room(self, size: int, kept: bool = True) -> None:
+        """Remove abandoned files, then the least recently used, until `size` bytes fit, if they can. Not `kept`: on the disk alone."""
         for changed, _, path in self.listed("tmp"):
             if time.time() - changed > ABANDONED_S:
                 path.unlink(missing_ok=True)
         files = self.listed("files")
         used, old = sum(entry[1] for entry in files), [entry for entry in files if time.time() - entry[0] > FRESH_S]
-        can_go = sum(entry[1] for entry in old)
-        if used - can_go + size > LIMIT or self.free() + can_go < size + SPARE:
-            have = f"{self.free() >> 20} MiB are free, {SPARE >> 20} stay free, {LIMIT >> 20} are kept at most"
+        can_go, stays, most = sum(entry[1] for entry in old), kept * size, kept * f", {LIMIT >> 20} are kept at most"
+        if (kept and used - can_go + size > LIMIT) or self.free() + can_go < size + SPARE:
+            have = f"{self.free() >> 20} MiB are free, {SPARE >> 20} stay free{most}"
             raise Fault("disk", f"{size >> 20} MiB do not fit on the target: {have}", ROOM)
         for _, bytes_of_it, path in old:
-            if used + size > LIMIT or self.free() < size + SPARE:
+            if used + stays > LIMIT or self.free() < size + SPARE:
                 path.unlink(missing_ok=True)
                 used -= bytes_of_it
 
     def engine(self, request: Json, file: Json) -> tuple[Path, Json]:
         """An engine that was built on this board or that the request trusts, and how it was built. Errors: Fault."""
-        found = digest_of(path := self.find(file))
-        entry = self.root / "engines" / found
-        built = dict(json.loads(entry.read_text())) if entry.is_file() else {}
+        built = self.entry(found := digest_of(path := self.find(file)))
         if found in request.get("trust", ()):
             return path, built
         if not built:
@@ -158,10 +158,17 @@ class Store:
             raise Fault("engine", was, "build it again on this target")
         return path, built
 
+    def entry(self, sha256: str) -> Json:
+        """How an engine was built here. Empty where it was not, or where its entry of the ledger is damaged."""
+        with suppress(OSError, ValueError):
+            found = json.loads((self.root / "engines" / sha256).read_text())
+            return found if isinstance(found, dict) and found.keys() >= {*BOUND_TO} else {}
+        return {}
+
     def passed(self, made_from: list[Any]) -> Json | None:
         """The answer that the build of a passing engine had, while the engine is here; the oldest of them leave."""
-        entries = [(path, json.loads(path.read_text())) for _, _, path in self.listed("engines")]
-        passing = [(path, entry) for path, entry in entries if "answer" in entry]
+        places = [path for _, _, path in self.listed("engines")]
+        passing = [(path, entry) for path in places if "answer" in (entry := self.entry(path.name))]
         for path, entry in passing:
             if entry["made_from"] == made_from and self.path(path.name).is_file():
                 os.utime(str(path))
@@ -235,8 +242,9 @@ def probe(request: Json, files: Store) -> Json:
     numpy = getattr(imported("numpy")[0], "__version__", None)
     here = {"folder": str(files.root), "bytes": sum(entry[1] for entry in files.listed("files")), "limit_bytes": LIMIT}
     identity = files.root / "id"  # of this store and its ledger: a twin of this board has another
-    if not identity.is_file():
-        identity.write_text(os.urandom(8).hex())
+    if not text_of(identity):
+        (fresh := files.scratch()).write_text(os.urandom(8).hex())
+        files.settle(fresh, identity)
     found = {"id": identity.read_text(), "numpy": numpy, "onnxruntime": runtime, "disk_free_mb": files.free() >> 20}
     return {**machine(), **found, "tensorrt": tensorrt_facts(), "store": here}
 
@@ -360,9 +368,8 @@ def imported(name: str) -> tuple[Any, str]:
 
 @contextmanager
 def watched(files: Store) -> Iterator[Json]:
-    """The board's state every WATCH_S, read by a process of its own: `moments` (ns, state), there when the block ends.
-
-    Where neither clock nor power can be read nothing is watched, but tegrastats, if it is there: its lines are for the host.
+    """The board's state every WATCH_S, read by a process of its own: `moments` (ns, state), there when the block ends. Where neither
+    clock nor power can be read nothing is watched, but tegrastats, if it is there: its lines are for the host.
     """
     found: Json = {"moments": [], "tegrastats": None}
     path, can_read = files.scratch(".watch"), bool(gpu() or rails())
@@ -404,9 +411,8 @@ def die_with_agent() -> None:
 
 
 def measure(request: Json, files: Store) -> Json:
-    """Raw durations in ns: `rounds[r][m]` are those of model m in round r; what they mean is for the host to say.
-
-    Engines also have `gpu_rounds`, the same between two CUDA events. trtexec's exported times are sent as they are.
+    """Raw durations in ns: `rounds[r][m]` are those of model m in round r; what they mean is for the host to say. Engines also have
+    `gpu_rounds`, the same between two CUDA events. trtexec's exported times are sent as they are.
     """
     with files.alone(request), watched(files) as watch:
         before = machine()
@@ -430,8 +436,7 @@ def models_in_turn(request: Json, files: Store) -> Json:
     rounds, gpu_rounds, running = sample(models, request["duration_s"], request.get("block_s", BLOCK_S))
     overhead = 1 - running / (time.perf_counter_ns() - begun)
     if used:
-        own = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]
-        used["agent_mb"] = int(own) / 1024
+        used["agent_mb"] = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
     cold = [after_pauses(model.run, request.get("cold", 0), request.get("pause_s", 0.0)) for model in models]
     energy = [run_for(model.run, request["energy_s"]) for model in models if request.get("energy_s") and rails()]
     facts = [model.facts for model in models]
@@ -571,10 +576,9 @@ class OnnxModel:
 
 
 def infer(request: Json, files: Store) -> Json:
-    """Outcomes of `images`, an .npy file of shape (n, C, H, W): uint8 pixels, normalised here, or float32 as they are.
-
-    An .npz file of `top` (n, 5 or fewer) int32, the best classes first; `true` (n) float32, the logit of the image's own class
-    in `labels`; `crc32` (n) of its logits; `finite` (n); and `logits` (64 or fewer, classes) of the first images.
+    """Outcomes of `images`, an .npy file of shape (n, C, H, W): uint8 pixels, normalised here, or float32 as they are. An .npz file of
+    `top` (n, 5 or fewer) int32, the best classes first; `true` (n) float32, the logit of the image's own class in `labels`; `crc32` (n)
+    of its logits; `finite` (n); and `logits` (64 or fewer, classes) of the first images.
     """
     with files.alone(request):
         import numpy as np
@@ -607,10 +611,7 @@ def infer(request: Json, files: Store) -> Json:
 
 
 def layers(request: Json, files: Store) -> Json:
-    """Median milliseconds of each layer over PROFILED_RUNS inferences, in order of execution; its operator where known.
-
-    By trtexec: its two documents, `profile` and `layer_info`, as they are.
-    """
+    """Median milliseconds of each layer over PROFILED_RUNS inferences, in order, and its operator; of trtexec its documents as they are."""
     with files.alone(request):
         if request["runtime"] == "tensorrt" and not imported("tensorrt")[0]:
             return trtexec_layers(request, files)
@@ -795,8 +796,7 @@ class EngineModel:
         self.context.profiler = type("Profiler", (base,), {"__init__": base.__init__, **note})()
         for _ in range(PROFILED_RUNS):
             self.run()
-        inspector = self.engine.create_engine_inspector()
-        text = inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+        text = self.engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
         return {"layers": [{"name": n, "op": "", "ms": median(ms)} for n, ms in times.items()], "layer_info": text}
 
 
@@ -812,7 +812,7 @@ def build(request: Json, files: Store) -> Json:
         passing = request.get("passing")
         if passing and (known := files.passed(made_from)):
             return known
-        files.make_room(4 * (model.stat().st_size + weights) + (64 << 20))
+        files.make_room(4 * (model.stat().st_size + weights) + (64 << 20), kept=False)
         place = re.sub(r"[^\w.-]+", "_", " ".join(str(here[key]) for key in (*BOUND_TO, "power_mode")))[:150]
         target, timing, start = files.scratch(".engine"), files.root / "timing" / f"{place}.cache", time.monotonic()
         if timing.is_file() and timing.stat().st_size > TIMINGS:  # what many runs have left
@@ -824,7 +824,7 @@ def build(request: Json, files: Store) -> Json:
         entry = {**built, **settings, "input": request["input"], "dynamic": request["dynamic"], "made_from": made_from}
         answer = {"engine": kept, **built}  # below: the ledger of the engines that were built here
         (fresh := files.scratch()).write_text(json.dumps({**entry, **({"answer": answer} if passing else {})}))
-        fresh.replace(files.root / "engines" / kept["sha256"])
+        files.settle(fresh, files.root / "engines" / kept["sha256"])
         return answer
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cswap_deploy.device.target import NO_TENSORRT
 from cswap_deploy.errors import DeviceError
 from cswap_deploy.recipe import Recipe
 
@@ -26,6 +27,8 @@ class Need:
     topic: str
     text: str
     fix: str
+    public: str = ""
+    """What a bundle says in place of `text`, where that has a library's own words, which name paths."""
 
 
 def shortfalls(recipe: Recipe, probe: Mapping[str, Any], pixels_bytes: int = 0) -> Iterator[Need]:
@@ -46,9 +49,8 @@ def shortfalls(recipe: Recipe, probe: Mapping[str, Any], pixels_bytes: int = 0) 
         return
     if tensorrt.get("version") is None:
         reason = tensorrt.get("reason") or "it is not there"
-        yield Need(
-            "tensorrt", f"an engine needs TensorRT: {reason}", "sudo apt install python3-libnvinfer libnvinfer-bin"
-        )
+        fix = "sudo apt install python3-libnvinfer libnvinfer-bin"
+        yield Need("tensorrt", f"an engine needs TensorRT: {reason}", fix, NO_TENSORRT)
         return
     if not tensorrt.get("module"):
         text = "the engine's accuracy needs TensorRT's Python module; trtexec alone builds and measures"
@@ -67,7 +69,9 @@ def require(recipe: Recipe, probe: Mapping[str, Any], name: str) -> None:
     if lacking:
         text = "; ".join(f"{need.text} ({need.fix})" for need in lacking)
         raise DeviceError(
-            f"{name}: {text}", f"cswap-deploy doctor RECIPE --on {name} says more", public=lacking[0].text
+            f"{name}: {text}",
+            f"cswap-deploy doctor RECIPE --on {name} says more",
+            public=lacking[0].public or lacking[0].text,
         )
 
 

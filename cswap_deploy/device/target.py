@@ -50,6 +50,7 @@ APT_TENSORRT = "sudo apt install python3-libnvinfer libnvinfer-bin"
 """What puts TensorRT on a Jetson, its Python module and trtexec."""
 AWAY = "the target cannot be reached"
 PUBLIC = {
+    "runtime": "the runtime on the target cannot be used",
     "model": "the runtime on the target does not run the model",
     "engine": "TensorRT on the target does not build or run the engine",
     "busy": "another build or measurement ran on the target",
@@ -59,6 +60,14 @@ PUBLIC = {
     "internal": "the agent on the target failed",
 }
 """What a bundle says of the agent's faults; their full text is for the one who runs the command."""
+PUBLIC_RUNTIME = (
+    "ONNX Runtime is not usable on the target",
+    "TensorRT is not on the target",
+    "TensorRT's Python module cannot be used on the target",
+    "CUDA's runtime library, libcudart.so, is not on the target",
+)
+"""The agent's own words about a runtime, which a bundle may say too; what follows them is a library's, and names paths."""
+NO_TENSORRT = "TensorRT cannot be used on the target"
 CONNECT_S, PROBE_S, CLOSE_S = 30.0, 60.0, 5.0
 SLOWEST = 250_000
 """Bytes per second below which a transfer is given up."""
@@ -256,8 +265,7 @@ class Probe:
             hint = "run this for a target with an NVIDIA GPU and TensorRT, such as a Jetson"
             if "NVIDIA" in board:
                 hint = f"on the target: {APT_TENSORRT}"
-            public = f"TensorRT cannot be used on the target: {found['reason']}"
-            raise DeviceError(f"{target}: {public}", hint, public=public)
+            raise DeviceError(f"{target}: {NO_TENSORRT}: {found['reason']}", hint, public=NO_TENSORRT)
 
     @property
     def device(self) -> str:
@@ -352,7 +360,9 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
 
 def refusal(name: str, error: dict[str, Any], log: str) -> DeviceError:
     """The agent's error, with what TensorRT said about a failed build: its error lines, else the last ones."""
-    public = error["message"] if error["kind"] == "runtime" else PUBLIC.get(error["kind"], PUBLIC["internal"])
+    public = PUBLIC.get(error["kind"], PUBLIC["internal"])
+    if error["kind"] == "runtime":
+        public = next((words for words in PUBLIC_RUNTIME if error["message"].startswith(words)), public)
     message, shown = f"{name}: {error['message']}", ""
     hint = error["hint"] or (
         "please report this, unless the target has no memory left" if error["kind"] == "internal" else ""

@@ -24,6 +24,7 @@ from cswap_deploy.artifacts import (
 from cswap_deploy.checkpoint import load_state, read_checkpoint
 from cswap_deploy.errors import ModelError, PruningError
 from cswap_deploy.model import build
+from cswap_deploy.recipe import without_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -127,7 +128,9 @@ def write_plan(
     biases = sorted(set(after) - set(before))
     document = {
         "schema": SCHEMA,
-        "source": {key: getattr(network.architecture, key) for key in ("source", "name", "kwargs", "library")},
+        "source": {
+            key: without_folder(getattr(network.architecture, key)) for key in ("source", "name", "kwargs", "library")
+        },
         "groups": [asdict(group) for group in groups if group.name in plan.keep],
         "keep": plan.keep,
         "rewrites": [{"kind": "add_bias", "module": name.removesuffix(".bias")} for name in biases],
@@ -180,6 +183,8 @@ def rebuild(dense: nn.Module, architecture: Architecture, plan: File | None, wei
             )
         _require_shapes(dense, document["shapes"]["before"], document, architecture)
         groups = [_group(item) for item in document["groups"]]
+        for group in groups:
+            _require_inside(dense, group)  # before anything counts to `units`, which may be any number
         module = cut_copy(dense, groups, document["keep"])
         for rewrite in document["rewrites"]:
             if rewrite["kind"] != "add_bias":
@@ -258,7 +263,9 @@ def _kept_indices(module: nn.Module, groups: Sequence[Group], keep: Keep) -> dic
 
 
 def _require_inside(module: nn.Module, group: Group) -> None:
-    """A group may come from a file: its units must lie within the tensors that it names."""
+    """A group may come from a file: its units must lie within the tensors that it names, of which there is one at least."""
+    if not group.members:
+        raise PruningError(f"group {group.name!r} names no tensor that its {group.units} units would lie in")
     for member in group.members:
         size = getattr(module.get_submodule(member.module), member.parameter).shape[member.axis]
         if member.offset < 0 or member.repeat < 1 or member.offset + group.units * member.repeat > size:
