@@ -10,6 +10,7 @@ from typing import Any
 
 from cswap_deploy.artifacts import Coverage
 from cswap_deploy.checkpoint import reason
+from cswap_deploy.runtime import without_folders
 
 XNNPACK = frozenset("AveragePool Conv ConvTranspose Gemm MatMul MaxPool Resize Softmax".split())
 """Operators of its execution provider in float32, by ONNX Runtime's documentation: the checker has no table of it."""
@@ -24,7 +25,7 @@ def coverage(path: Path) -> tuple[Coverage, ...]:
     try:
         return _coverage(path)
     except Exception as error:  # ONNX Runtime's tools raise whatever a graph makes them stumble over
-        return (Coverage("all", 0, 0, 0, "unknown", (), f"the checker failed: {reason(error)}"),)
+        return (Coverage("all", 0, 0, 0, "unknown", (), f"the checker failed: {without_folders(reason(error))}"),)
 
 
 def _coverage(path: Path) -> tuple[Coverage, ...]:

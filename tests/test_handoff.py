@@ -200,7 +200,7 @@ def assembled(built: Built, work: Path, epoch: str | None, monkeypatch: pytest.M
     else:
         monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
     with progress.reporting(recording := progress.Recording()):
-        made = build(built.recipe, EVERYTHING, work, ["bundle"])
+        made = build(built.recipe, built.overrides, work, ["bundle"])
     assert recording.of("finished") == ["bundle"]
     return tree(made.bundle.folder)
 
@@ -215,7 +215,7 @@ def test_the_same_results_give_the_same_bytes(whole: Built, tmp_path: Path, monk
     assert dated == assembled(whole, work, "1700000000", monkeypatch) != first
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     with pytest.raises(UsageError, match="expected whole seconds"):
-        build(whole.recipe, EVERYTHING, work)
+        build(whole.recipe, whole.overrides, work)
 
 
 # --- the bill of materials and the card

@@ -537,11 +537,10 @@ def test_a_model_of_endless_fields_is_not_read_to_its_end(copy: Path, monkeypatc
         locations(graph_of([], [external("x" * 5000)]))
 
 
-@pytest.mark.parametrize("size", [0, external_data.LARGEST])
-def test_a_model_that_protobuf_cannot_hold_is_not_mapped(tmp_path: Path, size: int):
+def test_a_model_that_protobuf_cannot_hold_is_not_mapped(tmp_path: Path):
     with (tmp_path / "model.onnx").open("wb") as stream:
-        stream.truncate(size)  # without content: it takes no room
-    with pytest.raises(ValueError, match=f"it has {size} bytes"):
+        stream.truncate(external_data.LARGEST)  # without content: it takes no room
+    with pytest.raises(ValueError, match="it has 2147483648 bytes, expected less"):
         locations_in(tmp_path / "model.onnx")
 
 

@@ -15,7 +15,7 @@ from cswap_deploy.budget.sizes import HINT, Size, Sizes, resized
 from cswap_deploy.checkpoint import reason
 from cswap_deploy.errors import ExportError
 from cswap_deploy.repeats import shapes_of
-from cswap_deploy.runtime import Session
+from cswap_deploy.runtime import Session, without_folders
 
 if TYPE_CHECKING:
     import onnx
@@ -145,7 +145,7 @@ def require_runnable(path: Path) -> None:
         session.logits(np.zeros((2, *session.input_shape), np.float32))
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ExportError(
-            f"a narrowed graph does not run: {reason(error)}",
+            f"a narrowed graph does not run: {without_folders(reason(error))}",
             HINT,
         ) from error
 
