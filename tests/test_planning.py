@@ -245,6 +245,17 @@ def test_a_device_that_became_slower_than_when_the_budget_was_set_is_told_of(
     block = account.account(planned, ready.groups, slow_report(planned, project.folder, planned.facts))
     assert block["verdict"] == "met" and block["achieved_ms"] < planned.latency_ms < block["took_ms"]
     assert "the device was slower: what ships took" in words.budget(block)
+    took = block["achieved_ms"] / 1.5
+    sooner = {**block, "took_ms": took, "took_ci95_ms": [0.98 * took, 1.02 * took]}
+    assert "the device was faster: what ships took" in words.budget(sooner) and "--force staircase" in words.budget(
+        sooner
+    )
+    same = {
+        **block,
+        "took_ms": block["achieved_ms"],
+        "took_ci95_ms": [0.98 * block["achieved_ms"], block["achieved_ms"]],
+    }
+    assert "the device was" not in words.budget(same)
     assert "slower" not in words.budget(budget_of(project.build(asked(1.9), *SHORT)))
 
 
@@ -514,6 +525,9 @@ def test_a_sweep_makes_a_bundle_for_each_latency_from_one_staircase(project: Pro
         and "default-src &#39;none&#39;" in page
     )
     assert [*sweep_lines(front, folder)][-1].endswith("sweep.html")
+    failed = {**front, "points": [{**points[2], "gate": "fail", "drop_pp": 5.17, "exit_code": 7}]}
+    assert "FAIL: 1.6 ms: accuracy gate, drop +5.17 points (exit code 7)" in [*sweep_lines(failed, folder)]
+    assert "the accuracy gate failed" in report.render_sweep(failed) and "the accuracy gate failed" not in page
     longest = {**front, "points": [{**point, "latency_ms": 0.881234} for point in points]}
     assert "\n 0.881234 ms " in "\n".join(sweep_lines(longest, folder)), "no cell breaks at 80 columns"
 

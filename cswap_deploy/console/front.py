@@ -25,6 +25,8 @@ def sweep_lines(front: dict[str, Any], folder: Path) -> Iterator[str]:
     for point in front["points"]:
         if point["verdict"] == "infeasible":
             yield f"{point['latency_ms']:g} ms cannot be reached: the dense network is in {point['bundle']}"
+        if point["gate"] == "fail":
+            yield f"FAIL: {point['latency_ms']:g} ms: accuracy gate, drop {point['drop_pp']:+.2f} points (exit code {point['exit_code']})"
     yield f"bundles  {from_here(folder / 'bundle-*ms')}"
     yield f"table    {from_here(folder / 'sweep.csv')}"
     yield f"chart    {from_here(folder / 'sweep.html')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from typing import Any
 
 from cswap_deploy import wording
@@ -43,6 +44,10 @@ def faster(latency: Facts) -> str:
     return f"{times(latency['speedup'])} (95 %: {times(low)} to {times(high)}) times as fast"
 
 
+FASTER = 0.9
+"""Of the time that the budget was set for, below which what ships shows that the device is another now."""
+
+
 def budget(found: Facts) -> str:
     """What was asked for and what came of it, in one sentence."""
     asked = f"a p{found['percentile']} of {ms(found['latency_ms'])}"
@@ -50,6 +55,11 @@ def budget(found: Facts) -> str:
     dense = f"; the dense network took {ms(found['dense_ms'])}{_within(found)} {when}" if "dense_ms" in found else ""
     if found["verdict"] in ("met", "not needed") and found.get("took_ci95_ms", (0,))[0] > found["latency_ms"]:
         dense += f"; when it was measured last the device was slower: what ships took {ms(found['took_ms'])}"
+    elif found["achieved_ms"] and found.get("took_ci95_ms", (0, inf))[1] < FASTER * found["achieved_ms"]:
+        dense += (
+            f"; when it was measured last the device was faster: what ships took {ms(found['took_ms'])}, "
+            "and less may have had to leave (--force staircase sets the budget anew)"
+        )
     match found["verdict"]:
         case "not needed":
             return f"No pruning was needed: {asked} is met by the dense network{dense}"
