@@ -89,9 +89,8 @@ def on_engine(
     """The engine on the target, where it was built; its outcomes count, whatever its ONNX file's are. Errors: DeviceError."""
     import numpy as np
 
-    model, images = target.put(
-        engine.file, pixels, names=("the engine", pixels.path.name)
-    )  # its store may have let it go
+    names = "the engine", pixels.path.name
+    model, images = target.put(engine.file, pixels, names=names)  # the target's store may have let the engine go
     answer = target.ask(
         "infer",
         120 + len(labels) / IMAGES_PER_SECOND,

@@ -42,7 +42,8 @@ from cswap_deploy.report import render_card, render_html, render_readme, web_fil
 from cswap_deploy.stage import stage
 
 RECORD = "# A record of what was built; local files are named without their folders, with their sha256.\n"
-ENVIRONMENT = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "onnx-ir", "numpy")
+ENVIRONMENT = bom.LIBRARIES
+"""Whose versions the manifest holds: the bill of materials is made of them."""
 
 
 @dataclass(frozen=True)

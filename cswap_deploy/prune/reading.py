@@ -125,10 +125,11 @@ def readings(
     found: dict[Slice, Reading] = {}
     members = {member: group.units for group in groups for member in group.consumers}
     with torch.no_grad():
-        _require_rows_by_image(module, sorted({member.module for member in members}), next(iter(batches.first(1)))[0])
+        image = next(iter(batches.first(1)))[0]
+        _require_rows_by_image(module, sorted({member.module for member in members}), image)
         means = input_means(module, groups, batches) if intervention == "mean" else {}
         walk = Walk(module, batches, Reuse())
-        order = in_order(module, [member.module for member in members], next(iter(batches.first(1)))[0])
+        order = in_order(module, [member.module for member in members], image)
         place = {name: number for number, name in enumerate(order)}
         for number, member in enumerate(sorted(members, key=lambda member: place[member.module]), 1):
             layer, units = module.get_submodule(member.module), members[member]
