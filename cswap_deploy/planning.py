@@ -139,6 +139,18 @@ def _next(
     return best if better and best.widths not in missed else None
 
 
+def rungs(steps: int, ratio: float) -> list[float]:
+    """Parts of the dense latency on the way to this one: `steps` of them down to half of it, and on; the last step takes half a
+    stride at least.
+
+    They hang on no budget, so that all budgets of a network share them.
+    """
+    stride, found = 0.5 / steps, list[float]()
+    while (level := 1 - stride * (len(found) + 1)) >= ratio + stride / 2 - 1e-9:
+        found.append(round(level, 9))
+    return found
+
+
 def _widths(approach: Approach) -> Widths:
     return {name: len(units) for name, units in approach.keep.items()}
 
@@ -224,27 +236,29 @@ class _Planner:
     def _approached(
         self, meter: Meter, scores: Scores, curves: Curves, steps: Steps, ratio: float
     ) -> tuple[Approach, float]:
-        """Where candidates begin, and what it takes as a part of what is predicted.
+        """Where candidates begin, and what networks near the budget take as a part of what is predicted.
 
-        They are no wider than that; so where it is faster than the budget already, the approach goes less far.
+        They are no wider than that; so where it is faster than the budget already, they begin a step earlier.
         """
-        approach = self._approach(scores, curves, ratio)
-        widths = _widths(approach)
-        narrower = any(widths[group.name] < group.units for group in self.groups.groups)
-        found = meter.ratio(widths, False) if narrower else None
-        if found is None:
-            return approach, 1.0
-        predicted = steps.total(widths)
-        if found.high >= ratio:
-            return approach, found.value / predicted
-        progress.note(f"{found.value:.3f} of the dense latency before the last step already: once more, less far")
-        aimed = 1 - (1 - ratio) * (1 - predicted) / (1 - found.value)  # the dense network takes what is predicted
-        return self._approach(scores, curves, aimed), ratio / aimed
+        everything = {group.name: tuple(range(group.units)) for group in self.groups.groups}
+        passed = [Approach(everything, curves.groups, scores.groups, ())]
+        for level in rungs(self.recipe.prune.steps, ratio):
+            passed.append(self._approach(passed[-1], level))
+        known = list[tuple[float, float]]()
+        while (approach := passed.pop()).keep != everything:
+            found = meter.ratio(_widths(approach), False)
+            if found is None:
+                break
+            known.append((abs(found.value - ratio), found.value / steps.total(_widths(approach))))
+            if found.high >= ratio:
+                break
+            progress.note(f"{found.value:.3f} of the dense latency before the last step already: from the step before")
+        return approach, min(known)[1] if known else 1.0
 
     @property
     def _method(self) -> PruneSettings:
         """How units leave: what is asked for, and how often it may be tried, makes no other network."""
-        return self.recipe.prune.model_copy(update={"target": None, "skip": ()})
+        return self.recipe.prune.model_copy(update={"target": None, "skip": (), "steps": 1})
 
     def _images(self) -> tuple[ImageSet, ImageSet]:
         root = self.recipe.calibration.images
@@ -271,13 +285,13 @@ class _Planner:
         )  # fmt: skip
         return scores, curves
 
-    def _approach(self, scores: Scores, curves: Curves, ratio: float) -> Approach:
+    def _approach(self, earlier: Approach, ratio: float) -> Approach:
         recipe = self.recipe
         fit, selection = self._images()
         with progress.part("approach"):
             return self.work.run(
-                prune.approach, self.source, self.groups, scores, curves, fit, selection, self._method, self.staircase,
-                ratio, recipe.device, recipe.seed,
+                prune.approach, self.source, self.groups, fit, selection, self._method, self.staircase, earlier, ratio,
+                recipe.device, recipe.seed,
             )  # fmt: skip
 
     def _settle(self, scores: Scores, curves: Curves, approach: Approach, widths: Mapping[str, int]) -> PruningPlan:

@@ -440,7 +440,11 @@ class PruneSettings(Settings):
         json_schema_extra=_kinds_schema("curves", "global", default="curves"),
     )
     steps: int = Field(
-        default=8, ge=1, le=100, description="number of steps in which units leave; max_drop has steps of its own"
+        default=8,
+        ge=1,
+        le=100,
+        description="number of steps in which units leave; for a latency, as many as lie between the dense one and half of it; "
+        "max_drop has steps of its own",
     )
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",

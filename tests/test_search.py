@@ -134,7 +134,9 @@ def test_where_units_are_ranked_by_scores_the_last_step_of_a_latency_goes_by_tho
     search = CASES[case].of("residual")
     groups = search.bench.groups
     allowed = {group.name: range(1, group.units + 1) for group in groups.groups}
-    state = search.approach(Proportional(groups), allowed, 0.5, 3)
+    state = search.start()
+    for target in (0.8, 0.6):
+        state = search.approach(state, Proportional(groups), allowed, target)
     assert len(state.steps) == 2
     fresh = search.criterion.score(state.module, groups.groups, search.bench.fit)
     ranked = {item.group: [unit for unit, _ in ranking(item, state.keep[item.group])] for item in fresh}

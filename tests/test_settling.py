@@ -37,28 +37,29 @@ class Planner(planning._Planner):
     asked_for: list[float]
 
     def _scored(self) -> tuple[Scores, Curves]:
-        return cast(Any, (None, None))
+        curves = tuple(measured(self.groups, Random(0), 16))
+        return Scores("causal", 0, ()), Curves(1.0, 0, curves)
 
-    def _approach(self, scores: Scores, curves: Curves, ratio: float) -> Approach:
+    def _approach(self, earlier: Approach, ratio: float) -> Approach:
         self.asked_for.append(ratio)
-        width = 64 if len(self.asked_for) > 1 else self.begin
+        width = self.reaches[len(self.asked_for) - 1] if self.reaches else 64
         keep = {name: tuple(range(width)) for name in whole(self.groups)}
-        return Approach(keep, tuple(measured(self.groups, Random(0), 16)), (), ())
+        return Approach(keep, earlier.curves, (), ())
 
     def _settle(self, scores: Scores, curves: Curves, approach: Approach, widths: Widths) -> PruningPlan:
         return PruningPlan({name: tuple(range(width)) for name, width in widths.items()}, (), None)
 
-    begin = 64
-    """Units of each group where the first approach ends."""
+    reaches: tuple[int, ...] = ()
+    """Units of each group where each step of the approach ends; all where it is empty."""
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    return make_project(tmp_path / "project").load("prune.target={latency_ms: 7, trials: 2}", "latency={}")
+    return make_project(tmp_path / "project").load("prune.target={latency_ms: 7, trials: 2}", "prune.steps=8", "latency={}")
 
 
 def settled(
-    recipe: Recipe, device: Device, slower: list[float], begin: int = 64, ship: Any = lambda _s, _g, plan, _n: plan
+    recipe: Recipe, device: Device, slower: list[float], reaches: tuple[int, ...] = (), ship: Any = lambda _s, _g, plan, _n: plan
 ) -> tuple[tuple[float, ...], float, str, list[Widths], list[float]]:
     """Ratios of candidates, that of what ships, the verdict, what was shipped in turn, and how far the approaches went.
 
@@ -67,7 +68,7 @@ def settled(
     staircase, made = learned(GROUPS, 16), list[Widths]()
     planner = Planner(recipe, cast(Network, None), cast(Split, None), GROUPS, cast(Workdir, None), staircase)
     object.__setattr__(planner, "asked_for", [])
-    object.__setattr__(planner, "begin", begin)
+    object.__setattr__(planner, "reaches", reaches)
 
     def shipped(plan: Any, asked: Budget) -> Ratio:
         made.append({name: len(units) for name, units in plan.keep.items()})
@@ -133,14 +134,40 @@ def test_candidates_of_which_no_engine_can_be_built_count_as_trials(recipe: Reci
     assert account.foreseen(first)[0].text.endswith("missed after 1 trial")
 
 
-def test_an_approach_that_is_faster_than_the_budget_already_is_made_again_less_far(recipe: Recipe) -> None:
+def test_where_the_approach_is_faster_than_the_budget_already_candidates_begin_a_step_earlier(
+    recipe: Recipe,
+) -> None:
     """Where 0.8 of the dense latency are predicted before the last step, the device takes 0.67."""
-    faster = Device(GROUPS, 1.0, power=1.8)
-    candidates, _, verdict, _, went = settled(recipe, faster, [1.0, 1.0], begin=48)
-    assert went == [0.7, pytest.approx(0.82, abs=0.01)] and verdict == "met"
+    way = [0.9375, 0.875, 0.8125, 0.75]
+    faster, begun = Device(GROUPS, 1.0, power=1.8), list[Widths]()
+    measure = faster.measure
+
+    def remembered(widths: Widths, longer: bool) -> Ratio:
+        begun.append(widths)
+        return measure(widths, longer)
+
+    faster.measure = remembered  # type: ignore[method-assign]
+    candidates, _, verdict, _, went = settled(recipe, faster, [1.0, 1.0], (64, 64, 60, 48))
+    assert went == way and verdict == "met"
+    assert [{*widths.values()} for widths in begun[:2]] == [{48}, {60}]
     assert 0.6 < candidates[0] <= 0.7, "the first candidate knows what the approach took: else it took 0.51"
-    _, _, _, _, went = settled(recipe, Device(GROUPS, 1.0, width=0.01), [1.0, 1.0], begin=48)
-    assert went == [0.7]
+    settled(recipe, Device(GROUPS, 1.0, width=0.01), [1.0, 1.0], (64, 64, 64, 48))
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "way"),
+    [
+        (5, 0.9, []),
+        (5, 0.775, [0.9]),
+        (5, 0.65, [0.9, 0.8, 0.7]),
+        (5, 0.425, [0.9, 0.8, 0.7, 0.6, 0.5]),
+        (1, 0.4, []),
+        (8, 0.8, [0.9375, 0.875]),
+    ],
+)
+def test_budgets_share_the_way_to_them(steps: int, ratio: float, way: list[float]) -> None:
+    """`steps` equal ones to half of the dense latency, and the last at least half as long as the others."""
+    assert planning.rungs(steps, ratio) == way
 
 
 def test_where_a_better_one_cannot_be_made_what_was_within_the_budget_ships(recipe: Recipe) -> None:

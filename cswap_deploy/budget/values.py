@@ -131,7 +131,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Approach:
-    """A search before its last step: what it keeps, what narrowing that costs, and how it came there."""
+    """A search on its way: what it keeps, what narrowing that costs, and how it came there."""
 
     keep: dict[str, tuple[int, ...]]
     curves: tuple[Curve, ...]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import assert_never
 
-from cswap_deploy.artifacts import Curves, File, Groups, GroupScores, ImageSet, Network, PruningPlan, Scores
+from cswap_deploy.artifacts import Curve, Curves, File, Groups, GroupScores, ImageSet, Network, PruningPlan, Scores
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Staircase
 from cswap_deploy.checkpoint import save_state
@@ -129,7 +129,8 @@ def choose(
     `curves`: of the dense network, None where one ranking of all units decides. A `max_drop` target is judged on the
     selection images and sets its own pace: it cuts until a step's drop exceeds the limit, then goes on in smaller steps.
     """
-    search = _search(source, groups, scores, curves, fit, selection, settings, round_to, device, seed)
+    known = curves.groups if curves else ()
+    search = _search(source, groups, scores.groups, known, fit, selection, settings, round_to, device, seed)
     match settings.target:
         case None:
             return PruningPlan(search.bench.everything, (), None, scores)
@@ -151,21 +152,20 @@ def approach(
     out: Path,
     source: Network,
     groups: Groups,
-    scores: Scores,
-    curves: Curves,
     fit: ImageSet,
     selection: ImageSet,
     settings: PruneSettings,
     staircase: Staircase,
+    earlier: Approach,
     ratio: float,
     device: str,
     seed: int,
 ) -> Approach:
-    """Towards a latency, a ratio to the dense network's as the staircase predicts it: all steps but the last."""
-    search = _search(source, groups, scores, curves, fit, selection, settings, 1, device, seed)
+    """One step on the way to a latency: from where an earlier one ended to this part of the dense one, as the staircase predicts it."""
+    search = _search(source, groups, earlier.scores, earlier.curves, fit, selection, settings, 1, device, seed)
     steps = Steps(groups, staircase)
     allowed = {group.name: steps.allowed(group.name) for group in groups.groups}
-    state = search.approach(steps, allowed, ratio, settings.steps)
+    state = search.approach(_begun(earlier, search), steps, allowed, ratio)
     return Approach(state.keep, state.curves, state.scores, state.steps)
 
 
@@ -185,16 +185,20 @@ def settle(
     seed: int,
 ) -> PruningPlan:
     """The last step: to widths that were measured on the device."""
-    search = _search(source, groups, scores, curves, fit, selection, settings, 1, device, seed)
-    begun = State(approached.keep, search.bench.dense, {}, approached.scores, approached.curves, approached.steps)
-    return _plan_of(search.settle(begun, widths), search.bench, scores, curves)
+    search = _search(source, groups, scores.groups, curves.groups, fit, selection, settings, 1, device, seed)
+    return _plan_of(search.settle(_begun(approached, search), widths), search.bench, scores, curves)
+
+
+def _begun(approached: Approach, search: Search) -> State:
+    """Where an approach ended, without its network."""
+    return State(approached.keep, search.bench.dense, {}, approached.scores, approached.curves, approached.steps)
 
 
 def _search(
     source: Network,
     groups: Groups,
-    scores: Scores,
-    curves: Curves | None,
+    scores: tuple[GroupScores, ...],
+    curves: tuple[Curve, ...],
     fit: ImageSet,
     selection: ImageSet,
     settings: PruneSettings,
@@ -207,7 +211,7 @@ def _search(
     dense, allocation = restore(source).to(where), settings.allocation
     structure = _structure(source, fit, SEARCH_IMAGES, where)
     bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, allocation, round_to, structure)
-    return Search(bench, judged, scores.groups, curves.groups if curves else (), seed)
+    return Search(bench, judged, scores, curves, seed)
 
 
 def _structure(source: Network, fit: ImageSet, images: int, device: str) -> Structure:

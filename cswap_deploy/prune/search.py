@@ -175,28 +175,25 @@ class Search:
             progress.advance("steps", number, steps)
         return state
 
-    def approach(self, cost: Cost, allowed: Mapping[str, Sequence[int]], fraction: float, steps: int) -> State:
-        """All but the last of `steps` equal cuts of a cost that is 1 for the dense network; the curves are those for the last.
+    def approach(self, state: State, cost: Cost, allowed: Mapping[str, Sequence[int]], target: float) -> State:
+        """One step, to `target` of a cost that is 1 for the dense network; scores and curves are those of what is left.
 
-        `allowed`: widths that each group may have.
+        `allowed`: widths that each group may have. Of the network of `state` nothing is used: it may be any.
         """
-        state, judge = self.start(), self._judge()
-        for number in range(1, steps):
-            target = 1 - (1 - fraction) * number / steps
-
-            def choose(curves: Sequence[Curve], now: Widths, target: float = target) -> Widths:
-                return least_damage(cost, curves, now, allowed, target)
-
-            state = self._cut(state, choose, judge)
-            progress.advance("steps", number, steps)
+        judge, now = self._judge(), {name: len(units) for name, units in state.keep.items()}
         assert judge.damage
+        state = self._to(state, least_damage(cost, state.curves, now, allowed, target), judge)
         scores = self._scores(state)
         return replace(state, scores=scores, curves=self._curves(state, scores, judge.damage))
 
-    def settle(self, approach: State, widths: Widths) -> State:
-        """The last step: from where an approach ended to these widths."""
-        keep = _kept(approach.curves, self.bench.groups.closed(widths))
-        return self._taken(approach, keep, approach.curves, approach.scores, self._judge())
+    def settle(self, state: State, widths: Widths) -> State:
+        """The last step: to these widths."""
+        return self._to(state, widths, self._judge())
+
+    def _to(self, state: State, widths: Widths, judge: _Judge) -> State:
+        """To these widths, by the scores and curves that the state has."""
+        keep = _kept(state.curves, self.bench.groups.closed(widths))
+        return self._taken(state, keep, state.curves, state.scores, judge)
 
     def within(self, points: float) -> State:
         """Cut until the next step's drop exceeds `points`, then approach the limit by halving the step."""
