@@ -57,7 +57,7 @@ from cswap_deploy.prune.allocate import damage_at, least_damage
 from cswap_deploy.prune.batches import Batches, resolve_device
 from cswap_deploy.prune.cut import restore
 from cswap_deploy.prune.search import Bench, Search
-from cswap_deploy.prune.select import Kept
+from cswap_deploy.prune.select import Kept, narrowest
 from cswap_deploy.recipe import (
     CalibrationSettings,
     CurvesAllocation,
@@ -77,12 +77,11 @@ PARTS = (0.05, 0.25, 0.5, 0.75, 1.0)
 """Budgets: so far from the lowest to the highest, those of `--lowest` and `--highest`; the lowest not below `ROOM` times the floor."""
 ROOM = 1.08
 """Times the floor that the lowest budget is at least."""
-MACS = ((0.95, 8), (0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.17, 4))
-UNIFORM = ((0.9, 8), (0.75, 8), (0.55, 8), (0.35, 8), (0.2, 4), (0.1, 4))
-"""Part of the MACs, or of every group's units, that is kept otherwise, in which multiples of units: the last are about the narrowest.
-
-One path passes all targets in MACs.
-"""
+MACS = (0.75, 0.6, 0.35, 0.2, 0.17)
+UNIFORM = (0.75, 0.55, 0.35, 0.2, 0.1)
+"""Part of the MACs, or of every group's units, that is kept otherwise: the last are about the narrowest. One path passes all MACs."""
+MULTIPLES = (8, 4)
+"""Of units, where the multiple that pays leaves no network as narrow."""
 STEP = 0.1
 """Of the dense MACs that leave in one step of that path, at most: less than in the builds beside it, which take five to any budget."""
 UNSEEN, UNSEEN_S = 16, 2.0
@@ -342,7 +341,7 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
         floor = pipeline.build(recipe("{latency_ms: 1.0e-6}"), work, "floor").manifest["budget"]
         report["infeasible_s"] = time.monotonic() - begun
         first = Budget(1, 50, floor["dense_ms"], (0, 0), floor["floor_ms"] / floor["dense_ms"], "met", (), None, {})
-        files, pruned = list[File](), None
+        files, pruned, multiple = list[File](), None, MULTIPLES[0]
         for asked in budgets(first, options):
             begun = time.monotonic()
             bundle = pipeline.build(recipe(f"{{latency_ms: {asked * first.dense_ms}}}"), work, f"asked-{asked:.3f}")
@@ -358,10 +357,11 @@ def of_resnet56(folder: Path, options: argparse.Namespace, report: dict[str, Any
             add(replace(row, drop_pp=judged["drop_pp"], agreement=judged["agreement"]), report)
             if errors := block["staircase"]:  # none where nothing that may be chosen is as fast
                 report["crossvalidated"] = {key: errors[key] for key in ("error_median", "error_p95")}
+                multiple = errors["multiple"]
             written(report, start, options.out)
         if pruned is None:  # no budget was left to prune for
             return
-        otherwise = others(recipe("null"), pruned, folder.parent / "otherwise")
+        otherwise = others(recipe("null"), pruned, multiple, folder.parent / "otherwise")
         flat = [made.file for found in otherwise.values() for made in found]
         ratios = [found.value for found in ratios_of(work, recipe("null"), [*files, *flat], options.seconds)]
         rest = iter(ratios)
@@ -382,17 +382,21 @@ class Otherwise:
     agreement: float
 
 
-def others(recipe: Recipe, ready: prepared.Prepared, folder: Path) -> dict[str, list[Otherwise]]:
+def others(recipe: Recipe, ready: prepared.Prepared, multiple: int, folder: Path) -> dict[str, list[Otherwise]]:
     """Networks of MACs targets and of uniform ratios: same scores, same order of units, same compensation.
 
+    In the multiple of units that pays here, as the builds have found it, where that leaves networks narrow enough.
     Each kind in a process of one thread, with a work folder in `folder`: a fit is only half as fast again with two threads.
     """
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = {kind: pool.submit(kept_otherwise, kind, recipe, ready, folder / kind) for kind in ("macs", "uniform")}
+        found = {
+            kind: pool.submit(kept_otherwise, kind, recipe, ready, multiple, folder / kind)
+            for kind in ("macs", "uniform")
+        }
         return {kind: made.result() for kind, made in found.items()}
 
 
-def kept_otherwise(kind: str, asked: Recipe, ready: prepared.Prepared, folder: Path) -> list[Otherwise]:
+def kept_otherwise(kind: str, asked: Recipe, ready: prepared.Prepared, multiple: int, folder: Path) -> list[Otherwise]:
     where = resolve_device(asked.device)
     dense = restore(ready.source).to(where)
     images, spec = asked.calibration.images, ready.source.input
@@ -403,7 +407,9 @@ def kept_otherwise(kind: str, asked: Recipe, ready: prepared.Prepared, folder: P
         holdout = Batches.read(ImageSet(split.holdout, images), spec, where)
         truth = torch.cat([labels for _, labels in holdout])
         wanted, found = classes(dense, holdout), []
-        for keep in uniformly(ready) if kind == "uniform" else along_path(asked, ready, split, dense, work):
+        multiples = (*(number for number in (multiple,) if number > MULTIPLES[0]), *MULTIPLES)
+        path = partial(along_path, asked, ready, split, dense, work)
+        for keep in uniformly(ready, multiples) if kind == "uniform" else path(multiples):
             plan = PruningPlan(keep, (), None)
             pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
             exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
@@ -421,17 +427,22 @@ def classes(network: nn.Module, holdout: Batches) -> torch.Tensor:
         return torch.cat([network(images).argmax(1) for images, _ in holdout])
 
 
-def uniformly(ready: prepared.Prepared) -> Iterator[Kept]:
-    for part, multiple in UNIFORM:
-        keep = {}
+def uniformly(ready: prepared.Prepared, multiples: Sequence[int]) -> Iterator[Kept]:
+    least = min(group.units for group in ready.groups.groups)
+    for part in UNIFORM:
+        keep, multiple = {}, coarsest(multiples, lambda number, part=part: 2 * part * least >= number)
         for group in ready.groups.groups:
             width = min(group.units, max(multiple, round(part * group.units / multiple) * multiple))
             keep[group.name] = tuple(sorted(ready.plan.dense_order[group.name][group.units - width :]))
         yield keep
 
 
+def coarsest(multiples: Sequence[int], allows: Callable[[int], bool]) -> int:
+    return next(filter(allows, multiples), multiples[-1])
+
+
 def along_path(
-    asked: Recipe, ready: prepared.Prepared, split: Split, dense: nn.Module, work: Workdir
+    asked: Recipe, ready: prepared.Prepared, split: Split, dense: nn.Module, work: Workdir, multiples: Sequence[int]
 ) -> Iterator[Kept]:
     """As the tool prunes for MACs: without emptying branches."""
     settings, scores = asked.prune, ready.plan.dense_scores
@@ -440,13 +451,16 @@ def along_path(
     fit, selection = (ImageSet(part, asked.calibration.images) for part in (split.fit, split.selection))
     read = partial(Batches.read, spec=ready.source.input, device=resolve_device(asked.device))
     criterion, compensate, allocation, multiple = (
-        settings.criterion, settings.compensate, settings.allocation, MACS[0][1]
+        settings.criterion, settings.compensate, settings.allocation, MULTIPLES[0]
     )  # fmt: skip
+    targets = [
+        (part, coarsest(multiples, lambda number, part=part: narrowest(groups, "macs", number) < part)) for part in MACS
+    ]
     curves = work.run(
         prune.measure_curves, ready.source, groups, scores, fit, criterion, compensate, allocation, multiple, asked.device
     )  # fmt: skip
     bench = Bench(dense, groups, read(fit), criterion, compensate, allocation, multiple)
-    return MacsPath(bench, read(selection), scores.groups, curves.groups, asked.seed).through(MACS)
+    return MacsPath(bench, read(selection), scores.groups, curves.groups, asked.seed).through(targets)
 
 
 class MacsPath(Search):

@@ -55,11 +55,17 @@ class Planner(planning._Planner):
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    return make_project(tmp_path / "project").load("prune.target={latency_ms: 7, trials: 2}", "prune.steps=8", "latency={}")
+    return make_project(tmp_path / "project").load(
+        "prune.target={latency_ms: 7, trials: 2}", "prune.steps=8", "latency={}"
+    )
 
 
 def settled(
-    recipe: Recipe, device: Device, slower: list[float], reaches: tuple[int, ...] = (), ship: Any = lambda _s, _g, plan, _n: plan
+    recipe: Recipe,
+    device: Device,
+    slower: list[float],
+    reaches: tuple[int, ...] = (),
+    ship: Any = lambda _s, _g, plan, _n: plan,
 ) -> tuple[tuple[float, ...], float, str, list[Widths], list[float]]:
     """Ratios of candidates, that of what ships, the verdict, what was shipped in turn, and how far the approaches went.
 

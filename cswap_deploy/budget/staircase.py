@@ -1,24 +1,27 @@
 """What every group's width costs, learned from whole networks that were measured with it.
 
 The latency, as a part of the dense network's, is a constant, plus for every layer a part that shrinks with the product of its widths
-and a part that shrinks with each of them. Sizes count in whole blocks. Parts of layers of one shape are equal, and all are at least 0.
-Where branches may leave, a layer also has a part that is there as long as the layer is.
-There are more of them than a few dozen networks tell apart. So five rates that all layers share are fitted first (a constant, per MAC, per
+and a part that shrinks with each of them. Sizes count in whole blocks, and once more in smaller ones: a runtime may work in blocks of
+output channels and read single input channels. Parts of layers of one shape are equal, and all are at least 0. Where branches may leave,
+a layer also has a part that is there as long as the layer is.
+There are more of them than a few dozen networks tell apart. So rates that all layers share are fitted first (a constant, per MAC, per
 weight, per output position and index of an axis that groups shorten, per layer), and all parts are drawn towards what these say.
-What a kind of group measured alone deviates from that is not kept: in sum over the kinds it made predictions of narrow networks worse
+Below a multiple a runtime may do something else altogether: what a kind of group takes there beside its layers has a number for each
+width, drawn towards 0. At other widths there is none: in sum over the kinds it made predictions of narrow networks worse
 (benchmarks/staircase.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
+from math import prod, sqrt
 from typing import TYPE_CHECKING
 
 from cswap_deploy.artifacts import Axis, CostTerm, Groups
 from cswap_deploy.budget.values import GroupSteps, LayerTime, Staircase
+from cswap_deploy.prune.select import step_of
 from cswap_deploy.samples import Ratio
 
 if TYPE_CHECKING:
@@ -32,13 +35,19 @@ Widths = Mapping[str, int]
 FIRM, LEAST = 0.1, 0.01
 """A part (the constant's, or that of all layers of a shape) that is off by as much as the rates say it is, and by `LEAST` of the dense
 latency at least, counts like a measurement that is off by `FIRM`."""
-RATES, RATES_FIRM = (0.2, 0.8, 0.0, 0.0, 0.0), 0.01
-"""What the constant, MACs, weights, positions and layers are expected to make up, and how firmly: decides where little was measured."""
+CONSTANT, RATES, RATES_FIRM = 0.2, (0.8, 0.0, 0.0, 0.0), 0.01
+"""What the constant, and MACs, weights, positions and layers are expected to make up, and how firmly: decides where little was measured."""
+BESIDE = 0.06
+"""What all groups of a kind take beside their layers at a width: so much of the dense latency counts like a measurement off by `FIRM`."""
 DENSE_WEIGHT = 30.0
 """How firmly the parts add up to 1 for the dense network, which every ratio refers to."""
 FOLDS = 4
 COARSER = (2, 4)
 """Blocks, in multiples, that are tried beside the parts of one: a multiple that pays a little may still be no whole block."""
+SMALLER = (2, 4, 8, 16)
+"""Parts of the block that are tried for the smaller one."""
+EARNED = 0.001
+"""By how much smaller blocks beside must lower the relative error, which have as many numbers again."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +68,36 @@ def learn(
 ) -> Staircase:
     """`kinds`: groups that cost the same, by the first; `options`: widths that each kind may have; `alone`:
     observations of one kind that is narrow. The block is the part of the multiple, or the one of a few multiples of it, that predicts
-    settings best that it has not seen.
+    settings best that it has not seen; likewise the smaller one beside it, if any.
     """
 
     together = sorted(together, key=lambda item: item.ratio.value)  # narrow and wide ones in every fold
-    steps = tuple(GroupSteps(tuple(kinds[name]), (*options[name], groups.by_name[name].units)) for name in kinds)
+    folds = FOLDS if len(together) >= 2 * FOLDS else 0
 
-    def of(block: int, seen: Sequence[Observation]) -> Staircase:
-        constant, layers = _Shapes.of(groups, kinds, block).fitted([*alone, *seen])
-        return Staircase(multiple, block, constant, layers, steps, len(alone) + len(together), ())
+    def of(blocks: tuple[int, ...], seen: Sequence[Observation]) -> Staircase:
+        constant, layers, beside = _Shapes.of(groups, kinds, options, multiple, blocks).fitted([*alone, *seen])
+        steps = tuple(
+            GroupSteps(tuple(kinds[name]), (*options[name], groups.by_name[name].units), beside[name]) for name in kinds
+        )
+        return Staircase(multiple, blocks[0], constant, layers, steps, len(alone) + len(together), ())
 
-    best, errors = multiple, list[float]()
-    finer = [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]
-    for block in [*finer, *(multiple * times for times in COARSER)]:
+    def missed(blocks: tuple[int, ...]) -> list[float]:
         found = list[float]()
-        for fold in range(FOLDS if len(together) >= 2 * FOLDS else 0):
-            known = Steps(groups, of(block, [item for place, item in enumerate(together) if place % FOLDS != fold]))
+        for fold in range(folds):
+            known = Steps(groups, of(blocks, [item for place, item in enumerate(together) if place % FOLDS != fold]))
             found += [known.total(item.widths) / item.ratio.value - 1 for item in together[fold::FOLDS]]
-        if found and (not errors or _size(found) < _size(errors)):
-            best, errors = block, found
-    return replace(of(best, together), errors=tuple(errors))
+        return found
+
+    parts = [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]
+    single = [(block,) for block in (*parts, *(multiple * times for times in COARSER))]
+    tried: dict[tuple[int, ...], list[float]] = {blocks: missed(blocks) for blocks in single}
+    best = min(tried, key=lambda blocks: _size(tried[blocks]))
+    pairs = [(*best, best[0] // part) for part in SMALLER if best[0] % part == 0]
+    beside = {blocks: missed(blocks) for blocks in pairs}
+    closest = min(beside, key=lambda blocks: _size(beside[blocks]), default=best)
+    if closest != best and _size(beside[closest]) < _size(tried[best]) - EARNED:
+        best, tried = closest, beside
+    return replace(of(best, together), errors=tuple(tried[best]))
 
 
 def off_by(errors: Sequence[float]) -> tuple[float, float]:
@@ -88,7 +107,8 @@ def off_by(errors: Sequence[float]) -> tuple[float, float]:
 
 
 def _size(errors: Sequence[float]) -> float:
-    return sum(error**2 for error in errors)
+    """Root mean square; 0 where nothing is known."""
+    return sqrt(sum(error**2 for error in errors) / max(1, len(errors)))
 
 
 @dataclass(frozen=True)
@@ -101,14 +121,16 @@ class Steps:
     def total(self, widths: Widths) -> float:
         """Groups that are not named are whole."""
         widths = self.groups.closed(widths)
-        return self.staircase.constant + sum(self._layer(number, widths) for number in range(len(self._layers)))
+        layers = sum(self._layer(number, widths) for number in range(len(self._layers)))
+        return self.staircase.constant + layers + self._beside(widths, self._narrow)
 
     def changes(self, at: Widths, name: str, widths: Sequence[int]) -> list[float]:
         """By how much the network with the widths `at` gets slower when group `name` alone gets each of `widths`."""
 
         def own(width: int) -> float:
             changed = self.groups.closed({**at, name: width})
-            return sum(self._layer(number, changed) for number in self._of_group[name])
+            layers = sum(self._layer(number, changed) for number in self._of_group[name])
+            return layers + self._beside(changed, (name, *self._behind.get(name, ())))
 
         begun = own(at[name])
         return [own(width) - begun for width in widths]
@@ -141,10 +163,25 @@ class Steps:
     def _steps(self) -> dict[str, GroupSteps]:
         return {name: steps for steps in self.staircase.steps for name in steps.groups}
 
+    @cached_property
+    def _narrow(self) -> dict[str, dict[int, float]]:
+        """Groups that take something beside their layers, by width."""
+        return {name: steps.beside for name, steps in self._steps.items() if steps.beside}
+
+    @cached_property
+    def _behind(self) -> dict[str, list[str]]:
+        """What leaves with each branch."""
+        found: dict[str, list[str]] = {}
+        for name, branch in self.groups.behind.items():
+            found.setdefault(branch, []).append(name)
+        return found
+
+    def _beside(self, widths: Widths, names: Iterable[str]) -> float:
+        return sum(self._narrow[name].get(widths.get(name, -1), 0.0) for name in names if name in self._narrow)
+
     def _layer(self, number: int, widths: Widths) -> float:
         term, layer = self._layers[number]
-        units, block = self._units, self.staircase.block
-        parts = [_part(axis, widths, units, block) for axis in term.axes]
+        parts = [_part(axis, widths, self._units, layer.block) for axis in term.axes]
         if not all(parts):  # of a branch that has left
             return 0.0
         sides = sum(side * part for side, part in zip(layer.sides, parts, strict=True))
@@ -165,11 +202,20 @@ class _Shapes:
     """Layers of the same shape between groups of the same kinds: they take the same time."""
 
     groups: Groups
-    block: int
+    kinds: Mapping[str, Sequence[str]]
+    blocks: tuple[int, ...]
     terms: tuple[tuple[CostTerm, ...], ...]
+    narrow: tuple[tuple[str, int], ...]
+    """Kinds and their widths below a multiple."""
 
     @staticmethod
-    def of(groups: Groups, kinds: Mapping[str, Sequence[str]], block: int) -> _Shapes:
+    def of(
+        groups: Groups,
+        kinds: Mapping[str, Sequence[str]],
+        options: Mapping[str, Sequence[int]],
+        multiple: int,
+        blocks: tuple[int, ...],
+    ) -> _Shapes:
         kind_of = {name: kind for kind, names in kinds.items() for name in names}
         found: dict[object, list[CostTerm]] = {}
         for term in groups.terms:
@@ -178,14 +224,23 @@ class _Shapes:
                     (axis.size, tuple((kind_of[name], repeat) for name, repeat in axis.owners)) for axis in term.axes
                 )
                 found.setdefault((term.macs, term.params, owners), []).append(term)
-        return _Shapes(groups, block, tuple(map(tuple, found.values())))
+        narrow = [
+            (kind, width)
+            for kind in kinds
+            for width in options[kind]
+            if 0 < width < step_of(groups.by_name[kind], multiple)
+        ]
+        return _Shapes(groups, kinds, blocks, tuple(map(tuple, found.values())), tuple(narrow))
 
-    @property
-    def branches(self) -> bool:
-        return any(group.branch for group in self.groups.groups)
+    def once(self, block: int) -> bool:
+        """Whether layers have a part that is there as long as they are: beside those that go in blocks of the first size."""
+        return block == self.blocks[0] and any(group.branch for group in self.groups.groups)
 
-    def fitted(self, seen: Sequence[Observation]) -> tuple[float, tuple[LayerTime, ...]]:
-        """The constant and the layers' parts with the least relative error: two non-negative least-squares problems."""
+    def fitted(self, seen: Sequence[Observation]) -> tuple[float, tuple[LayerTime, ...], dict[str, dict[int, float]]]:
+        """The constant, the layers' parts and what kinds take beside them with the least relative error: two least-squares problems.
+
+        All are at least 0 but the last, which are the difference of two numbers.
+        """
         import numpy as np
         from scipy.optimize import nnls
 
@@ -193,57 +248,88 @@ class _Shapes:
         rows = np.vstack([*(self._features(item.widths) / item.ratio.value for item in seen), DENSE_WEIGHT * dense])
         sides = [1.0] * len(seen) + [DENSE_WEIGHT]
 
+        expected = np.array([CONSTANT, *RATES, *(0.0,) * (rates.shape[1] - 1 - len(RATES))])
         shared = np.vstack([rows @ rates, RATES_FIRM * np.diag(dense @ rates)])
-        wanted = dense * (rates @ nnls(shared, np.array([*sides, *(RATES_FIRM * np.array(RATES))]))[0])
+        wanted = dense * (rates @ nnls(shared, np.array([*sides, *(RATES_FIRM * expected)]))[0])
         size = np.maximum(wanted, LEAST)
-        own = np.vstack([rows, FIRM * np.diag(dense / size)])
-        found, _ = nnls(own, np.array([*sides, *(FIRM * wanted / size)]))
+        counts = [self._counts(item.widths) / item.ratio.value for item in seen]
+        beside = np.vstack([*counts, np.zeros((1 + len(dense), len(self.narrow)))])
+        firm = FIRM / BESIDE * np.diag([float(len(self.kinds[kind])) for kind, _ in self.narrow])
+        own = np.block(
+            [
+                [np.vstack([rows, FIRM * np.diag(dense / size)]), beside, -beside],
+                [np.zeros((len(firm), len(dense))), firm, -firm],
+            ]
+        )
+        found, _ = nnls(own, np.array([*sides, *(FIRM * wanted / size), *(0.0 for _ in self.narrow)]))
 
-        found /= float(found @ dense)
-        layers, place = [], 1
-        for terms in self.terms:
-            axes = len(terms[0].axes) if len(terms[0].axes) > 1 else 0
-            parts = tuple(float(value) for value in found[place : place + 1 + axes])
-            place += 1 + axes
-            once = float(found[place]) if self.branches else 0.0
-            place += self.branches
-            names, alone = tuple(term.name for term in terms), (0.0,) * len(terms[0].axes)
-            layers.append(LayerTime(names, parts[0], parts[1:] or alone, once))
-        return float(found[0]), tuple(layers)
+        parts, more, less = np.split(found / float(found[: len(dense)] @ dense), [len(dense), len(dense) + len(firm)])
+        took: dict[str, dict[int, float]] = {kind: {} for kind in self.kinds}
+        for (kind, width), value in zip(self.narrow, (more - less).tolist(), strict=True):
+            took[kind][width] = value
+        return float(parts[0]), tuple(self._layers(parts[1:].tolist())), took
+
+    def _layers(self, parts: Sequence[float]) -> Iterator[LayerTime]:
+        """From the parts behind the constant's; those that take nothing are left out."""
+        place = 0
+        for block in self.blocks:
+            for terms in self.terms:
+                axes = len(terms[0].axes)
+                sides, once = axes if axes > 1 else 0, self.once(block)
+                own = parts[place : place + 1 + sides + once]
+                place += len(own)
+                if any(own):
+                    names, alone = tuple(term.name for term in terms), (0.0,) * axes
+                    yield LayerTime(names, own[0], tuple(own[1 : 1 + sides]) or alone, own[-1] if once else 0.0, block)
 
     def _features(self, widths: Widths) -> Floats:
-        """1, then for each shape the sum over its layers of the product, of each side where there are several, and their number.
+        """1, then by block for each shape the sum over its layers of the product, of each side if there are several, and their number.
 
-        Layers of branches that have left count nowhere; where there are no branches, the number of layers is left out.
+        Layers of branches that have left count nowhere; the number of layers is there once, and only where there are branches.
         """
         import numpy as np
 
         units = {group.name: group.units for group in self.groups.groups}
         widths, found = self.groups.closed(widths), [1.0]
-        for terms in self.terms:
-            parts = np.array([[_part(axis, widths, units, self.block) for axis in term.axes] for term in terms])
-            there = parts.all(1)
-            found.append(float(parts.prod(1).sum()))
-            found += parts[there].sum(0).tolist() if parts.shape[1] > 1 else []
-            found += [float(there.sum())] if self.branches else []
+        for block in self.blocks:
+            for terms in self.terms:
+                parts = np.array([[_part(axis, widths, units, block) for axis in term.axes] for term in terms])
+                there = parts.all(1)
+                found.append(float(parts.prod(1).sum()))
+                found += parts[there].sum(0).tolist() if parts.shape[1] > 1 else []
+                found += [float(there.sum())] if self.once(block) else []
         return np.array(found)
 
+    def _counts(self, widths: Widths) -> Floats:
+        """How many groups of a kind have each width below a multiple."""
+        import numpy as np
+
+        widths = self.groups.closed(widths)
+        return np.array(
+            [float(sum(widths.get(name) == width for name in self.kinds[kind])) for kind, width in self.narrow]
+        )
+
     def _rates(self) -> Floats:
-        """(features, 5): what each feature of one layer costs where a constant, MACs, weights, positions or layers alone cost anything.
+        """(features, 1 + 4 per block): what each feature of one layer costs where a constant, or in one size of blocks MACs, weights,
+        positions or layers, alone cost anything.
 
         Each column adds up to the dense latency, or is 0. Positions (MACs per weight) are those of the output, times the size of each
         axis: they stand for what a layer reads and writes, too few where a stride skips inputs, none where it has no weights of its own.
         """
         import numpy as np
 
-        found = [[1.0, 0.0, 0.0, 0.0, 0.0]]
-        for terms in self.terms:
-            macs, weights, sizes = terms[0].macs, terms[0].params, [axis.size for axis in terms[0].axes]
-            values = [macs / weights * size if weights else 0.0 for size in sizes]
-            several = len(sizes) > 1
-            found.append([0.0, macs, weights, 0.0 if several else values[0], 0.0])
-            found += [[0.0, 0.0, 0.0, value, 0.0] for value in values] if several else []
-            found += [[0.0, 0.0, 0.0, 0.0, 1.0]] if self.branches else []
-        rates = np.array(found)
+        rates, row = np.zeros((len(self._features({})), 1 + len(RATES) * len(self.blocks))), 1
+        rates[0, 0] = 1.0
+        for number, block in enumerate(self.blocks):
+            for terms in self.terms:
+                macs, weights, sizes = terms[0].macs, terms[0].params, [axis.size for axis in terms[0].axes]
+                values = [macs / weights * size if weights else 0.0 for size in sizes]
+                several = len(sizes) > 1
+                own = [[macs, weights, 0.0 if several else values[0], 0.0]]
+                own += [[0.0, 0.0, value, 0.0] for value in values] if several else []
+                own += [[0.0, 0.0, 0.0, 1.0]] if self.once(block) else []
+                first = 1 + len(RATES) * number
+                rates[row : row + len(own), first : first + len(RATES)] = own
+                row += len(own)
         whole = self._features({}) @ rates
         return rates / np.where(whole > 0, whole, 1.0)

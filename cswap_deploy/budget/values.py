@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cswap_deploy.artifacts import Curve, File, GroupScores, PruningStep
@@ -36,7 +36,7 @@ class WidthTimings:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """What layers of one shape take each, as a part of the dense network's latency.
+    """What layers of one shape take each, as a part of the dense network's latency, as far as that goes in blocks of one size.
 
     `product` shrinks with all axes that groups shorten, `sides` with one of them each, `once` is there as long as the layer is.
     """
@@ -46,6 +46,8 @@ class LayerTime:
     product: float
     sides: tuple[float, ...]
     once: float = 0.0
+    block: int = 1
+    """Sizes count in whole blocks of so many units: constant between steps."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class GroupSteps:
     groups: tuple[str, ...]
     widths: tuple[int, ...]
     """Narrow to wide, the last all units."""
+    beside: dict[int, float] = field(default_factory=dict)
+    """What one such group takes beside what its layers say, by width: of widths that are finer than a multiple."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Staircase:
     multiple: int
     """Of which widths are chosen: finer ones do not pay, but for those that small groups have in `steps`."""
     block: int
-    """Sizes count in whole blocks of so many units: constant between steps."""
+    """In which most of what layers take goes."""
     constant: float
     layers: tuple[LayerTime, ...]
     steps: tuple[GroupSteps, ...]
