@@ -68,7 +68,7 @@ def compare(
     labels, found = evaluate((*(_torch(network, where) for network in networks), *sessions), source, holdout)
     dense, cut, others = found[0], found[len(networks) - 1], found[len(networks) :]
     correct = sum(best == truth for best, truth in zip(dense.predicted, labels, strict=True))
-    require_learned(correct, len(labels), source.outputs, "hold-out", gated=learned)
+    require_learned(correct, len(labels), source, "hold-out", gated=learned)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return AccuracyReport(labels, dense, cut, dict(zip(models, others, strict=True)), now)
 

@@ -58,6 +58,14 @@ class InputSpec:
     crop_pct: float
     crop_mode: CropMode = "center"
 
+    @property
+    def shown(self) -> str:
+        """In a few words: `3x32x32, mean 0.491 0.482 0.447, std 0.247 0.243 0.262, bilinear, crop 1`."""
+        channels, *_ = self.shape
+        mean, std = (" ".join(f"{value:.3g}" for value in values[:channels]) for values in (self.mean, self.std))
+        crop = self.crop_mode if self.crop_mode != "center" else f"crop {self.crop_pct:g}"
+        return f"{'x'.join(map(str, self.shape))}, mean {mean}, std {std}, {self.interpolation}, {crop}"
+
 
 @dataclass(frozen=True)
 class Architecture:

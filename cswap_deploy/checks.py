@@ -10,13 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cswap_deploy import data, model, pipeline, prepared
-from cswap_deploy.artifacts import Groups, Network, Split
+from cswap_deploy.artifacts import Groups, InputSpec, Network, Split
 from cswap_deploy.device import needs
 from cswap_deploy.device.target import Probe, reach
-from cswap_deploy.errors import CswapError, DataError, DeviceError, PruningError
+from cswap_deploy.errors import CswapError, DataError, DeviceError
 from cswap_deploy.factory import code_files
-from cswap_deploy.prune.select import CostKind, narrowest
-from cswap_deploy.recipe import FpsTarget, LatencyTarget, MacsTarget, ParamsTarget, Recipe
+from cswap_deploy.prune import reachable
+from cswap_deploy.recipe import FpsTarget, LatencyTarget, Recipe
 from cswap_deploy.stage import Workdir, WouldRun
 from cswap_deploy.wording import percent, plural
 
@@ -40,7 +40,8 @@ def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
     work, faults = Workdir(folder, dry=True), list[CswapError]()
     facts = {"model": model.describe(recipe.model)}
     with work.open():
-        outputs, groups = _network(recipe, work, prove)
+        taken, outputs, groups = _network(recipe, work, prove)
+        facts |= {"input": taken.shown} if taken else {}
         calibration = recipe.calibration
         catalogue = data.catalogue(calibration.images, calibration.labels, outputs, work.digest)
         split = data.divide(catalogue, calibration.scoring, calibration.holdout, recipe.seed)
@@ -48,7 +49,7 @@ def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
         faults += filter(None, [_untrained(recipe)])
         if groups is not None and recipe.prune.target is not None:
             facts["prunable"] = _prunable(recipe, groups)
-            faults += filter(None, [_pruning_fault(recipe, groups)])
+            faults += filter(None, [reachable.fault(recipe, groups, pipeline.round_to(recipe))])
         if isinstance(recipe.prune.target, LatencyTarget | FpsTarget):
             goal = f"{recipe.goal_ms:.4g} ms (p{recipe.prune.target.percentile})"
             known = prepared.answer_to(recipe, work)
@@ -74,8 +75,10 @@ def groups_document(groups: Groups) -> dict[str, Any]:
     }
 
 
-def _network(recipe: Recipe, work: Workdir, prove: bool) -> tuple[int, Groups | None]:
-    """Its outputs, and its groups where they are known or to be proven. What the work folder holds was proven when it was made.
+def _network(recipe: Recipe, work: Workdir, prove: bool) -> tuple[InputSpec | None, int, Groups | None]:
+    """Its input where it is known, its outputs, and its groups where they are known or to be proven.
+
+    What the work folder holds was proven when it was made.
 
     A network with timm's own weights is not built: its name tells its outputs, and its weights may have to be fetched.
     """
@@ -83,22 +86,23 @@ def _network(recipe: Recipe, work: Workdir, prove: bool) -> tuple[int, Groups | 
     source: Network | None = None
     with suppress(WouldRun):
         source = pipeline.load(recipe, work)
-        return source.outputs, pipeline.find_groups(recipe, source, work)
+        return source.input, source.outputs, pipeline.find_groups(recipe, source, work)
     if prove:
         with TemporaryDirectory() as scratch, Workdir(Path(scratch)).open() as elsewhere:
             source = pipeline.load(recipe, elsewhere)
-            return source.outputs, pipeline.find_groups(recipe, source, elsewhere)
+            return source.input, source.outputs, pipeline.find_groups(recipe, source, elsewhere)
     if source is not None:
-        return source.outputs, None
-    expected = model.expected_outputs(settings)
-    if expected is not None and settings.checkpoint is None:
-        return expected, None
-    return model.proven_outputs(settings, code, recipe.seed), None
+        return source.input, source.outputs, None
+    with pipeline.blaming(recipe):
+        expected = model.expected_outputs(settings)
+        if expected is not None and settings.checkpoint is None:
+            return None, expected, None
+        return *model.proven(settings, code, recipe.seed), None
 
 
 def _prunable(recipe: Recipe, groups: Groups) -> str:
     multiple = pipeline.round_to(recipe)
-    macs, params = (percent(_left(groups, kind, multiple), 1) for kind in ("macs", "params"))
+    macs, params = (percent(reachable.left(groups, kind, multiple), 1) for kind in ("macs", "params"))
     found = plural(len(groups.groups), "proven group")
     return (
         f"{found}; at their narrowest (round_to {multiple}) {macs} of the MACs and {params} of the parameters are left"
@@ -114,44 +118,6 @@ def _untrained(recipe: Recipe) -> DataError | None:
         f"{recipe.where('model.pretrained')}: {settings.name} has random weights, so that no drop can be judged",
         "give model.checkpoint, or set accuracy.max_drop: null",
     )
-
-
-def _pruning_fault(recipe: Recipe, groups: Groups) -> PruningError | None:
-    """Why the target cannot be reached. Biases that compensation adds are not counted, so a target of `params` that is just
-    out of reach is left to the build."""
-    target, multiple = recipe.prune.target, pipeline.round_to(recipe)
-    where = recipe.where("prune.target")
-    if not groups.groups:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
-        return PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")
-    if min(_left(groups, "macs", multiple), _left(groups, "params", multiple)) >= 1:
-        widest = max(group.units for group in groups.groups)
-        return PruningError(
-            f"{recipe.where('prune.round_to')}: prune.round_to {multiple} leaves nothing to remove: no group has more than "
-            f"{plural(widest, 'unit')}",
-            f"set prune.round_to to {max(1, widest // 2)} or less",
-        )
-    match target:
-        case MacsTarget(macs=fraction):
-            return _unreachable(where, "macs", fraction, _left(groups, "macs", multiple), multiple)
-        case ParamsTarget(params=fraction):
-            return _unreachable(where, "params", fraction, _left(groups, "params", multiple), multiple)
-        case _:
-            return None
-
-
-def _unreachable(where: str, kind: CostKind, fraction: float, left: float, multiple: int) -> PruningError | None:
-    if fraction >= left - 1e-9:
-        return None
-    return PruningError(
-        f"{where}: prune.target asks to keep {fraction:g} of the {kind}; with every group at its narrowest "
-        f"(round_to {multiple}) {left:.3f} is left",
-        f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
-    )
-
-
-def _left(groups: Groups, kind: CostKind, multiple: int) -> float:
-    return narrowest(groups, kind, multiple) if groups.groups else 1.0
 
 
 def _runtime(recipe: Recipe, probe: Probe) -> str:

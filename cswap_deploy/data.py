@@ -14,7 +14,7 @@ from pathlib import Path
 from unicodedata import normalize
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import Image, Split, sha256_of
+from cswap_deploy.artifacts import Image, Network, Split, sha256_of
 from cswap_deploy.digests import digest_of
 from cswap_deploy.errors import DataError
 from cswap_deploy.stage import stage
@@ -114,16 +114,21 @@ def divide(images: Catalogue, scoring: int, holdout: int | None, seed: int) -> S
     return Split(images.labels, fit, selection, held)
 
 
-def require_learned(correct: int, images: int, outputs: int, what: str, *, gated: bool) -> None:
-    """A network near chance means that class folders and outputs do not match. Errors: DataError; a warning if not `gated`."""
+def require_learned(correct: int, images: int, source: Network, what: str, *, gated: bool) -> None:
+    """A network near chance means that class folders and outputs, or images and input, do not match.
+
+    Errors: DataError; a warning if not `gated`.
+    """
+    outputs = source.outputs
     chance = 1 / outputs
     if correct / images > chance + LEARNED * (1 - chance):
         return
     message = f"the dense network is right on {correct} of {images} {what} images, near chance for {outputs} classes"
     if gated:
         raise DataError(
-            f"{message}: the order of the labels looks wrong, or the weights are not trained",
-            "give calibration.labels with one class name per model output, in the model's order; "
+            f"{message}: the order of the labels looks wrong, or the weights are not trained, or they are for another input than "
+            f"{source.input.shown}",
+            "give calibration.labels with one class name per model output, in the model's order, or correct model.input; "
             "for an untrained network set accuracy.max_drop: null",
         )
     progress.warn(message)

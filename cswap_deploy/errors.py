@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from typing_extensions import Self
+
 
 class CswapError(Exception):
     """An error with a way out. `hint` is one sentence in the imperative, or empty."""
@@ -31,6 +33,10 @@ class CswapError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def at(self, where: str) -> Self:
+        """The same of a kind that has message and hint alone, told with its place."""
+        return type(self)(f"{where}: {self.message}", self.hint)
 
 
 class UsageError(CswapError):

@@ -44,6 +44,7 @@ def load(out: Path, settings: ModelSettings, code: tuple[Path, ...] = (), seed: 
     """
     require_host()
     architecture, module, spec, outputs = _proven(settings, code, seed)
+    progress.note(f"input {spec.shown}")
     save_state(module, out / "weights.safetensors")
     params, macs = count(module, spec)
     weights = File.of(out / "weights.safetensors")
@@ -51,10 +52,10 @@ def load(out: Path, settings: ModelSettings, code: tuple[Path, ...] = (), seed: 
     return Network(architecture, None, weights, spec, outputs, params, macs, license_name)
 
 
-def proven_outputs(settings: ModelSettings, code: tuple[Path, ...] = (), seed: int = 0) -> int:
-    """Number of classes, after all that `load` would refuse was looked for; nothing is kept. Errors: ModelError."""
+def proven(settings: ModelSettings, code: tuple[Path, ...] = (), seed: int = 0) -> tuple[InputSpec, int]:
+    """Input and number of classes, after all that `load` would refuse was looked for; nothing is kept. Errors: ModelError."""
     require_host()
-    return _proven(settings, code, seed)[-1]
+    return _proven(settings, code, seed)[2:]
 
 
 def expected_outputs(settings: ModelSettings) -> int | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 from cswap_deploy import (
@@ -32,10 +33,11 @@ from cswap_deploy.bundle import Bundle
 from cswap_deploy.device import needs, recorded
 from cswap_deploy.device.building import refused
 from cswap_deploy.device.target import Probe, Target, reach
-from cswap_deploy.errors import DeviceError, ExportError, UnshippableError, UsageError
+from cswap_deploy.errors import DeviceError, ExportError, ModelError, UnshippableError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.paths import require_paths
 from cswap_deploy.prepared import Prepared, Reason
+from cswap_deploy.prune import reachable
 from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencySettings, LatencyTarget, Recipe, Variant, to_yaml
 from cswap_deploy.stage import Workdir, WouldRun
 from cswap_deploy.wording import UNPLANNED
@@ -127,9 +129,23 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE,
 # --- the host's half
 
 
+@contextmanager
+def blaming(recipe: Recipe) -> Iterator[None]:
+    """A fault of the model is told with the recipe's line: of the key that is to be corrected, or that names the model."""
+    try:
+        yield
+    except ModelError as error:
+        named = re.search(r"\bmodel(\.\w+)+", error.hint)
+        raise error.at(
+            recipe.where(named[0] if named else "model.name" if recipe.model.name else "model.factory")
+        ) from error
+
+
 def load(recipe: Recipe, work: Workdir) -> Network:
     """The dense network."""
-    return _located(work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed), recipe)
+    with blaming(recipe):
+        source = work.run(model.load, recipe.model, code_files(recipe.model.factory), recipe.seed)
+    return _located(source, recipe)
 
 
 def find_groups(recipe: Recipe, source: Network, work: Workdir) -> Groups:
@@ -215,6 +231,8 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
     groups = find_groups(recipe, source, work)
+    if fault := reachable.fault(recipe, groups, round_to(recipe)):
+        raise fault
     source = planning.rotated(recipe, source, split, groups, work)
     scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
     curves = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, prod
 from pathlib import Path
@@ -337,12 +337,23 @@ def exact(value: float) -> Ratio:
     return Ratio(value, value * 0.99, value * 1.01)
 
 
-def learned(groups: Groups, step: int, *, noise: float = 0.0, multiple: int | None = None, seed: int = 0) -> Staircase:
+Latency = Callable[[Groups, Mapping[str, int], int], float]
+
+
+def learned(
+    groups: Groups,
+    step: int,
+    *,
+    noise: float = 0.0,
+    multiple: int | None = None,
+    seed: int = 0,
+    latency: Latency = truth,
+) -> Staircase:
     """As the pipeline does it: find the multiple, then measure kinds alone and all together."""
     random = Random(seed)
 
     def measure(widths: Mapping[str, int]) -> Ratio:
-        return exact(truth(groups, widths, step) * (1 + random.gauss(0, noise)))
+        return exact(latency(groups, widths, step) * (1 + random.gauss(0, noise)))
 
     tried = {n: steps for n in FILES.multiples if (steps := design.steps_of(groups, n))}
     found = {n: tuple(measure(widths).value for widths in steps) for n, steps in tried.items()}
@@ -517,6 +528,55 @@ def test_unseen_widths_are_predicted(groups: Groups, step: int) -> None:
 @pytest.mark.parametrize(("multiple", "block"), [(4, 16), (8, 16), (16, 16), (32, 16)])
 def test_a_block_may_be_coarser_than_the_multiple_that_was_asked_for(multiple: int, block: int) -> None:
     assert learned(chained((64, 96, 128, 64)), block, noise=0.005, multiple=multiple).block == block
+
+
+def otherwise(groups: Groups, widths: Mapping[str, int], step: int) -> float:
+    """A device with other kernels for fewer channels than a block: 8 save nothing more, 4, 2 and 1 much more."""
+    saved = {8: 0.0, 4: 0.03, 2: 0.031, 1: 0.032}
+    return truth(groups, widths, step) - sum(saved.get(width, 0.0) for width in widths.values())
+
+
+def test_widths_below_a_multiple_have_prices_of_their_own() -> None:
+    groups = blocks(9, 16)
+    found = learned(groups, 16, multiple=16, noise=0.005, latency=otherwise)
+    steps, random = Steps(groups, found), Random(1)
+    assert found.steps[0].widths == (1, 2, 4, 8, 16) and [*found.steps[0].beside] == [1, 2, 4, 8]
+    for _ in range(40):
+        widths = {name: random.choice(steps.allowed(name)) for name in whole(groups)}
+        assert steps.total(widths) == pytest.approx(otherwise(groups, widths, 16), rel=0.03)
+    at = dict.fromkeys(whole(groups), 4)
+    [change] = steps.changes(at, "b3", [16])
+    assert steps.total({**at, "b3": 16}) - steps.total(at) == pytest.approx(change) and change > 0.02
+
+
+def mixed(groups: Groups, widths: Mapping[str, int], step: int, base: float = 0.1) -> float:
+    """A device that computes output channels in blocks of `step` and reads single input channels."""
+
+    def cost(at: Mapping[str, int]) -> float:
+        found = 0.0
+        for term in groups.terms:
+            removed = {name: groups.by_name[name].units - width for name, width in at.items()}
+            made, *read = (axis.kept(removed) / axis.size for axis in term.axes)
+            blocks_left = ceil(made * term.axes[0].size / step) / (term.axes[0].size / step)
+            found += term.macs * (0.5 * blocks_left + 0.5 * made) * prod(read)
+        return found
+
+    return base + (1 - base) * cost(widths) / cost({})
+
+
+def test_two_sizes_of_blocks_stand_beside_each_other_where_that_predicts_better() -> None:
+    groups = chained((64, 96, 128, 64))
+    found = learned(groups, 16, multiple=4, noise=0.004, latency=mixed)
+    steps, random, errors = Steps(groups, found), Random(1), []
+    assert found.block == 16 and {layer.block for layer in found.layers} == {16, 4}
+    for _ in range(60):
+        widths = {name: random.choice(steps.allowed(name)) for name in whole(groups)}
+        errors.append(steps.total(widths) / mixed(groups, widths, 16) - 1)
+    median, p95 = off_by(errors)
+    print(f"median {median:.3f}, 95th percentile {p95:.3f}")
+    assert median < 0.02 and p95 < 0.06
+    single = learned(groups, 16, multiple=4, noise=0.004)
+    assert {layer.block for layer in single.layers} == {16}, "not where one size says it all"
 
 
 def test_few_networks_tell_what_layers_have_in_common() -> None:

@@ -88,15 +88,11 @@ def learn(
             found += [known.total(item.widths) / item.ratio.value - 1 for item in together[fold::FOLDS]]
         return found
 
-    parts = [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]
+    parts: list[int] = [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]
     single = [(block,) for block in (*parts, *(multiple * times for times in COARSER))]
-    tried: dict[tuple[int, ...], list[float]] = {blocks: missed(blocks) for blocks in single}
-    best = min(tried, key=lambda blocks: _size(tried[blocks]))
-    pairs = [(*best, best[0] // part) for part in SMALLER if best[0] % part == 0]
-    beside = {blocks: missed(blocks) for blocks in pairs}
-    closest = min(beside, key=lambda blocks: _size(beside[blocks]), default=best)
-    if closest != best and _size(beside[closest]) < _size(tried[best]) - EARNED:
-        best, tried = closest, beside
+    pairs = [(block, block // part) for (block,) in single for part in SMALLER if block % part == 0]
+    tried = {blocks: missed(blocks) for blocks in (*single, *pairs)}
+    best = min(tried, key=lambda blocks: _size(tried[blocks]) + (EARNED if len(blocks) > 1 else 0))
     return replace(of(best, together), errors=tuple(tried[best]))
 
 

@@ -81,7 +81,7 @@ def score(
     """
     batches = Batches.read(fit, source.input, resolve_device(device))
     module = restore(source).to(batches.device)
-    require_learned(correct(module, batches), len(batches), source.outputs, "scoring", gated=learned)
+    require_learned(correct(module, batches), len(batches), source, "scoring", gated=learned)
     found = scorer(criterion, seed).score(module, groups.groups, batches)
     return _described(criterion, len(batches), found)
 

@@ -1,0 +1,50 @@
+"""Whether what a recipe asks for can be reached by the groups that a network has, before anything is scored."""
+
+from __future__ import annotations
+
+from cswap_deploy.artifacts import Groups
+from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.select import CostKind, narrowest
+from cswap_deploy.recipe import MacsTarget, ParamsTarget, Recipe
+from cswap_deploy.wording import plural
+
+
+def left(groups: Groups, kind: CostKind, multiple: int) -> float:
+    """Of the dense network's cost, where every group is as narrow as `multiple` lets it be."""
+    return narrowest(groups, kind, multiple) if groups.groups else 1.0
+
+
+def fault(recipe: Recipe, groups: Groups, multiple: int) -> PruningError | None:
+    """Why the target cannot be reached. Biases that compensation adds are not counted, so a target of `params` that is just
+    out of reach is found by the search."""
+    target, where = recipe.prune.target, recipe.where("prune.target")
+    match target:
+        case MacsTarget(macs=fraction) | ParamsTarget(params=fraction) if fraction >= 1:
+            return None
+    if not groups.groups:
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
+        return PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")
+    if min(left(groups, "macs", multiple), left(groups, "params", multiple)) >= 1:
+        widest = max(group.units for group in groups.groups)
+        return PruningError(
+            f"{recipe.where('prune.round_to')}: prune.round_to {multiple} leaves nothing to remove: no group has more than "
+            f"{plural(widest, 'unit')}",
+            f"set prune.round_to to {max(1, widest // 2)} or less",
+        )
+    match target:
+        case MacsTarget(macs=fraction):
+            return _unreachable(where, "macs", fraction, left(groups, "macs", multiple), multiple)
+        case ParamsTarget(params=fraction):
+            return _unreachable(where, "params", fraction, left(groups, "params", multiple), multiple)
+        case _:
+            return None
+
+
+def _unreachable(where: str, kind: CostKind, fraction: float, least: float, multiple: int) -> PruningError | None:
+    if fraction >= least - 1e-9:
+        return None
+    return PruningError(
+        f"{where}: prune.target asks to keep {fraction:g} of the {kind}; with every group at its narrowest "
+        f"(round_to {multiple}) {least:.3f} is left",
+        f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
+    )
