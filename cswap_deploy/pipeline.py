@@ -131,14 +131,13 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE,
 
 @contextmanager
 def blaming(recipe: Recipe) -> Iterator[None]:
-    """A fault of the model is told with the recipe's line: of the key that is to be corrected, or that names the model."""
+    """A fault of the model is told with the recipe's line: of the weights, the key to be corrected, or the model's name."""
     try:
         yield
     except ModelError as error:
         named = re.search(r"\bmodel(\.\w+)+", error.hint)
-        raise error.at(
-            recipe.where(named[0] if named else "model.name" if recipe.model.name else "model.factory")
-        ) from error
+        key = named[0] if named else "model.name" if recipe.model.name else "model.factory"
+        raise error.at(recipe.where("model.checkpoint" if error.message.startswith("checkpoint") else key)) from error
 
 
 def load(recipe: Recipe, work: Workdir) -> Network:

@@ -15,6 +15,19 @@ from cswap_deploy.schema_words import Schema, branches, choices, expected, flow,
 from cswap_deploy.schema_words import spelt as spelt
 
 _YAML_TAG = "tag:yaml.org,2002:"
+_YAML_WAYS = (
+    ("found character", "indent with spaces, and put a text that begins with a sign in quotes"),
+    (
+        "mapping values are not allowed",
+        "check the indentation of this line and the one before, and quote a text that holds ': '",
+    ),
+    ("expected <block end>", "let all keys of a block begin in the same column"),
+    ("could not find expected ':'", "write a key as `name: value`"),
+    ("expected ',' or", "close the bracket, or put a comma before this"),
+    ("unexpected end of stream", "close the quote"),
+    ("another document", "keep one recipe in a file, without a line of ---"),
+)
+"""What a parser's words say of the way out."""
 SYNONYMS = {"gpu": "cuda"}
 """What people write for what is spelt otherwise, and nearer to something else."""
 
@@ -142,7 +155,9 @@ def _compose(text: str, name: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise RecipeError(f"not valid YAML: {spelt(error.problem or str(error))}", where=where) from None
+        problem = error.problem or str(error)
+        hint = next((way for sign, way in _YAML_WAYS if sign in problem), "look at this line and the one before")
+        raise RecipeError(f"not valid YAML: {spelt(problem)}", hint, where=where) from None
     except YAMLError as error:
         before = text[: getattr(error, "position", 0)]
         where = f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"

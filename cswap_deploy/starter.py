@@ -71,6 +71,7 @@ def write(wishes: Wishes, force: bool) -> Starter:
     Errors: UsageError for a file that is there, RecipeError, DataError, ModelError for a wish that cannot be.
     """
     require_free(wishes.path, force)
+    _require_target(wishes)
     path = place(wishes.path)
     schema = path.with_name(SCHEMA)
     seen = look(wishes)
@@ -100,6 +101,15 @@ def require_free(wished: Path, force: bool) -> None:
     if schema.exists() and not _is_ours(schema):
         raise UsageError(
             f"{schema}, where the recipe's schema goes, holds something else", "move it, or give --force to replace it"
+        )
+
+
+def _require_target(wishes: Wishes) -> None:
+    """Errors: UsageError where a speed is asked for and nothing says where it is measured."""
+    if wishes.on is None and wishes.target.startswith(("latency_ms=", "fps=")):
+        raise UsageError(
+            f"--target: {wishes.target} is measured, and nothing says where",
+            "give --on local, or --on ssh://[user@]host[:port]: either will add a latency block",
         )
 
 

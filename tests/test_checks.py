@@ -10,7 +10,7 @@ import pytest
 from conftest import Project
 from typer.testing import CliRunner
 
-from cswap_deploy import checks, cli, model, pipeline
+from cswap_deploy import checks, cli, model, pipeline, progress
 from cswap_deploy.errors import DataError, ModelError, PruningError
 from cswap_deploy.paths import require_paths
 from cswap_deploy.stage import Workdir
@@ -214,3 +214,56 @@ def test_groups_of_an_earlier_run_are_used_without_being_asked_for(project):
 def test_export_only_has_no_target_to_reach(project):
     report = checks.check(project.load("prune.target=null"), project.folder / "work", prove=True)
     assert report.faults == () and "prunable" not in report.facts and report.groups is not None
+
+
+# --- the model, and what is asked of it
+
+
+@pytest.mark.parametrize("command", ["check", "build"])
+def test_a_fault_of_the_model_is_told_with_its_line(project, command):
+    """Of the key that is to be corrected, where one is named; else of the model's name."""
+    text = project.recipe.read_text()
+    place = next(number for number, line in enumerate(text.splitlines(), 1) if "factory: " in line)
+    bad = project.folder / "bad.safetensors"
+    bad.write_bytes(b"no weights")
+    for settings, where, said in (
+        ((f"model.checkpoint={bad}",), f"--set model.checkpoint={bad}: ", "not a valid safetensors file"),
+        (("model={name: resnet_18}",), "--set model={name: resnet_18}: ", "timm"),
+        ((), f"{project.recipe}:{place}: ", "returned int"),
+    ):
+        if not settings:
+            (project.folder / "net.py").write_text("def colours(**kwargs):\n    return 3\n")
+        overrides = [part for setting in settings for part in ("--set", setting)]
+        result = call(command, project.recipe, "--work", project.folder / "work", *overrides)
+        assert result.exit_code == 4, result.stderr
+        assert f"error: {where}" in result.stderr and said in result.stderr
+
+
+def test_the_input_is_told(project):
+    found = checks.check(project.load(), project.folder / "work").facts["input"]
+    assert found.startswith("3x") and ", mean " in found and ", std " in found
+    heard = progress.Recording()
+    with progress.reporting(heard), Workdir(project.folder / "work").open() as work:
+        pipeline.load(project.load(), work)
+    assert f"input {found}" in heard.of("note")
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_a_target_out_of_reach_is_refused_before_anything_is_scored(project, kind):
+    heard = progress.Recording()
+    recipe = project.load(f"prune.target={{{kind}: 0.001}}")
+    with (
+        progress.reporting(heard),
+        Workdir(project.folder / "work").open() as work,
+        pytest.raises(PruningError, match=f"prune.target asks to keep 0.001 of the {kind}; with every group"),
+    ):
+        pipeline.build(recipe, work)
+    assert heard.of("finished")[-1] == "groups" and "scores" not in heard.of("started")
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_where_all_may_stay_a_network_without_groups_is_built(project, kind):
+    recipe = project.load(f"prune.target={{{kind}: 1.0}}", "prune.skip=['*']", "accuracy.max_drop=null")
+    with Workdir(project.folder / "work").open() as work:
+        bundle = pipeline.build(recipe, work)
+    assert bundle.manifest["pruned"]["macs"] == bundle.manifest["model"]["macs"]

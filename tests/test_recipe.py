@@ -416,6 +416,22 @@ def test_bad_heads(write: Callable[[str], Path], text: str, fragment: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("text", "way"),
+    [
+        ("name: a: b\n", "check the indentation of this line and the one before, and quote a text that holds ': '"),
+        ("name: a\n\tmodel: b\n", "indent with spaces, and put a text that begins with a sign in quotes"),
+        ("a: {b: 1\nc: 2\n", "close the bracket, or put a comma before this"),
+        ("a:\n  b: 1\n c: 2\n", "let all keys of a block begin in the same column"),
+        ("a: 'b\n", "close the quote"),
+        ("a: 1\nb\n", "write a key as `name: value`"),
+        ("name: a\n---\nname: b\n", "keep one recipe in a file, without a line of ---"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_with_a_way_out(write: Callable[[str], Path], text: str, way: str) -> None:
+    assert refused(write(text)).hint == way
+
+
+@pytest.mark.parametrize(
     ("override", "fragment"),
     [
         ("prune.target.mac=0.5", "--set prune.target.mac=0.5: prune.target.mac: unknown key; did you mean 'macs'?"),
