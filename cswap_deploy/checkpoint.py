@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.errors import ModelError
+from cswap_deploy.errors import ModelError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,12 +62,6 @@ def save_state(module: nn.Module, path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}, path)
-
-
-def reason(error: BaseException) -> str:
-    """An error of somebody else's in one line; many have no message, or a page of it."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 # --- files

@@ -101,6 +101,12 @@ class VerifyError(CswapError):
     exit_code = 9
 
 
+def reason(error: BaseException) -> str:
+    """An error of somebody else's in one line; many have no message, or a page of it."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 HOST_MODULES = (
     "torch",
     "timm",

@@ -19,8 +19,7 @@ from cswap_deploy.attention import exportable
 from cswap_deploy.budget import sizes
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.sizes import Numbers, Sizes
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import ExportError
+from cswap_deploy.errors import ExportError, reason
 from cswap_deploy.images import decoded, load
 from cswap_deploy.model import quiet
 from cswap_deploy.preprocess import INPUT, LABELS_KEY, OUTPUT, PREPROCESS_KEY, preprocess

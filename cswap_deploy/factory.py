@@ -15,8 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import ModelError
+from cswap_deploy.errors import ModelError, reason
 
 if TYPE_CHECKING:
     from torch import nn

@@ -31,7 +31,7 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 try:
     import numpy as np, onnxruntime
     from pathlib import Path
-    from cswap_deploy.checkpoint import reason
+    from cswap_deploy.errors import reason
     from cswap_deploy.runtime import Session
 except ImportError as error:
     print(error, file=sys.stderr)

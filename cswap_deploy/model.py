@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Architecture, CropMode, File, InputSpec, Network, sha256_of
-from cswap_deploy.checkpoint import load_state, read_checkpoint, reason, save_state
+from cswap_deploy.checkpoint import load_state, read_checkpoint, save_state
 from cswap_deploy.digests import digest_of
-from cswap_deploy.errors import ModelError, require_host
+from cswap_deploy.errors import ModelError, reason, require_host
 from cswap_deploy.factory import call_factory
 from cswap_deploy.recipe import ModelSettings
 from cswap_deploy.stage import stage

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import File, ImageSet, Network, OnnxModel, Parity, TestVectors
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import ExportError
+from cswap_deploy.errors import ExportError, reason
 from cswap_deploy.images import load, normalise
 from cswap_deploy.preprocess import INPUT
 from cswap_deploy.prune.cut import restore

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import ExportError
+from cswap_deploy.errors import ExportError, reason
 
 if TYPE_CHECKING:
     import numpy as np

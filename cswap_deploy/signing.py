@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import UsageError, VerifyError, require_module
+from cswap_deploy.errors import UsageError, VerifyError, reason, require_module
 
 SUFFIX = ".sig"
 """`<work>/bundle.sig` belongs to `<work>/bundle`: a signature cannot lie in what it signs."""

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cswap_deploy.artifacts import Coverage
-from cswap_deploy.checkpoint import reason
+from cswap_deploy.errors import reason
 from cswap_deploy.runtime import without_folders
 
 XNNPACK = frozenset("AveragePool Conv ConvTranspose Gemm MatMul MaxPool Resize Softmax".split())

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cswap_deploy import choice, image_input, onnx_file, ort_format, progress
 from cswap_deploy.artifacts import File, ImageSet, Network, OnnxModel, Quantised, TestVectors
-from cswap_deploy.checkpoint import reason
 from cswap_deploy.choice import Judged
-from cswap_deploy.errors import CswapError, ExportError
+from cswap_deploy.errors import CswapError, ExportError, reason
 from cswap_deploy.half import to_half
 from cswap_deploy.images import batches, load, normalise
 from cswap_deploy.int8 import KINDS, WEIGHTED, Quantiser, Way

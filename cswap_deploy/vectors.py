@@ -6,8 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import VerifyError
+from cswap_deploy.errors import VerifyError, reason
 from cswap_deploy.handoff import tolerance
 
 if TYPE_CHECKING:

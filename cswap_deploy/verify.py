@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from cswap_deploy import isolated, signing, vectors
 from cswap_deploy.artifacts import File
 from cswap_deploy.bundle import ENGINE, MANIFEST, Bundle, load_pruned
-from cswap_deploy.checkpoint import reason
 from cswap_deploy.digests import SEAL
-from cswap_deploy.errors import CswapError, DeviceError, UsageError, VerifyError
+from cswap_deploy.errors import CswapError, DeviceError, UsageError, VerifyError, reason
 from cswap_deploy.external_data import locations_in
 from cswap_deploy.handoff import FILES
 from cswap_deploy.isolated import AGAIN, Skipped

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cswap_deploy.artifacts import Architecture, InputSpec, Network
-from cswap_deploy.checkpoint import load_state, read_checkpoint, reason
-from cswap_deploy.errors import ModelError
+from cswap_deploy.checkpoint import load_state, read_checkpoint
+from cswap_deploy.errors import ModelError, reason
 from cswap_deploy.factory import code_files
 from cswap_deploy.model import FACTORY_INPUT, build, count, count_by_module, describe, expected_outputs, load, quiet
 from cswap_deploy.prune.cut import restore

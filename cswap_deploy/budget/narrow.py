@@ -12,8 +12,7 @@ from cswap_deploy.artifacts import Groups
 from cswap_deploy.budget.emptied import without_branches
 from cswap_deploy.budget.shared import SharedWeights
 from cswap_deploy.budget.sizes import HINT, Size, Sizes, resized
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import ExportError
+from cswap_deploy.errors import ExportError, reason
 from cswap_deploy.repeats import shapes_of
 from cswap_deploy.runtime import Session, without_folders
 

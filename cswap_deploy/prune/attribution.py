@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cswap_deploy.artifacts import Group, InputSpec
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import PruningError
+from cswap_deploy.errors import PruningError, reason
 from cswap_deploy.prune.ablation import taps
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import fresh_copy

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Group, InputSpec, Refusal, UnitAttribute
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import CswapError
+from cswap_deploy.errors import CswapError, reason
 from cswap_deploy.prune.cut import cut_copy, fresh_copy, masked_copy
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import InputSpec
-from cswap_deploy.checkpoint import reason
-from cswap_deploy.errors import PruningError
+from cswap_deploy.errors import PruningError, reason
 from cswap_deploy.prune.arranging import tensors
 from cswap_deploy.prune.cut import fresh_copy
 from cswap_deploy.prune.dims import Dim, freeze, unify
