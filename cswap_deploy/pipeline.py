@@ -33,12 +33,22 @@ from cswap_deploy.bundle import Bundle
 from cswap_deploy.device import needs, recorded
 from cswap_deploy.device.building import refused
 from cswap_deploy.device.target import Probe, Target, reach
-from cswap_deploy.errors import DeviceError, ExportError, ModelError, UnshippableError, UsageError
+from cswap_deploy.errors import DeviceError, ExportError, ModelError, PruningError, UnshippableError, UsageError
 from cswap_deploy.factory import code_files
 from cswap_deploy.paths import require_paths
 from cswap_deploy.prepared import Prepared, Reason
 from cswap_deploy.prune import reachable
-from cswap_deploy.recipe import CurvesAllocation, FpsTarget, LatencySettings, LatencyTarget, Recipe, Variant, to_yaml
+from cswap_deploy.recipe import (
+    CurvesAllocation,
+    FpsTarget,
+    LatencySettings,
+    LatencyTarget,
+    MacsTarget,
+    ParamsTarget,
+    Recipe,
+    Variant,
+    to_yaml,
+)
 from cswap_deploy.stage import Workdir, WouldRun
 from cswap_deploy.wording import UNPLANNED
 
@@ -135,9 +145,10 @@ def blaming(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        named = re.search(r"\bmodel(\.\w+)+", error.hint)
-        key = named[0] if named else "model.name" if recipe.model.name else "model.factory"
-        raise error.at(recipe.where("model.checkpoint" if error.message.startswith("checkpoint") else key)) from error
+        named = re.match(r"correct (model(?:\.\w+)+)", error.hint)
+        key = named[1] if named else "model.name" if recipe.model.name else "model.factory"
+        weights = recipe.model.checkpoint and error.message.startswith(("checkpoint ", "weight "))
+        raise error.at(recipe.where("model.checkpoint" if weights else key)) from error
 
 
 def load(recipe: Recipe, work: Workdir) -> Network:
@@ -230,7 +241,8 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
     root, learned = recipe.calibration.images, recipe.accuracy.max_drop is not None
     fit, selection = ImageSet(split.fit, root), ImageSet(split.selection, root)
     groups = find_groups(recipe, source, work)
-    if fault := reachable.fault(recipe, groups, round_to(recipe)):
+    fault = reachable.fault(recipe, groups, round_to(recipe))
+    if fault and isinstance(settings.target, MacsTarget | ParamsTarget):
         raise fault
     source = planning.rotated(recipe, source, split, groups, work)
     scores = work.run(prune.score, source, groups, fit, settings.criterion, device, seed, learned)
@@ -459,7 +471,7 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
         parts = ("floor", *(("multiples",) if recipe.prune.round_to == "auto" else ()), "widths")
         learned = [*(progress.spelt("staircase", part) for part in parts), "staircase"]
         scored = [name for name in ("rotated", "scores", "curves") if name in names]
-        chosen = [progress.spelt("plan", "approach"), progress.spelt("staircase", "candidate"), "plan", "pruned"]
+        chosen = [progress.spelt("staircase", "candidate"), "plan", "pruned"]
         before = [*before[:2], *dense, *first, "sizes", *learned, *scored, *chosen]
         made, dense = [*made, *(["engine"] if engine else ()), "latency"], []
     return (
@@ -495,6 +507,8 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
         build(recipe, work)
     except WouldRun as first:
         stopped, reason = first.name, first.reason
+    except PruningError:
+        stopped, reason = "scores", "refused: the target cannot be reached"
     passed = {reference.partition("/")[0] for reference in work.used}
     names = stages(recipe)
     later = {*(names[names.index(stopped) :] if stopped in names else ())}

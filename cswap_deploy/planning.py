@@ -242,8 +242,15 @@ class _Planner:
         """
         everything = {group.name: tuple(range(group.units)) for group in self.groups.groups}
         passed = [Approach(everything, curves.groups, scores.groups, ())]
-        for level in rungs(self.recipe.prune.steps, ratio):
-            passed.append(self._approach(passed[-1], level))
+        levels = rungs(self.recipe.prune.steps, ratio)
+        for number, level in enumerate(levels, 1):
+            if steps.total(_widths(passed[-1])) <= level:
+                continue
+            with progress.part(f"step {number} of {len(levels)}"):
+                approach = self._approach(passed[-1], level)
+            if approach.keep == passed[-1].keep:  # nothing faster may be
+                break
+            passed.append(approach)
         known = list[tuple[float, float]]()
         while (approach := passed.pop()).keep != everything:
             found = meter.ratio(_widths(approach), False)
@@ -288,11 +295,10 @@ class _Planner:
     def _approach(self, earlier: Approach, ratio: float) -> Approach:
         recipe = self.recipe
         fit, selection = self._images()
-        with progress.part("approach"):
-            return self.work.run(
-                prune.approach, self.source, self.groups, fit, selection, self._method, self.staircase, earlier, ratio,
-                recipe.device, recipe.seed,
-            )  # fmt: skip
+        return self.work.run(
+            prune.approach, self.source, self.groups, fit, selection, self._method, self.staircase, earlier, ratio,
+            recipe.device, recipe.seed,
+        )  # fmt: skip
 
     def _settle(self, scores: Scores, curves: Curves, approach: Approach, widths: Mapping[str, int]) -> PruningPlan:
         recipe = self.recipe

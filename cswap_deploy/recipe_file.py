@@ -21,6 +21,8 @@ _YAML_WAYS = (
         "mapping values are not allowed",
         "check the indentation of this line and the one before, and quote a text that holds ': '",
     ),
+    ("but found '<scalar>'", "put the whole text in quotes"),
+    ("but found '-'", "let a list stand under a key of its own"),
     ("expected <block end>", "let all keys of a block begin in the same column"),
     ("could not find expected ':'", "write a key as `name: value`"),
     ("expected ',' or", "close the bracket, or put a comma before this"),
@@ -175,7 +177,8 @@ def _override(document: Document, text: str, place: Place) -> None:
     try:
         node = _compose(value, place.where)
     except RecipeError as error:
-        document.faults.append(Fault(key, place, error.message.removeprefix(f"{error.where}: ")))
+        said = error.message.removeprefix(f"{error.where}: ")
+        document.faults.append(Fault(key, place, f"{said} ({error.hint})" if error.hint else said))
         return
     block, path = document.data, ""
     for part in outer:

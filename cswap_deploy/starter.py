@@ -104,9 +104,14 @@ def require_free(wished: Path, force: bool) -> None:
         )
 
 
+def is_speed(target: str) -> bool:
+    """Whether KEY=VALUE asks for what is measured."""
+    return target.startswith(("latency_ms=", "fps="))
+
+
 def _require_target(wishes: Wishes) -> None:
     """Errors: UsageError where a speed is asked for and nothing says where it is measured."""
-    if wishes.on is None and wishes.target.startswith(("latency_ms=", "fps=")):
+    if wishes.on is None and is_speed(wishes.target):
         raise UsageError(
             f"--target: {wishes.target} is measured, and nothing says where",
             "give --on local, or --on ssh://[user@]host[:port]: either will add a latency block",

@@ -97,7 +97,7 @@ RECIPES = [
            "weights come from timm or from a checkpoint"),
     recipe("factory pretrained", text("  factory", "  pretrained: true\n  factory"), "a factory has no timm weights"),
     recipe("speed without a meter", text("{macs: 0.5}", "{latency_ms: 5}"), "a speed is measured: add a latency block"),
-    recipe("YAML syntax", text("{macs: 0.5}", "{macs: 0.5"), "not valid YAML: ", ""),
+    recipe("YAML syntax", text("{macs: 0.5}", "{macs: 0.5"), "not valid YAML: ", "close the bracket"),
     recipe("YAML object", text("name: colours", "name: !!python/object:os.system x"), "is not used in recipes"),
     recipe("empty file", lambda p: p.recipe.write_text(""), "the file is empty", "docs/recipe.md"),
     recipe("only a list", lambda p: p.recipe.write_text("- a\n- b\n"), "expected a mapping of keys", ""),

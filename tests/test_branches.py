@@ -318,7 +318,9 @@ def test_what_leads_to_another_branch_alone_leaves_with_it(wide: tuple[nn.Module
     assert all(("c1.0", 0) not in each.items() for each in design.extremes(groups, design.OF_FILES, None))
     x = zoo.images(zoo.ZOO["residual"]).float()
     layers = tuple(
-        LayerTime((term.name,), 0.0, (0.0,) * len(term.axes), 0.05) for term in groups.terms if term.macs and term.axes
+        LayerTime((term.name,), 0.0, (0.0,) * len(term.axes), 0.05, 1)
+        for term in groups.terms
+        if term.macs and term.axes
     )
     steps = Steps(groups, Staircase(1, 1, 1 - 0.05 * len(layers), layers, (), 0, ()))
     whole = {group.name: group.units for group in groups.groups}

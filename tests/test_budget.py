@@ -568,7 +568,8 @@ def test_two_sizes_of_blocks_stand_beside_each_other_where_that_predicts_better(
     groups = chained((64, 96, 128, 64))
     found = learned(groups, 16, multiple=4, noise=0.004, latency=mixed)
     steps, random, errors = Steps(groups, found), Random(1), []
-    assert found.block == 16 and {layer.block for layer in found.layers} == {16, 4}
+    sizes_of = {layer.block for layer in found.layers}
+    assert found.block == max(sizes_of) == 16 and len(sizes_of) == 2
     for _ in range(60):
         widths = {name: random.choice(steps.allowed(name)) for name in whole(groups)}
         errors.append(steps.total(widths) / mixed(groups, widths, 16) - 1)

@@ -261,6 +261,17 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_scored(project, kin
     assert heard.of("finished")[-1] == "groups" and "scores" not in heard.of("started")
 
 
+def test_a_target_out_of_reach_is_told_beside_what_would_run(project):
+    """After a build, so that source, split and groups are up to date."""
+    work = project.folder / "work"
+    with Workdir(work).open() as opened:
+        pipeline.build(project.load("prune.target={macs: 0.9}", "accuracy.max_drop=null"), opened)
+    found = checks.check(project.load("prune.target={macs: 0.001}", "accuracy.max_drop=null"), work)
+    assert len(found.faults) == 1 and "asks to keep 0.001" in found.faults[0].message
+    told = dict(found.stages)
+    assert told["groups"] == "up to date" and told["scores"] == "refused: the target cannot be reached"
+
+
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_where_all_may_stay_a_network_without_groups_is_built(project, kind):
     recipe = project.load(f"prune.target={{{kind}: 1.0}}", "prune.skip=['*']", "accuracy.max_drop=null")

@@ -152,7 +152,7 @@ def test_the_two_products_of_an_attention_are_priced_apart(name: str) -> None:
     found = found_in(name)
     whole = found.cost({})[1]
     layers = tuple(
-        LayerTime((term.name,), term.macs / whole, (0.0,) * len(term.axes))
+        LayerTime((term.name,), term.macs / whole, (0.0,) * len(term.axes), 0.0, 1)
         for term in found.terms
         if term.macs and term.axes
     )

@@ -143,6 +143,18 @@ def test_another_budget_replays_the_staircase(project: Project, device: Simulate
     assert block["achieved_ms"] <= 1.6 and device.asked.count("measure") <= block["trials"] * 2 + 2
 
 
+def test_budgets_share_their_steps_and_other_numbers_of_trials_too(project: Project, device: Simulated) -> None:
+    """With four steps to half of 2.4 ms: what an eighth leaves is on the way to all of these."""
+    settings, work = ("prune.steps=4", *SHORT), project.folder / "work"
+    first = events(project.recipe, (asked(1.6), *settings), work)
+    ways = [name for name in first if name.startswith("plan (step ")]
+    assert ways and first[ways[0]] == "finished"
+    for other in (asked(1.5), asked(1.6, trials=5), asked(1.6, tolerance=0.1)):
+        later = events(project.recipe, (other, *settings), work)
+        told = [state for name, state in later.items() if name.startswith("plan (step ")]
+        assert told[: len(ways)] == ["up to date"] * len(ways), later
+
+
 def test_another_device_gets_a_staircase_of_its_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same recipe; the device has another processor, on which blocks are smaller."""
     device = Simulated("local", (), step=4, base_ns=BASE_NS, block_ns=BLOCK_NS // 4, processor="another")

@@ -153,11 +153,16 @@ def test_where_the_approach_is_faster_than_the_budget_already_candidates_begin_a
         return measure(widths, longer)
 
     faster.measure = remembered  # type: ignore[method-assign]
-    candidates, _, verdict, _, went = settled(recipe, faster, [1.0, 1.0], (64, 64, 60, 48))
+    candidates, _, verdict, _, went = settled(recipe, faster, [1.0, 1.0], (63, 62, 60, 48))
     assert went == way and verdict == "met"
     assert [{*widths.values()} for widths in begun[:2]] == [{48}, {60}]
     assert 0.6 < candidates[0] <= 0.7, "the first candidate knows what the approach took: else it took 0.51"
-    settled(recipe, Device(GROUPS, 1.0, width=0.01), [1.0, 1.0], (64, 64, 64, 48))
+    begun.clear()
+    faster = Device(GROUPS, 1.0, power=1.8, width=0.06)
+    measure = faster.measure
+    faster.measure = remembered  # type: ignore[method-assign]
+    settled(recipe, faster, [1.0, 1.0], (63, 62, 60, 48))
+    assert {*begun[0].values()} == {48} and {*begun[1].values()} != {60}, "its interval holds the budget"
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def _infeasible(asked: str, floor_ms: float, dense_ms: float) -> list[Reason]:
     why = f"with every group at its narrowest {floor_ms:.4g} ms are left of {dense_ms:.4g} ms"
     if floor_ms == dense_ms:  # the dense network is the narrowest
         why = f"nothing in this network can be pruned, and it takes {dense_ms:.4g} ms"
-    further = "fewer bits, more threads or a smaller network may reach it"
+    further = "ask for more time, or start from a smaller network"
     return [Reason(MISSED, f"budget: {asked} cannot be reached: {why}; the dense network ships ({further})")]
 
 

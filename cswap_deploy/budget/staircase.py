@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import TYPE_CHECKING
 
 from cswap_deploy.artifacts import Axis, CostTerm, Groups
@@ -46,6 +46,8 @@ COARSER = (2, 4)
 """Blocks, in multiples, that are tried beside the parts of one: a multiple that pays a little may still be no whole block."""
 SMALLER = (2, 4, 8, 16)
 """Parts of the block that are tried for the smaller one."""
+LEAST_TOTAL = 1e-3
+"""Of the dense latency: what narrow groups save beside their layers adds up to no less."""
 EARNED = 0.001
 """By how much smaller blocks beside must lower the relative error, which have as many numbers again."""
 
@@ -84,7 +86,12 @@ def learn(
     def missed(blocks: tuple[int, ...]) -> list[float]:
         found = list[float]()
         for fold in range(folds):
-            known = Steps(groups, of(blocks, [item for place, item in enumerate(together) if place % FOLDS != fold]))
+            try:
+                known = Steps(
+                    groups, of(blocks, [item for place, item in enumerate(together) if place % FOLDS != fold])
+                )
+            except RuntimeError:  # the solver's, where it does not converge
+                return [inf]
             found += [known.total(item.widths) / item.ratio.value - 1 for item in together[fold::FOLDS]]
         return found
 
@@ -118,7 +125,7 @@ class Steps:
         """Groups that are not named are whole."""
         widths = self.groups.closed(widths)
         layers = sum(self._layer(number, widths) for number in range(len(self._layers)))
-        return self.staircase.constant + layers + self._beside(widths, self._narrow)
+        return max(LEAST_TOTAL, self.staircase.constant + layers + self._beside(widths, self._narrow))
 
     def changes(self, at: Widths, name: str, widths: Sequence[int]) -> list[float]:
         """By how much the network with the widths `at` gets slower when group `name` alone gets each of `widths`."""
@@ -166,10 +173,13 @@ class Steps:
 
     @cached_property
     def _behind(self) -> dict[str, list[str]]:
-        """What leaves with each branch."""
+        """What leaves with each branch, directly or with another one."""
         found: dict[str, list[str]] = {}
-        for name, branch in self.groups.behind.items():
-            found.setdefault(branch, []).append(name)
+        for name in self.groups.behind:
+            branch = self.groups.behind.get(name)
+            while branch:
+                found.setdefault(branch, []).append(name)
+                branch = self.groups.behind.get(branch)
         return found
 
     def _beside(self, widths: Widths, names: Iterable[str]) -> float:

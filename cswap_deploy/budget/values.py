@@ -45,8 +45,8 @@ class LayerTime:
     """Names of the cost terms."""
     product: float
     sides: tuple[float, ...]
-    once: float = 0.0
-    block: int = 1
+    once: float
+    block: int
     """Sizes count in whole blocks of so many units: constant between steps."""
 
 
@@ -68,7 +68,7 @@ class Staircase:
     multiple: int
     """Of which widths are chosen: finer ones do not pay, but for those that small groups have in `steps`."""
     block: int
-    """In which most of what layers take goes."""
+    """The larger of the sizes of blocks that widths count in, or the only one."""
     constant: float
     layers: tuple[LayerTime, ...]
     steps: tuple[GroupSteps, ...]

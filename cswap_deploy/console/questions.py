@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,7 +49,8 @@ def ask(wishes: Wishes) -> Wishes:
         wishes = replace(wishes, checkpoint=weights)
     _say(*TARGETS)
     target = _ask("Prune to", wishes.target, _target)
-    on = _ask(f"Measure latency on: local (this machine), ssh://user@host, or {NOWHERE}", "local", _on)
+    where = f"Measure latency on: local (this machine), ssh://user@host, or {NOWHERE}"
+    on = _ask(where, "local", partial(_on, target))
     return replace(wishes, target=target, on=on)
 
 
@@ -102,7 +104,9 @@ def _target(text: str) -> str:
     return text
 
 
-def _on(text: str) -> str | None:
+def _on(target: str, text: str) -> str | None:
+    if text == NOWHERE and starter.is_speed(target):
+        raise UsageError(f"{target} has to be measured", "give local or ssh://[user@]host[:port]")
     if text == NOWHERE:
         return None
     if not re.fullmatch(TARGET, text):

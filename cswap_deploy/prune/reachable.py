@@ -24,7 +24,8 @@ def fault(recipe: Recipe, groups: Groups, multiple: int) -> PruningError | None:
     if not groups.groups:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
         return PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")
-    if min(left(groups, "macs", multiple), left(groups, "params", multiple)) >= 1:
+    whole = min(left(groups, "macs", multiple), left(groups, "params", multiple)) >= 1
+    if whole and not any(group.branch for group in groups.groups):
         widest = max(group.units for group in groups.groups)
         return PruningError(
             f"{recipe.where('prune.round_to')}: prune.round_to {multiple} leaves nothing to remove: no group has more than "

@@ -142,7 +142,7 @@ class State:
 
 @dataclass(frozen=True)
 class Search:
-    """A step makes a new state and leaves the old one usable. `scores` and `curves` are those of the dense network."""
+    """A step makes a new state and leaves the old one usable. `scores` and `curves` are those that it starts with."""
 
     bench: Bench
     selection: Batches
