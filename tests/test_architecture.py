@@ -25,10 +25,10 @@ FLOORS = {
     "prune.proposals prune.branches prune.proof prune.absent "
     "prune.head_dims prune.rotation prune.costs prune.ablation prune.descent prune.observe prune.rows "
     "prune.cut prune.compensate prune.refit prune.least_squares prune.elimination prune.curves prune.damage prune.allocate "
-    "prune.search prune.renewed prune.select prune.reachable prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
+    "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "repeats budget.values budget.shared budget.sizes budget.emptied budget.narrow "
     "budget.design budget.staircase budget.loop budget.account "
-    "prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
+    "prune.reachable prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune budget export variants accuracy engine latency assembling",
     3: "pipeline engines metering surveying planning sweeping errands checks measuring verify engine_check doctor doctor_host findings "
     "schemas starter",
