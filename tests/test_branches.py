@@ -8,6 +8,7 @@ import runpy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -26,14 +27,24 @@ from test_planning import SHORT, use
 from torch import nn
 
 from cswap_deploy import export, int8, planning
-from cswap_deploy.artifacts import Architecture, File, Groups, Network, PruningPlan
+from cswap_deploy.artifacts import (
+    Architecture,
+    Axis,
+    CostTerm,
+    File,
+    Group,
+    Groups,
+    Network,
+    PruningPlan,
+    Slice,
+)
 from cswap_deploy.budget import design, sizes
 from cswap_deploy.budget import widths as widths_of
 from cswap_deploy.budget.emptied import without_branches
 from cswap_deploy.budget.narrow import Template, require_runnable
 from cswap_deploy.budget.sizes import Numbers
 from cswap_deploy.budget.staircase import Observation, Steps, learn
-from cswap_deploy.budget.values import LayerTime, Staircase
+from cswap_deploy.budget.values import GroupSteps, LayerTime, Staircase
 from cswap_deploy.bundle import load_pruned
 from cswap_deploy.console.comparison import left_lines
 from cswap_deploy.errors import ExportError, PruningError
@@ -549,3 +560,26 @@ def test_whole_branches_are_counted_where_units_are() -> None:
     assert removed(pruned) == "7 of 8 units removed, 1 whole branch among them"
     assert removed({**pruned, "groups": [groups[0], groups[0]]}).endswith("2 whole branches among them")
     assert removed({**pruned, "groups": [groups[1]]}) == "7 of 8 units removed"
+
+
+def test_prices_below_a_multiple_leave_with_the_branch_that_all_of_them_lead_to() -> None:
+    """`a` leads to `b` alone, `b` to `c`: without `c` neither takes anything, in `changes` as in `total`."""
+    layers = ("a", "b", "c", "d")
+    groups = tuple(
+        Group(name, "channels", 64, (Slice(name, "weight", 0, 0, 1), Slice(reader, "weight", 1, 0, 1)), branch=True)
+        for name, reader in pairwise(layers)
+    )
+    terms = tuple(
+        CostTerm(f"{reader}.weight", 64, 6400, (Axis(64, ((name, 1),)),)) for name, reader in pairwise(layers)
+    )
+    network = Groups(groups, (), (CostTerm("stem.weight", 1, 6400, ()), *terms))
+    assert network.behind == {"a": "b", "b": "c"}
+    times = tuple(LayerTime((term.name,), 0.2, (0.0,), 0.02, 16) for term in terms)
+    kinds = tuple(GroupSteps((name,), (4, 16, 32, 48, 64), {4: -0.01 * place}) for place, name in enumerate("abc", 1))
+    steps, random = Steps(network, Staircase(16, 16, 1 - 0.22 * 3, times, kinds, 0, ())), Random(0)
+    for _ in range(60):
+        at = {name: random.choice((0, 4, 16, 64)) for name in "abc"}
+        name, width = random.choice("abc"), random.choice((0, 4, 16, 64))
+        (change,) = steps.changes(at, name, (width,))
+        assert steps.total({**at, name: width}) - steps.total(at) == pytest.approx(change, abs=1e-12)
+    assert steps.total({"a": 4, "b": 4}) < steps.total({"a": 16, "b": 16})

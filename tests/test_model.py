@@ -140,7 +140,8 @@ def test_pretrained_with_neither_network_nor_cache(tmp_path: Path) -> None:
     done = run("-m", "cswap_deploy", "prepare", tmp_path / "r.yaml", "--quiet", "--work", tmp_path / "work",
                HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))  # fmt: skip
     assert (done.returncode, done.stdout) == (4, "")
-    assert "error: the pretrained weights of 'test_vit' are neither in the local cache nor to be had" in done.stderr
+    said = "the pretrained weights of 'test_vit' are neither in the local cache nor to be had"
+    assert f"error: {tmp_path / 'r.yaml'}:2: {said}" in done.stderr
     assert "hint: connect to the network once, or set model.checkpoint to a local file" in done.stderr
     assert time.monotonic() - start < 60
 
