@@ -14,7 +14,7 @@ width, drawn towards 0. At other widths there is none: in sum over the kinds it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, prod, sqrt
 from typing import TYPE_CHECKING
@@ -76,19 +76,19 @@ def learn(
     together = sorted(together, key=lambda item: item.ratio.value)  # narrow and wide ones in every fold
     folds = FOLDS if len(together) >= 2 * FOLDS else 0
 
-    def of(blocks: tuple[int, ...], seen: Sequence[Observation]) -> Staircase:
-        constant, layers, beside = _Shapes.of(groups, kinds, options, multiple, blocks).fitted([*alone, *seen])
+    def of(shapes: _Shapes, seen: Sequence[Observation]) -> Staircase:
+        constant, layers, beside = shapes.fitted([*alone, *seen])
         steps = tuple(
             GroupSteps(tuple(kinds[name]), (*options[name], groups.by_name[name].units), beside[name]) for name in kinds
         )
-        return Staircase(multiple, blocks[0], constant, layers, steps, len(alone) + len(together), ())
+        return Staircase(multiple, shapes.blocks[0], constant, layers, steps, len(alone) + len(together), ())
 
-    def missed(blocks: tuple[int, ...]) -> list[float]:
+    def missed(shapes: _Shapes) -> list[float]:
         found = list[float]()
         for fold in range(folds):
             try:
                 known = Steps(
-                    groups, of(blocks, [item for place, item in enumerate(together) if place % FOLDS != fold])
+                    groups, of(shapes, [item for place, item in enumerate(together) if place % FOLDS != fold])
                 )
             except RuntimeError:  # the solver's, where it does not converge
                 return [inf]
@@ -98,9 +98,10 @@ def learn(
     parts: list[int] = [multiple // part for part in (1, 2, 4, 8, 16, 32) if multiple % part == 0]
     single = [(block,) for block in (*parts, *(multiple * times for times in COARSER))]
     pairs = [(block, block // part) for (block,) in single for part in SMALLER if block % part == 0]
-    tried = {blocks: missed(blocks) for blocks in (*single, *pairs)}
-    best = min(tried, key=lambda blocks: _size(tried[blocks]) + (EARNED if len(blocks) > 1 else 0))
-    return replace(of(best, together), errors=tuple(tried[best]))
+    tried = [_Shapes.of(groups, kinds, options, multiple, blocks) for blocks in (*single, *pairs)]
+    found = [(missed(shapes), shapes) for shapes in tried]
+    errors, best = min(found, key=lambda pair: _size(pair[0]) + (EARNED if len(pair[1].blocks) > 1 else 0))
+    return replace(of(best, together), errors=tuple(errors))
 
 
 def off_by(errors: Sequence[float]) -> tuple[float, float]:
@@ -156,10 +157,16 @@ class Steps:
         found: dict[str, list[int]] = {group.name: [] for group in self.groups.groups}
         for number, (term, _) in enumerate(self._layers):
             owners = dict.fromkeys(owner for axis in term.axes for owner, _ in axis.owners)
-            for _ in self.groups.behind:  # what leaves with another branch is that one's too
-                owners |= {self.groups.behind[name]: None for name in owners if name in self.groups.behind}
+            owners |= dict.fromkeys(branch for name in owners for branch in self._leads(name))
             for name in owners:
                 found[name].append(number)
+        return found
+
+    def _leads(self, name: str) -> list[str]:
+        """The branches that a group leaves with, directly or with another one."""
+        found = list[str]()
+        while (name := self.groups.behind.get(name, "")) and name not in found:
+            found.append(name)
         return found
 
     @cached_property
@@ -173,13 +180,11 @@ class Steps:
 
     @cached_property
     def _behind(self) -> dict[str, list[str]]:
-        """What leaves with each branch, directly or with another one."""
+        """What leaves with each branch."""
         found: dict[str, list[str]] = {}
         for name in self.groups.behind:
-            branch = self.groups.behind.get(name)
-            while branch:
+            for branch in self._leads(name):
                 found.setdefault(branch, []).append(name)
-                branch = self.groups.behind.get(branch)
         return found
 
     def _beside(self, widths: Widths, names: Iterable[str]) -> float:
@@ -213,6 +218,8 @@ class _Shapes:
     terms: tuple[tuple[CostTerm, ...], ...]
     narrow: tuple[tuple[str, int], ...]
     """Kinds and their widths below a multiple."""
+    rows: dict[int, Floats] = field(default_factory=dict, compare=False)
+    """Of observations, by their identity: each takes part in several fits."""
 
     @staticmethod
     def of(
@@ -251,7 +258,7 @@ class _Shapes:
         from scipy.optimize import nnls
 
         dense, rates = self._features({}), self._rates()
-        rows = np.vstack([*(self._features(item.widths) / item.ratio.value for item in seen), DENSE_WEIGHT * dense])
+        rows = np.vstack([*(self._row(item) for item in seen), DENSE_WEIGHT * dense])
         sides = [1.0] * len(seen) + [DENSE_WEIGHT]
 
         expected = np.array([CONSTANT, *RATES, *(0.0,) * (rates.shape[1] - 1 - len(RATES))])
@@ -287,6 +294,12 @@ class _Shapes:
                 if any(own):
                     names, alone = tuple(term.name for term in terms), (0.0,) * axes
                     yield LayerTime(names, own[0], tuple(own[1 : 1 + sides]) or alone, own[-1] if once else 0.0, block)
+
+    def _row(self, item: Observation) -> Floats:
+        """Its features, relative to what was measured."""
+        if id(item) not in self.rows:
+            self.rows[id(item)] = self._features(item.widths) / item.ratio.value
+        return self.rows[id(item)]
 
     def _features(self, widths: Widths) -> Floats:
         """1, then by block for each shape the sum over its layers of the product, of each side if there are several, and their number.
