@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as Picture
-from torch import nn
 
 from cswap_deploy import (
+    accuracy,
     budget,
     data,
     export,
@@ -77,8 +77,8 @@ PARTS = (0.05, 0.25, 0.5, 0.75, 1.0)
 """Budgets: so far from the lowest to the highest, those of `--lowest` and `--highest`; the lowest not below `ROOM` times the floor."""
 ROOM = 1.08
 """Times the floor that the lowest budget is at least."""
-MACS = (0.75, 0.6, 0.35, 0.2, 0.17)
-UNIFORM = (0.75, 0.55, 0.35, 0.2, 0.1)
+MACS = (0.75, 0.6, 0.35, 0.17)
+UNIFORM = (0.75, 0.55, 0.35, 0.1)
 """Part of the MACs, or of every group's units, that is kept otherwise: the last are about the narrowest. One path passes all MACs."""
 MULTIPLES = (8, 4)
 """Of units, where the multiple that pays leaves no network as narrow."""
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--lowest", type=float, default=0.4)
     parser.add_argument("--highest", type=float, default=0.9)
     parser.add_argument("--seconds", type=float, default=3.0, help="sampling of each model per candidate")
+    parser.add_argument("--seed", type=int, default=17, help="of the settings that the prediction is judged on")
     parser.add_argument(
         "--cpu-time", action="store_true", help="for a busy machine: count CPU time, which is no latency"
     )
@@ -224,7 +225,7 @@ def of_timm(name: str, folder: Path, options: argparse.Namespace, report: dict[s
             meter = Meter(recipe, work, dense.graph, probe.facts("onnxruntime"), target, groups, sizes)
             first, staircase = surveying.probed(meter, surveying.asked(meter)), surveying.learned(meter)
             report["twins"][name] = twin(meter)
-            report["predictions"][name] = predictions(meter, staircase)
+            report["predictions"][name] = predictions(meter, staircase, Random(options.seed))
             prepared = time.monotonic() - begun
             for asked in budgets(first, options):
                 begun = time.monotonic()
@@ -283,10 +284,9 @@ def budgets(first: Budget, options: argparse.Namespace) -> list[float]:
     return [lowest + part * (options.highest - lowest) for part in PARTS]
 
 
-def predictions(meter: Meter, staircase: Staircase) -> list[tuple[float, float]]:
+def predictions(meter: Meter, staircase: Staircase, random: Random) -> list[tuple[float, float]]:
     """(predicted, measured) of random widths that the staircase has not seen; each group has any width that it may have."""
-    steps, random = Steps(meter.groups, staircase), Random(17)
-    settings = []
+    steps, settings = Steps(meter.groups, staircase), list[dict[str, int]]()
     for number in range(UNSEEN):
         part = (number + random.random()) / UNSEEN
         settings.append({})
@@ -386,45 +386,47 @@ def others(recipe: Recipe, ready: prepared.Prepared, multiple: int, folder: Path
     """Networks of MACs targets and of uniform ratios: same scores, same order of units, same compensation.
 
     In the multiple of units that pays here, as the builds have found it, where that leaves networks narrow enough.
-    Each kind in a process of one thread, with a work folder in `folder`: a fit is only half as fast again with two threads.
+    Two processes of one thread, each task with a work folder of its own: a fit is only half as fast again with two threads.
     """
+    multiples = (*(number for number in (multiple,) if number > MULTIPLES[0]), *MULTIPLES)
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = {
-            kind: pool.submit(kept_otherwise, kind, recipe, ready, multiple, folder / kind)
-            for kind in ("macs", "uniform")
-        }
-        return {kind: made.result() for kind, made in found.items()}
+        path = pool.submit(along_path, recipe, ready, multiples, folder / "path")
+
+        def fitted(kind: str, kept: Sequence[Kept]) -> list[Future[Otherwise]]:
+            return [
+                pool.submit(kept_otherwise, recipe, ready, keep, folder / f"{kind}-{number}")
+                for number, keep in enumerate(kept, 1)
+            ]
+
+        uniform = fitted("uniform", list(uniformly(ready, multiples)))
+        found = {"macs": fitted("macs", path.result()), "uniform": uniform}
+        return {kind: [made.result() for made in tasks] for kind, tasks in found.items()}
 
 
-def kept_otherwise(kind: str, asked: Recipe, ready: prepared.Prepared, multiple: int, folder: Path) -> list[Otherwise]:
-    where = resolve_device(asked.device)
-    dense = restore(ready.source).to(where)
-    images, spec = asked.calibration.images, ready.source.input
+def split_of(asked: Recipe, ready: prepared.Prepared, work: Workdir) -> Split:
+    """The one of the builds."""
+    catalogue = data.catalogue(asked.calibration.images, None, ready.source.outputs, work.digest)
+    return work.run(data.split, catalogue, asked.calibration.scoring, asked.calibration.holdout, asked.seed)
+
+
+def kept_otherwise(asked: Recipe, ready: prepared.Prepared, keep: Kept, folder: Path) -> Otherwise:
+    """Cut, compensated and exported as a build does it."""
+    root = asked.calibration.images
     with Workdir(folder).open() as work:
-        catalogue = data.catalogue(images, None, ready.source.outputs, work.digest)
-        split = work.run(data.split, catalogue, asked.calibration.scoring, asked.calibration.holdout, asked.seed)
-        fit = ImageSet(split.fit, images)
-        holdout = Batches.read(ImageSet(split.holdout, images), spec, where)
-        truth = torch.cat([labels for _, labels in holdout])
-        wanted, found = classes(dense, holdout), []
-        multiples = (*(number for number in (multiple,) if number > MULTIPLES[0]), *MULTIPLES)
-        path = partial(along_path, asked, ready, split, dense, work)
-        for keep in uniformly(ready, multiples) if kind == "uniform" else path(multiples):
-            plan = PruningPlan(keep, (), None)
-            pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
-            exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
-            shipped = work.run(export.simplify, exported, pruned, fit, asked.onnx)
-            given = classes(restore(pruned).to(where), holdout)
-            lost = int((wanted == truth).sum() - (given == truth).sum())
-            agreed = float((given == wanted).float().mean())
-            found.append(Otherwise(shipped.graph, 100 * lost / len(holdout), agreed))
-            print(f"kept otherwise, {kind}: drop {found[-1].drop_pp:+.2f}", file=sys.stderr, flush=True)
-    return found
-
-
-def classes(network: nn.Module, holdout: Batches) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([network(images).argmax(1) for images, _ in holdout])
+        split = split_of(asked, ready, work)
+        fit, holdout = ImageSet(split.fit, root), ImageSet(split.holdout, root)
+        plan = PruningPlan(keep, (), None)
+        pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
+        exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
+        shipped = work.run(export.simplify, exported, pruned, fit, asked.onnx)
+        dense = accuracy.Reference(ready.accuracy.labels, ready.accuracy.source)
+        judged = work.run(accuracy.compare, ready.source, dense, pruned, {}, holdout, asked.device)
+    wanted, given, truth = (
+        np.array(each) for each in (judged.source.predicted, judged.pruned.predicted, judged.labels)
+    )
+    drop = 100 * ((wanted == truth).mean() - (given == truth).mean())
+    print(f"{folder.name}: drop {drop:+.2f}", file=sys.stderr, flush=True)
+    return Otherwise(shipped.graph, float(drop), float((given == wanted).mean()))
 
 
 def uniformly(ready: prepared.Prepared, multiples: Sequence[int]) -> Iterator[Kept]:
@@ -441,26 +443,24 @@ def coarsest(multiples: Sequence[int], allows: Callable[[int], bool]) -> int:
     return next(filter(allows, multiples), multiples[-1])
 
 
-def along_path(
-    asked: Recipe, ready: prepared.Prepared, split: Split, dense: nn.Module, work: Workdir, multiples: Sequence[int]
-) -> Iterator[Kept]:
+def along_path(asked: Recipe, ready: prepared.Prepared, multiples: Sequence[int], folder: Path) -> list[Kept]:
     """As the tool prunes for MACs: without emptying branches."""
-    settings, scores = asked.prune, ready.plan.dense_scores
-    groups = ready.groups.without_branches
+    settings, scores, where = asked.prune, ready.plan.dense_scores, resolve_device(asked.device)
+    groups, multiple = ready.groups.without_branches, MULTIPLES[0]
     assert scores and isinstance(settings.allocation, CurvesAllocation)
-    fit, selection = (ImageSet(part, asked.calibration.images) for part in (split.fit, split.selection))
-    read = partial(Batches.read, spec=ready.source.input, device=resolve_device(asked.device))
-    criterion, compensate, allocation, multiple = (
-        settings.criterion, settings.compensate, settings.allocation, MULTIPLES[0]
-    )  # fmt: skip
+    criterion, compensate, allocation = settings.criterion, settings.compensate, settings.allocation
+    with Workdir(folder).open() as work:
+        split = split_of(asked, ready, work)
+        fit, selection = (ImageSet(part, asked.calibration.images) for part in (split.fit, split.selection))
+        curves = work.run(
+            prune.measure_curves, ready.source, groups, scores, fit, criterion, compensate, allocation, multiple, where
+        )
+    read = partial(Batches.read, spec=ready.source.input, device=where)
     targets = [
         (part, coarsest(multiples, lambda number, part=part: narrowest(groups, "macs", number) < part)) for part in MACS
     ]
-    curves = work.run(
-        prune.measure_curves, ready.source, groups, scores, fit, criterion, compensate, allocation, multiple, asked.device
-    )  # fmt: skip
-    bench = Bench(dense, groups, read(fit), criterion, compensate, allocation, multiple)
-    return MacsPath(bench, read(selection), scores.groups, curves.groups, asked.seed).through(targets)
+    bench = Bench(restore(ready.source).to(where), groups, read(fit), criterion, compensate, allocation, multiple)
+    return list(MacsPath(bench, read(selection), scores.groups, curves.groups, asked.seed).through(targets))
 
 
 class MacsPath(Search):

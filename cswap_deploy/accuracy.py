@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cswap_deploy import progress
-from cswap_deploy.artifacts import AccuracyReport, Engine, Evaluation, File, ImageSet, InputSpec, Network, OnnxModel
+from cswap_deploy.artifacts import (
+    AccuracyReport,
+    Engine,
+    Evaluation,
+    File,
+    ImageSet,
+    InputSpec,
+    Network,
+    OnnxModel,
+    Reference,
+)
 from cswap_deploy.data import require_learned
 from cswap_deploy.device.target import Target
 from cswap_deploy.errors import DeviceError
@@ -43,6 +53,15 @@ IMAGES_PER_SECOND = 5
 """Of an engine on the slowest board; below it the evaluation is given up."""
 
 
+@stage("accuracy", returns=Reference, libraries=("torch", "timm", "numpy", "pillow"))
+def refer(out: Path, source: Network, holdout: ImageSet, learned: bool, device: str) -> Reference:
+    """The dense network, once for all that is made of it. `learned`: at chance level it is a DataError."""
+    labels, (found,) = evaluate((_torch(source, resolve_device(device)),), source, holdout)
+    correct = sum(best == truth for best, truth in zip(found.predicted, labels, strict=True))
+    require_learned(correct, len(labels), source, "hold-out", gated=learned)
+    return Reference(labels, found)
+
+
 @stage(
     "accuracy",
     returns=AccuracyReport,
@@ -52,25 +71,22 @@ IMAGES_PER_SECOND = 5
 def compare(
     out: Path,
     source: Network,
+    dense: Reference,
     pruned: Network,
     models: Mapping[str, OnnxModel],
     holdout: ImageSet,
-    learned: bool,
     device: str,
 ) -> AccuracyReport:
-    """Every model sees the same decoded pixels, batch by batch; a network of which nothing left is asked once.
-
-    `learned`: a source at chance level is a DataError.
-    """
-    where = resolve_device(device)
+    """Every model sees the same decoded pixels, batch by batch; a network of which nothing left is not asked again."""
     sessions = [_onnx(model.graph.path) for model in models.values()]
-    networks = (source,) if pruned.weights.sha256 == source.weights.sha256 else (source, pruned)
-    labels, found = evaluate((*(_torch(network, where) for network in networks), *sessions), source, holdout)
-    dense, cut, others = found[0], found[len(networks) - 1], found[len(networks) :]
-    correct = sum(best == truth for best, truth in zip(dense.predicted, labels, strict=True))
-    require_learned(correct, len(labels), source, "hold-out", gated=learned)
+    if pruned.weights.sha256 == source.weights.sha256:
+        labels, others = evaluate(tuple(sessions), source, holdout)
+        cut = dense.outcome
+    else:
+        labels, (cut, *others) = evaluate((_torch(pruned, resolve_device(device)), *sessions), source, holdout)
+    assert labels == dense.labels
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return AccuracyReport(labels, dense, cut, dict(zip(models, others, strict=True)), now)
+    return AccuracyReport(labels, dense.outcome, cut, dict(zip(models, others, strict=True)), now)
 
 
 @stage("accuracy", returns=File, libraries=("numpy", "pillow"))

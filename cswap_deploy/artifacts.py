@@ -477,6 +477,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What the dense network makes of the hold-out images."""
+
+    labels: tuple[int, ...]
+    """True class of each image."""
+    outcome: Evaluation
+
+
+@dataclass(frozen=True)
 class AccuracyReport:
     """Raw counts of every model on the same hold-out images; percentages, intervals and the gate are derived from them."""
 

@@ -90,7 +90,9 @@ def prepare(recipe: Recipe, work: Workdir, beside: Sequence[float] = ()) -> Prep
     if not dense:
         dense, more = _dense(recipe, source, split, work)
     learned = recipe.accuracy.max_drop is not None
-    judged = work.run(accuracy.compare, source, pruned, models, holdout, learned, recipe.device)
+    with progress.part("dense"):
+        reference = work.run(accuracy.refer, source, holdout, learned, recipe.device)
+    judged = work.run(accuracy.compare, source, reference, pruned, models, holdout, recipe.device)
     ready = Prepared(
         recipe=to_yaml(recipe, lambda path: catalogue.sha256 if path == images else work.digest(path)),
         source=source,
@@ -478,6 +480,7 @@ def lines(recipe: Recipe) -> tuple[str, ...]:
         *before,
         *made,
         *dense,
+        progress.spelt("accuracy", "dense"),
         "accuracy",
         *([progress.spelt("accuracy", "images")] if recipe.engine else ()),
         *device_lines(recipe),
