@@ -54,7 +54,7 @@ IMAGES_PER_SECOND = 5
 
 
 @stage("accuracy", returns=Reference, libraries=("torch", "timm", "numpy", "pillow"))
-def refer(out: Path, source: Network, holdout: ImageSet, learned: bool, device: str) -> Reference:
+def of_dense(out: Path, source: Network, holdout: ImageSet, learned: bool, device: str) -> Reference:
     """The dense network, once for all that is made of it. `learned`: at chance level it is a DataError."""
     labels, (found,) = evaluate((_torch(source, resolve_device(device)),), source, holdout)
     correct = sum(best == truth for best, truth in zip(found.predicted, labels, strict=True))

@@ -12,6 +12,8 @@ from cswap_deploy.errors import ModelError, reason
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+CHECKPOINT = "model.checkpoint"
+"""The recipe's key for it."""
 WRAPPERS = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before the name of every weight."""
 CONTAINERS = ("state_dict", "model", "model_state_dict")
@@ -21,7 +23,7 @@ CONTAINERS = ("state_dict", "model", "model_state_dict")
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or a .pth file; a file that holds code is refused without running it."""
     if not path.is_file():
-        raise ModelError(f"checkpoint {path} does not exist", "correct model.checkpoint")
+        raise ModelError(f"checkpoint {path} does not exist", "correct model.checkpoint", key=CHECKPOINT)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _state_of(_read_pickle(path), path)
 
 
@@ -53,6 +55,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
         raise ModelError(
             f"{what} does not fit the network: {'; '.join(shown)}",
             "check model.name, model.kwargs and model.num_classes against what the weights were trained with",
+            key=CHECKPOINT,
         )
     module.load_state_dict(dict(state), strict=False)
 
@@ -75,7 +78,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"checkpoint {path} is not a valid safetensors file: {error}", "copy or convert it again"
+            f"checkpoint {path} is not a valid safetensors file: {error}", "copy or convert it again", key=CHECKPOINT
         ) from error
 
 
@@ -90,6 +93,7 @@ def _read_pickle(path: Path) -> Any:
         raise ModelError(
             f"checkpoint {path} is not a PyTorch file: it begins with {head!r}",
             "give a state_dict written by torch.save, or a file that ends in .safetensors and is one",
+            key=CHECKPOINT,
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -101,10 +105,13 @@ def _read_pickle(path: Path) -> Any:
         raise ModelError(
             f"checkpoint {path} {found} and was refused; nothing in it was run",
             "save the state_dict alone (torch.save(model.state_dict(), ...)) or convert it to safetensors",
+            key=CHECKPOINT,
         ) from error
     except Exception as error:  # on damaged bytes the reader raises almost anything
         raise ModelError(
-            f"checkpoint {path} cannot be read: {reason(error)}", "copy it again, or save it as safetensors"
+            f"checkpoint {path} cannot be read: {reason(error)}",
+            "copy it again, or save it as safetensors",
+            key=CHECKPOINT,
         ) from error
 
 
@@ -119,7 +126,9 @@ def _state_of(data: Any, path: Path) -> dict[str, Tensor]:
     )
     if not tensors or not data:
         raise ModelError(
-            f"checkpoint {path} is not a state_dict of tensors", "save model.state_dict(), not something around it"
+            f"checkpoint {path} is not a state_dict of tensors",
+            "save model.state_dict(), not something around it",
+            key=CHECKPOINT,
         )
     return dict(data)
 

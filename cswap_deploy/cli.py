@@ -127,7 +127,7 @@ def deploy(
     Without --on, where a board without a network has answered (python3 device/agent.py there), from its answers.
     """
     with session("deploy", as_json) as answer:
-        from cswap_deploy import pipeline, prepared, progress
+        from cswap_deploy import outline, pipeline, prepared, progress
         from cswap_deploy.console import Console
         from cswap_deploy.device import recorded
         from cswap_deploy.progress import reporting
@@ -140,8 +140,8 @@ def deploy(
         with Workdir(work, force or ()).open() as opened:
             recipe, ready = prepared.find(opened)
             recipe = running.moved(recipe, on) if on else recipe
-            running.require_known_stages(force or [], pipeline.device_stages(recipe))
-            console = Console(pipeline.device_lines(recipe), silent=quiet or as_json)
+            running.require_known_stages(force or [], outline.device_stages(recipe))
+            console = Console(outline.device_lines(recipe), silent=quiet or as_json)
             with closing(console), reporting(console):
                 by_answers = on is None and recorded.has_answers(work)
                 if by_answers:

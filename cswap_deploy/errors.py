@@ -65,7 +65,13 @@ class DataError(CswapError):
 
 
 class ModelError(CswapError):
+    """`key`: of the recipe, dotted, whose value is at fault; empty where it is the network itself."""
+
     exit_code = 4
+
+    def __init__(self, message: str, hint: str = "", *, key: str = "") -> None:
+        super().__init__(message, hint)
+        self.key = key
 
 
 class PruningError(ModelError):

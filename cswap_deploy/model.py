@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Architecture, CropMode, File, InputSpec, Network, sha256_of
-from cswap_deploy.checkpoint import load_state, read_checkpoint, save_state
+from cswap_deploy.checkpoint import CHECKPOINT, load_state, read_checkpoint, save_state
 from cswap_deploy.digests import digest_of
 from cswap_deploy.errors import ModelError, reason, require_host
 from cswap_deploy.factory import call_factory
@@ -62,7 +62,7 @@ def expected_outputs(settings: ModelSettings) -> int | None:
     """Number of classes without building the network; None where only the factory knows. Errors: ModelError."""
     require_host()
     if settings.checkpoint is not None and not settings.checkpoint.is_file():
-        raise ModelError(f"checkpoint {settings.checkpoint} does not exist", "correct model.checkpoint")
+        raise ModelError(f"checkpoint {settings.checkpoint} does not exist", "correct model.checkpoint", key=CHECKPOINT)
     if settings.name is None:
         file = settings.factory_file
         if file is not None and not file.is_file():
@@ -229,6 +229,7 @@ def _timm(name: str, kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Modul
             f"timm cannot build {name!r}{' with its weights' if pretrained else ''} with kwargs {dict(kwargs)}: "
             f"{reason(error)}",
             "correct model.kwargs",
+            key="model.kwargs",
         ) from error
     return module.eval()
 
@@ -321,6 +322,7 @@ def _require_pretrained_head(name: str, wanted: int | None) -> None:
             f"the pretrained weights of {name!r} have {config.num_classes} classes, model.num_classes asks for {wanted}: "
             "its classifier would be random",
             "remove model.num_classes, or set model.checkpoint to weights trained for those classes",
+            key="model.num_classes",
         )
 
 
@@ -345,6 +347,7 @@ def _require_sound(module: nn.Module) -> None:
             raise ModelError(
                 f"weight {name!r} holds {bad} values that are NaN or infinite, of {tensor.numel()}",
                 "use a checkpoint from before the training diverged",
+                key=CHECKPOINT,
             )
 
 
@@ -399,6 +402,7 @@ def _count_outputs(module: nn.Module, spec: InputSpec, wanted: int | None) -> in
         raise ModelError(
             f"the network cannot run on an input of shape {spec.shape}: {reason(error)}",
             "set model.input.size to what the network takes",
+            key="model.input",
         ) from error
     if not isinstance(result, torch.Tensor) or result.ndim != 2 or result.shape[0] != 2:
         found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
@@ -407,10 +411,14 @@ def _count_outputs(module: nn.Module, spec: InputSpec, wanted: int | None) -> in
         )
     if result.shape[1] < 2:
         raise ModelError(
-            f"the network has {result.shape[1]} output; a classifier needs two or more", "set model.num_classes"
+            f"the network has {result.shape[1]} output; a classifier needs two or more",
+            "set model.num_classes",
+            key="model.num_classes",
         )
     if wanted not in (None, result.shape[1]):
         raise ModelError(
-            f"model.num_classes is {wanted}, and the network has {result.shape[1]} outputs", "correct model.num_classes"
+            f"model.num_classes is {wanted}, and the network has {result.shape[1]} outputs",
+            "correct model.num_classes",
+            key="model.num_classes",
         )
     return int(result.shape[1])

@@ -1,8 +1,7 @@
-"""The straight line from a recipe to a bundle; alone in knowing the order of the stages."""
+"""The straight line from a recipe to a bundle: the stages, run in order."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ from cswap_deploy import (
     latency,
     metering,
     model,
+    outline,
     planning,
     prepared,
     progress,
@@ -30,6 +30,7 @@ from cswap_deploy.assembling import Deployed, Terms
 from cswap_deploy.budget import account
 from cswap_deploy.budget.values import Budget
 from cswap_deploy.bundle import Bundle
+from cswap_deploy.checkpoint import CHECKPOINT
 from cswap_deploy.device import needs, recorded
 from cswap_deploy.device.building import refused
 from cswap_deploy.device.target import Probe, Target, reach
@@ -52,17 +53,10 @@ from cswap_deploy.recipe import (
 from cswap_deploy.stage import Workdir, WouldRun
 from cswap_deploy.wording import UNPLANNED
 
-STAGES = (
-    "source", "split", "groups", "sizes", "staircase", "rotated", "scores", "curves", "plan", "pruned", "exported", "simplified",
-    "variants", "engine", "accuracy", "latency", "bundle",
-)  # fmt: skip
-"""All stage names that --force takes, in order."""
 BUNDLE = "bundle"
 """Folder of the work folder that holds what was built."""
 FINISH = "To finish: cswap-deploy deploy WORK --on TARGET, with the work folder and a target that can do it"
 SWEEP_AGAIN = "To finish: the same sweep again, which goes on from there"
-ALWAYS = ("source", "split", "pruned", "exported", "simplified", "accuracy", "bundle")
-PRUNING = ("groups", "scores", "plan")
 
 
 def build(recipe: Recipe, work: Workdir, folder: str = BUNDLE, beside: Sequence[float] = ()) -> Bundle:
@@ -91,7 +85,7 @@ def prepare(recipe: Recipe, work: Workdir, beside: Sequence[float] = ()) -> Prep
         dense, more = _dense(recipe, source, split, work)
     learned = recipe.accuracy.max_drop is not None
     with progress.part("dense"):
-        reference = work.run(accuracy.refer, source, holdout, learned, recipe.device)
+        reference = work.run(accuracy.of_dense, source, holdout, learned, recipe.device)
     judged = work.run(accuracy.compare, source, reference, pruned, models, holdout, recipe.device)
     ready = Prepared(
         recipe=to_yaml(recipe, lambda path: catalogue.sha256 if path == images else work.digest(path)),
@@ -143,14 +137,13 @@ def deploy(recipe: Recipe, ready: Prepared, work: Workdir, folder: str = BUNDLE,
 
 @contextmanager
 def blaming(recipe: Recipe) -> Iterator[None]:
-    """A fault of the model is told with the recipe's line: of the weights, the key to be corrected, or the model's name."""
+    """A fault of the model is told with the recipe's line: of the key at fault, else of the model's name."""
     try:
         yield
     except ModelError as error:
-        named = re.match(r"correct (model(?:\.\w+)+)", error.hint)
-        key = named[1] if named else "model.name" if recipe.model.name else "model.factory"
-        weights = recipe.model.checkpoint and error.message.startswith(("checkpoint ", "weight "))
-        raise error.at(recipe.where("model.checkpoint" if weights else key)) from error
+        network = "model.name" if recipe.model.name else "model.factory"
+        built_in = error.key == CHECKPOINT and recipe.model.checkpoint is None
+        raise error.at(recipe.where(network if built_in else error.key or network)) from error
 
 
 def load(recipe: Recipe, work: Workdir) -> Network:
@@ -280,10 +273,6 @@ def _models(
     return models, reasons
 
 
-def _wanted_forms(recipe: Recipe) -> list[str]:
-    return [name for name, asked in (("ort", recipe.onnx.ort_format), ("image", recipe.onnx.image_input)) if asked]
-
-
 def _further(
     recipe: Recipe, models: dict[str, OnnxModel], network: Network, fit: ImageSet, work: Workdir
 ) -> list[Reason]:
@@ -293,7 +282,7 @@ def _further(
         "ort": lambda: work.run(variants.to_ort, shipped, network, fit),
         "image": lambda: work.run(variants.with_image_input, shipped, network, fit, recipe.onnx.graph),
     }
-    for name in _wanted_forms(recipe):
+    for name in outline.further_forms(recipe):
         try:
             with progress.part(name):
                 models[name] = makers[name]()
@@ -309,17 +298,13 @@ def _dense(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tupl
     fit = ImageSet(split.fit, recipe.calibration.images)
     with progress.part("dense"):
         exported = work.run(export.to_onnx, source, split.labels, fit, recipe.onnx.graph)
-        models, reasons = _models(recipe, exported, source, split, work, _dense_variants(recipe))
+        models, reasons = _models(recipe, exported, source, split, work, outline.dense_variants(recipe))
     return models, [Reason(reason.exit_code, f"dense network, {reason.text}") for reason in reasons]
 
 
 def _pixels(holdout: ImageSet, source: Network, work: Workdir) -> File:
     with progress.part("images"):
         return work.run(accuracy.crop, holdout, source.input)
-
-
-def _dense_variants(recipe: Recipe) -> list[Variant]:
-    return [name for name in recipe.wanted_variants if name in (recipe.shipped_file, recipe.engine_file)]
 
 
 def _located(network: Network, recipe: Recipe) -> Network:
@@ -449,60 +434,6 @@ def _warn_if_away(recipe: Recipe) -> None:
 # --- asking about a recipe
 
 
-def stages(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the stages that this recipe runs, in order."""
-    wanted = {*ALWAYS, *(PRUNING if recipe.prune.target is not None else ())}
-    wanted |= {"curves"} if "plan" in wanted and isinstance(recipe.prune.allocation, CurvesAllocation) else set()
-    wanted |= {"rotated"} if "plan" in wanted and recipe.prune.heads == "dims" else set()
-    wanted |= {"sizes", "staircase"} if recipe.goal_ms else set()
-    wanted |= {"variants"} if recipe.wanted_variants or _wanted_forms(recipe) else set()
-    wanted |= {"engine"} if recipe.engine else set()
-    wanted |= {"latency"} if recipe.latency else set()
-    return tuple(name for name in STAGES if name in wanted)
-
-
-def lines(recipe: Recipe) -> tuple[str, ...]:
-    """What a run reports, in order, as `progress.spelt`: a stage that runs several times has a line for each."""
-    names, further = stages(recipe), [progress.spelt("variants", name) for name in _wanted_forms(recipe)]
-    made = [*_model_lines(recipe.wanted_variants), *further]
-    dense = [*_model_lines(_dense_variants(recipe), "dense")] if recipe.engine or recipe.latency else []
-    before = [*names[: names.index("exported")]]
-    if recipe.goal_ms:
-        engine, alone = recipe.ships_engine, progress.spelt("staircase", "dense")
-        first = ["groups", progress.spelt("engine", "dense"), alone] if engine else [alone, "groups"]
-        parts = ("floor", *(("multiples",) if recipe.prune.round_to == "auto" else ()), "widths")
-        learned = [*(progress.spelt("staircase", part) for part in parts), "staircase"]
-        scored = [name for name in ("rotated", "scores", "curves") if name in names]
-        chosen = [progress.spelt("staircase", "candidate"), "plan", "pruned"]
-        before = [*before[:2], *dense, *first, "sizes", *learned, *scored, *chosen]
-        made, dense = [*made, *(["engine"] if engine else ()), "latency"], []
-    return (
-        *before,
-        *made,
-        *dense,
-        progress.spelt("accuracy", "dense"),
-        "accuracy",
-        *([progress.spelt("accuracy", "images")] if recipe.engine else ()),
-        *device_lines(recipe),
-    )
-
-
-def _model_lines(wanted: Sequence[Variant], *parts: str) -> Iterator[str]:
-    yield from (progress.spelt(name, *parts) for name in ("exported", "simplified"))
-    yield from (progress.spelt("variants", variant, *parts) for variant in wanted)
-
-
-def device_lines(recipe: Recipe) -> tuple[str, ...]:
-    """The lines of `deploy`."""
-    found = ["engine", progress.spelt("accuracy", "engine")] if recipe.engine else []
-    if recipe.latency and recipe.latency.runtime == "tensorrt":
-        found.append(progress.spelt("engine", "dense"))
-    found += ["latency"] if recipe.latency else []
-    if recipe.latency and recipe.latency.runtime == "onnxruntime" and {*recipe.wanted_variants} & {*latency.COMPARED}:
-        found.append(progress.spelt("latency", "files"))
-    return (*found, "bundle")
-
-
 def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
     """(stage, "up to date" or why it would run) for each stage; `work` must be dry. Nothing runs."""
     stopped, reason = "", ""
@@ -513,7 +444,7 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
     except PruningError:
         stopped, reason = "scores", "refused: the target cannot be reached"
     passed = {reference.partition("/")[0] for reference in work.used}
-    names = stages(recipe)
+    names = outline.stages(recipe)
     later = {*(names[names.index(stopped) :] if stopped in names else ())}
     if stopped == "staircase":  # also of candidates, after these, which hang on no measurement
         later -= {"rotated", "scores", "curves"}
@@ -526,12 +457,6 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
             yield name, "did not run: not needed, or the target was lost"
         else:
             yield name, reason if reason == "not run yet" else f"runs if the result of {stopped} changes"
-
-
-def device_stages(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the stages of `deploy`, in order."""
-    wanted = {"bundle", *(("engine", "accuracy") if recipe.engine else ()), *(("latency",) if recipe.latency else ())}
-    return tuple(name for name in STAGES if name in wanted)
 
 
 def round_to(recipe: Recipe) -> int:

@@ -46,19 +46,19 @@ def moved(recipe: Recipe, target: str) -> Recipe:
 @contextmanager
 def opened(recipe: Recipe, folder: Path, force: list[str] | None, silent: bool) -> Iterator[Any]:
     """An open work folder whose stages are reported on standard error."""
-    from cswap_deploy import pipeline
+    from cswap_deploy import outline
     from cswap_deploy.console import Console
     from cswap_deploy.progress import reporting
     from cswap_deploy.stage import Workdir
 
-    require_known_stages(force or [], pipeline.stages(recipe))
+    require_known_stages(force or [], outline.stages(recipe))
     work = Workdir(folder, force or ())
-    with closing(Console(pipeline.lines(recipe), silent=silent)) as console, reporting(console), work.open():
+    with closing(Console(outline.lines(recipe), silent=silent)) as console, reporting(console), work.open():
         yield work
 
 
 def require_known_stages(force: list[str], stages: Sequence[str]) -> None:
-    from cswap_deploy.pipeline import STAGES
+    from cswap_deploy.outline import STAGES
 
     for name in force:
         if name not in stages:

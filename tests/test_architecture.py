@@ -30,8 +30,8 @@ FLOORS = {
     "budget.design budget.staircase budget.loop budget.account "
     "prune.reachable prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
     2: "prune budget export variants accuracy engine latency assembling",
-    3: "pipeline engines metering surveying planning sweeping errands checks measuring verify engine_check doctor doctor_host findings "
-    "schemas starter",
+    3: "pipeline outline engines metering surveying planning sweeping errands checks measuring verify engine_check doctor doctor_host "
+    "findings schemas starter",
     4: "cli session running console console.* __main__",
 }
 """Modules by floor: values, nouns, stages, the line, the command line. A stage imports no other stage."""

@@ -19,7 +19,7 @@ from conftest import Built, build, events, make_project
 from test_agent_tensorrt import DOUBLE, NEW, OLD, cudart  # noqa: F401 - a fixture
 from test_branches import RESIDUAL
 
-from cswap_deploy import budget, export, latency, manifest, pipeline, prepared, progress, prune, recipe, surveying
+from cswap_deploy import budget, export, latency, manifest, outline, prepared, progress, prune, recipe, surveying
 from cswap_deploy.artifacts import Groups, InputSpec
 from cswap_deploy.budget import design
 from cswap_deploy.budget.sizes import Sizes
@@ -113,7 +113,7 @@ def test_a_second_run_builds_nothing(met: tuple[Built, list[str]], surroundings:
     built, before = met[0], builds(surroundings)
     found = events(built.recipe, built.overrides, built.work)
     assert set(found.values()) == {"up to date"} and builds(surroundings) == before
-    wanted = pipeline.lines(recipe.load(built.recipe, built.overrides))
+    wanted = outline.lines(recipe.load(built.recipe, built.overrides))
     assert list(found) == list(dict.fromkeys(wanted))
 
 

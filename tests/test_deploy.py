@@ -22,7 +22,7 @@ from conftest import VNNI, Built, Project, build, faults, make_project, run, sta
 from onnx import helper
 from typer.testing import CliRunner
 
-from cswap_deploy import cli, pipeline, planning, progress, schemas, variants
+from cswap_deploy import cli, outline, pipeline, planning, progress, schemas, variants
 from cswap_deploy.artifacts import File, OnnxModel, sha256_of
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.device.target import AWAY, Probe, reach
@@ -476,7 +476,7 @@ def test_the_dense_twin_is_no_change_of_the_pruned_network(own):
         build(own.recipe, MEASURED, own.work)
     started = [event for event in recording.events if event[0] == "started"]
     assert [event[1] for event in started if event[1].startswith("exported")] == ["exported", "exported (dense)"]
-    assert recording.of("finished") == list(pipeline.lines(Project(own.recipe.parent).load(*MEASURED))), (
+    assert recording.of("finished") == list(outline.lines(Project(own.recipe.parent).load(*MEASURED))), (
         "each has a line, in this order"
     )
     assert {event[2] for event in started} == {"not run yet"}

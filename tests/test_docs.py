@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from cswap_deploy import cli, pipeline, recipe
+from cswap_deploy import cli, outline, recipe
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 NEEDS = {
@@ -218,7 +218,7 @@ def test_our_commands_parse_and_set_keys_that_exist(command: Command, tmp_path: 
     YAML().dump(MINIMAL, path)
     recipe.load(path, overrides)
     for stage in context.params.get("force") or () if name != "init" else ():
-        assert stage in (*pipeline.STAGES, "STAGE"), f"{command}: no such stage"
+        assert stage in (*outline.STAGES, "STAGE"), f"{command}: no such stage"
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_our_commands_run(command: Command, world: Path, tmp_path: Path, monkeyp
 
 def test_what_is_shown_of_a_second_run_has_the_stages_of_today() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
-    stages = pipeline.lines(recipe.load(ROOT / "recipes" / "quickstart.yaml"))
+    stages = outline.lines(recipe.load(ROOT / "recipes" / "quickstart.yaml"))
     shown = re.findall(r"(?m)^\[ ?(\d+)/(\d+)\] (\w+(?: \([\w, -]+\))?) +(.+)$", text)
     assert shown and {(int(number), int(count), name) for number, count, name, _ in shown} <= {
         (number, len(stages), name) for number, name in enumerate(stages, 1)

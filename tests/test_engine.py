@@ -23,7 +23,7 @@ from sshd import Device
 from test_agent_tensorrt import DOUBLE, NEW, OLD, cudart  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
-from cswap_deploy import cli, engine, manifest, pipeline, progress, recipe
+from cswap_deploy import cli, engine, manifest, outline, progress, recipe
 from cswap_deploy.artifacts import File, Groups, InputSpec, sha256_of
 from cswap_deploy.bundle import Bundle
 from cswap_deploy.console import bundle_lines
@@ -62,7 +62,7 @@ def shipped(cudart: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:  #
         built = make_project(folder / "project").build(*SETTINGS)
         again = events(built.recipe, built.overrides, built.work)
         assert set(again.values()) == {"up to date"}
-        assert [*again] == [*pipeline.lines(recipe.load(built.recipe, built.overrides))], (
+        assert [*again] == [*outline.lines(recipe.load(built.recipe, built.overrides))], (
             "each has a line, in this order"
         )
     return built

@@ -247,7 +247,7 @@ def test_what_cannot_be_reached_is_refused_before_anything_is_scored() -> None:
     search, recording = CASES["curves, surgery"].of("residual", round_to=4), Recording()
     with (
         reporting(recording),
-        pytest.raises(PruningError, match=r"asks to keep 0\.050 of the macs; .*round_to 4\) 0\.\d+ is left"),
+        pytest.raises(PruningError, match=r"asks to keep 0\.05 of the macs; .*round_to 4\) 0\.\d+ is left"),
     ):
         search.towards("macs", 0.05, 2)
     assert recording.of("note") == []

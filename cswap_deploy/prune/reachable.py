@@ -22,8 +22,7 @@ def fault(recipe: Recipe, groups: Groups, multiple: int) -> PruningError | None:
         case MacsTarget(macs=fraction) | ParamsTarget(params=fraction) if fraction >= 1:
             return None
     if not groups.groups:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
-        return PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")
+        return _nothing(groups)
     whole = min(left(groups, "macs", multiple), left(groups, "params", multiple)) >= 1
     if whole and not any(group.branch for group in groups.groups):
         widest = max(group.units for group in groups.groups)
@@ -34,18 +33,33 @@ def fault(recipe: Recipe, groups: Groups, multiple: int) -> PruningError | None:
         )
     match target:
         case MacsTarget(macs=fraction):
-            return _unreachable(where, "macs", fraction, left(groups, "macs", multiple), multiple)
+            found = unreachable(groups, "macs", fraction, multiple)
         case ParamsTarget(params=fraction):
-            return _unreachable(where, "params", fraction, left(groups, "params", multiple), multiple)
+            found = unreachable(groups, "params", fraction, multiple)
         case _:
             return None
+    return found and found.at(where)
 
 
-def _unreachable(where: str, kind: CostKind, fraction: float, least: float, multiple: int) -> PruningError | None:
+def unreachable(
+    groups: Groups, kind: CostKind, fraction: float, multiple: int, share: float = 1.0
+) -> PruningError | None:
+    """Why so small a part of the dense network's cost cannot be reached.
+
+    `share`: the dense network's part of all that the groups' costs count, biases that compensation may add among them.
+    """
+    if not groups.groups:
+        return _nothing(groups)
+    least = left(groups, kind, multiple) / share
     if fraction >= least - 1e-9:
         return None
     return PruningError(
-        f"{where}: prune.target asks to keep {fraction:g} of the {kind}; with every group at its narrowest "
+        f"prune.target asks to keep {fraction:g} of the {kind}; with every group at its narrowest "
         f"(round_to {multiple}) {least:.3f} is left",
         f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
     )
+
+
+def _nothing(groups: Groups) -> PruningError:
+    reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
+    return PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")

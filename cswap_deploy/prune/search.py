@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Axis, CostTerm, Curve, Groups, GroupScores, HeadDims, PruningStep
-from cswap_deploy.errors import PruningError
 from cswap_deploy.prune.allocate import Cost, Widths, choose_widths, least_damage
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.compensate import with_systems
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
 from cswap_deploy.prune.curves import Gauge, leaving_order
 from cswap_deploy.prune.damage import Damage
+from cswap_deploy.prune.reachable import unreachable
 from cswap_deploy.prune.refit import Structure, examine
 from cswap_deploy.prune.renewed import renewed
 from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest, ranking
@@ -167,7 +167,8 @@ class Search:
             return self.start()
         axis = int(kind == "macs")
         share = self.bench.groups.cost({})[axis] / self.bench.priced.cost({})[axis]
-        self._require_reachable(kind, fraction, share)
+        if fault := unreachable(self.bench.priced, kind, fraction, self.bench.round_to, share):
+            raise fault
         fraction *= share
         state, judge = self.start(), self._judge()
         for number in range(1, steps + 1):
@@ -270,20 +271,6 @@ class Search:
         removed = {name: units for name, units in removed.items() if units}
         left = tuple(item.of(removed[item.group]) for item in scores if item.group in removed)
         return PruningStep(params / dense_params, macs / dense_macs, removed, drop, left)
-
-    def _require_reachable(self, kind: CostKind, fraction: float, share: float) -> None:
-        """`share`: the dense network's part of its cost with all biases that compensation may add."""
-        groups, round_to = self.bench.priced, self.bench.round_to
-        if not groups.groups and fraction < 1:
-            reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
-            raise PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")
-        reachable = narrowest(groups, kind, round_to) / share if groups.groups else 1.0
-        if fraction < reachable - 1e-9:
-            raise PruningError(
-                f"prune.target asks to keep {fraction:.3f} of the {kind}; with every group at its narrowest "
-                f"(round_to {round_to}) {reachable:.3f} is left",
-                f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
-            )
 
 
 def _kept(curves: Sequence[Curve], widths: Mapping[str, int]) -> Kept:

@@ -53,7 +53,7 @@
         const along = (place(number * step) - start) / (end - start), x = 100 * along + "%";
         const anchor = along < 0.06 ? "start" : along > 0.94 ? "end" : "middle";
         add("line", { class: "tick-mark", x1: x, x2: x, y1: base, y2: base + 5 });
-        if (along - labelled < 0.11) continue;
+        if (along - labelled < 0.18) continue;
         labelled = along;
         add("text", { class: "tick", x, y: base + 16, "text-anchor": anchor }, Number((number * step).toPrecision(6)) + " ms");
       }
