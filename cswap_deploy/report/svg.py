@@ -206,7 +206,9 @@ def histogram(label: str, spreads: dict[str, Any], timings: dict[str, dict[str, 
         "svg", *marks, class_="plot", x="0", y=18, width="100%", height=180, view_box=f"0 0 {bins} 100", aspect="none",
         data_from=low, data_to=high,
     )  # fmt: skip
-    return _chart(label, 222, plot, *peaks, *_ticks(axis, 198, "{:g}", suffix=" ms", gap=WITH_UNIT), class_="chart zoom")
+    return _chart(
+        label, 222, plot, *peaks, *_ticks(axis, 198, "{:g}", suffix=" ms", gap=WITH_UNIT), class_="chart zoom"
+    )
 
 
 def course(label: str, values: dict[str, list[float]], names: dict[str, str]) -> Markup:
