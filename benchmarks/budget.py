@@ -45,7 +45,7 @@ from cswap_deploy import (
     prune,
     surveying,
 )
-from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, OnnxModel, PruningPlan, Split
+from cswap_deploy.artifacts import Curve, File, Groups, ImageSet, OnnxModel, PruningPlan, Reference, Split
 from cswap_deploy.budget import design
 from cswap_deploy.budget.loop import Loop
 from cswap_deploy.budget.narrow import Template
@@ -77,9 +77,11 @@ PARTS = (0.05, 0.25, 0.5, 0.75, 1.0)
 """Budgets: so far from the lowest to the highest, those of `--lowest` and `--highest`; the lowest not below `ROOM` times the floor."""
 ROOM = 1.08
 """Times the floor that the lowest budget is at least."""
-MACS = (0.75, 0.6, 0.35, 0.17)
-UNIFORM = (0.75, 0.55, 0.35, 0.1)
-"""Part of the MACs, or of every group's units, that is kept otherwise: the last are about the narrowest. One path passes all MACs."""
+MACS = (0.6, 0.35, 0.2, 0.17)
+UNIFORM = (0.75, 0.55, 0.35, 0.2, 0.1)
+"""Part of the MACs, or of every group's units, that is kept otherwise: the last are about the narrowest. One path passes all MACs.
+
+Drops between them are taken from straight lines, so they must not lie far from each other where drops bend."""
 MULTIPLES = (8, 4)
 """Of units, where the multiple that pays leaves no network as narrow."""
 STEP = 0.1
@@ -140,7 +142,13 @@ def main() -> None:
     with progress.reporting(Log()), workplace(options.work) as folder:
         if options.cpu_time:
             count_cpu_time(folder)
-        report: dict[str, Any] = {"load": [os.getloadavg()[0]], "rows": [], "predictions": {}, "twins": {}}
+        report: dict[str, Any] = {
+            "load": [os.getloadavg()[0]],
+            "rows": [],
+            "predictions": {},
+            "twins": {},
+            "seed": options.seed,
+        }
         report["clock"] = "CPU time" if options.cpu_time else "wall"
         for name in filter(None, options.nets.split(",")):
             of_timm(name, folder / name, options, report)
@@ -399,8 +407,12 @@ def others(recipe: Recipe, ready: prepared.Prepared, multiple: int, folder: Path
             ]
 
         uniform = fitted("uniform", list(uniformly(ready, multiples)))
-        found = {"macs": fitted("macs", path.result()), "uniform": uniform}
-        return {kind: [made.result() for made in tasks] for kind, tasks in found.items()}
+        try:
+            found = {"macs": fitted("macs", path.result()), "uniform": uniform}
+            return {kind: [made.result() for made in tasks] for kind, tasks in found.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def split_of(asked: Recipe, ready: prepared.Prepared, work: Workdir) -> Split:
@@ -419,7 +431,7 @@ def kept_otherwise(asked: Recipe, ready: prepared.Prepared, keep: Kept, folder: 
         pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
         exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
         shipped = work.run(export.simplify, exported, pruned, fit, asked.onnx)
-        dense = accuracy.Reference(ready.accuracy.labels, ready.accuracy.source)
+        dense = Reference(ready.accuracy.labels, ready.accuracy.source)
         judged = work.run(accuracy.compare, ready.source, dense, pruned, {}, holdout, asked.device)
     wanted, given, truth = (
         np.array(each) for each in (judged.source.predicted, judged.pruned.predicted, judged.labels)
@@ -526,7 +538,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
                 yield f"  {row['beside']:.3f}: {row['agreement']:.2%}, {', '.join(rest)}"
     for name, pairs in report["predictions"].items():
         typical, worst = off_by([predicted / measured - 1 for predicted, measured in pairs])
-        yield f"{name}: predictions of {len(pairs)} settings are off by {typical:.1%} (median), {worst:.1%} (95th percentile)"
+        settings = f"{len(pairs)} settings (seed {report['seed']})"
+        yield f"{name}: predictions of {settings} are off by {typical:.1%} (median), {worst:.1%} (95th percentile)"
     for name, (value, low, high) in report["twins"].items():
         yield f"{name}: with shared weights {value:.3f} ({low:.3f} to {high:.3f}) of the dense latency"
     if "infeasible_s" in report:

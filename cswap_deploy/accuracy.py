@@ -56,7 +56,7 @@ IMAGES_PER_SECOND = 5
 @stage("accuracy", returns=Reference, libraries=("torch", "timm", "numpy", "pillow"))
 def of_dense(out: Path, source: Network, holdout: ImageSet, learned: bool, device: str) -> Reference:
     """The dense network, once for all that is made of it. `learned`: at chance level it is a DataError."""
-    labels, (found,) = evaluate((_torch(source, resolve_device(device)),), source, holdout)
+    labels, (found,) = evaluate({"dense": _torch(source, resolve_device(device))}, source, holdout)
     correct = sum(best == truth for best, truth in zip(found.predicted, labels, strict=True))
     require_learned(correct, len(labels), source, "hold-out", gated=learned)
     return Reference(labels, found)
@@ -77,14 +77,14 @@ def compare(
     holdout: ImageSet,
     device: str,
 ) -> AccuracyReport:
-    """Every model sees the same decoded pixels, batch by batch; a network of which nothing left is not asked again."""
-    sessions = [_onnx(model.graph.path) for model in models.values()]
-    if pruned.weights.sha256 == source.weights.sha256:
-        labels, others = evaluate(tuple(sessions), source, holdout)
-        cut = dense.outcome
-    else:
-        labels, (cut, *others) = evaluate((_torch(pruned, resolve_device(device)), *sessions), source, holdout)
+    """All but the dense network see the same decoded pixels, batch by batch; one of which nothing left is not asked again."""
+    asked = {name: _onnx(model.graph.path) for name, model in models.items()}
+    whole = pruned.weights.sha256 == source.weights.sha256
+    if not whole:
+        asked = {"pruned": _torch(pruned, resolve_device(device)), **asked}
+    labels, found = evaluate(asked, source, holdout)
     assert labels == dense.labels
+    cut, *others = [dense.outcome, *found] if whole else found
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return AccuracyReport(labels, dense.outcome, cut, dict(zip(models, others, strict=True)), now)
 
@@ -130,22 +130,22 @@ def order(labels: tuple[int, ...], spec: InputSpec, batch: int) -> dict[str, Any
 
 
 def evaluate(
-    models: tuple[Predict, ...], network: Network, images: ImageSet
+    models: Mapping[str, Predict], network: Network, images: ImageSet
 ) -> tuple[tuple[int, ...], list[Evaluation]]:
-    """True classes, and per model the outcome of each image; `network` gives the preprocessing."""
+    """True classes, and per model, by name, the outcome of each image; `network` gives the preprocessing."""
     labels: list[int] = []
     predicted: list[list[int]] = [[] for _ in models]
     in_top5: list[list[bool]] = [[] for _ in models]
     for pixels, truth in batches(images, network.input, BATCH):
         shown = Shown(pixels, normalise(pixels, network.input))
         labels += truth.tolist()
-        for number, predict in enumerate(models):
+        for number, predict in enumerate(models.values()):
             best, top5 = _outcome(predict(shown), truth)
             predicted[number] += best
             in_top5[number] += top5
         progress.advance("hold-out images", len(labels), len(images.images))
-    for number, classes in enumerate(predicted):
-        _warn_of_lost(f"model {number + 1} of {len(models)}", classes)
+    for name, classes in zip(models, predicted, strict=True):
+        _warn_of_lost(name, classes)
     outcomes = [Evaluation(tuple(best), tuple(top5)) for best, top5 in zip(predicted, in_top5, strict=True)]
     return tuple(labels), outcomes
 

@@ -87,8 +87,15 @@ def _read_pickle(path: Path) -> Any:
 
     import torch
 
-    with path.open("rb") as stream:
-        head = stream.read(4)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(4)
+    except OSError as error:
+        raise ModelError(
+            f"checkpoint {path} cannot be read: {error.strerror}",
+            "give it a mode that lets you read it",
+            key=CHECKPOINT,
+        ) from error
     if not head.startswith((b"PK", b"\x80")):
         raise ModelError(
             f"checkpoint {path} is not a PyTorch file: it begins with {head!r}",

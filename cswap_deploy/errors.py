@@ -35,7 +35,7 @@ class CswapError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
     def at(self, where: str) -> Self:
-        """The same of a kind that has message and hint alone, told with its place."""
+        """The same, told with its place."""
         return type(self)(f"{where}: {self.message}", self.hint)
 
 
@@ -65,13 +65,16 @@ class DataError(CswapError):
 
 
 class ModelError(CswapError):
-    """`key`: of the recipe, dotted, whose value is at fault; empty where it is the network itself."""
+    """`key`: where a recipe is being read, its dotted key whose value is at fault; empty where it is the network itself."""
 
     exit_code = 4
 
     def __init__(self, message: str, hint: str = "", *, key: str = "") -> None:
         super().__init__(message, hint)
         self.key = key
+
+    def at(self, where: str) -> Self:
+        return type(self)(f"{where}: {self.message}", self.hint, key=self.key)
 
 
 class PruningError(ModelError):

@@ -36,7 +36,7 @@ def call_factory(reference: str, kwargs: Mapping[str, Any]) -> nn.Module:
             raise ModelError(
                 f"factory {reference!r} does not take these arguments: {error}",
                 "correct model.kwargs; model.num_classes is given as an argument of that name, so leave it out, or take it",
-                key="model.kwargs",
+                key="model.num_classes" if "'num_classes'" in str(error) else "model.kwargs",
             ) from error
         try:
             module = factory(**kwargs)

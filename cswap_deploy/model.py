@@ -187,7 +187,7 @@ def _proven(
         load_state(module, read_checkpoint(settings.checkpoint), f"checkpoint {settings.checkpoint.name}")
     _require_sound(module)
     spec = _input_spec(module, settings)
-    outputs = _count_outputs(module, spec, settings.num_classes)
+    outputs = _count_outputs(module, spec, settings.num_classes, bool(settings.input and settings.input.size))
     if architecture.source == "timm":
         module = _fused_alike(module, spec)
     return architecture, module, spec, outputs
@@ -392,7 +392,8 @@ def _timm_input(module: nn.Module, kwargs: Mapping[str, Any]) -> InputSpec:
     )
 
 
-def _count_outputs(module: nn.Module, spec: InputSpec, wanted: int | None) -> int:
+def _count_outputs(module: nn.Module, spec: InputSpec, wanted: int | None, sized: bool) -> int:
+    """`sized`: whether the recipe gives the input's size."""
     import torch
 
     try:
@@ -402,7 +403,7 @@ def _count_outputs(module: nn.Module, spec: InputSpec, wanted: int | None) -> in
         raise ModelError(
             f"the network cannot run on an input of shape {spec.shape}: {reason(error)}",
             "set model.input.size to what the network takes",
-            key="model.input",
+            key="model.input.size" if sized else "",
         ) from error
     if not isinstance(result, torch.Tensor) or result.ndim != 2 or result.shape[0] != 2:
         found = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__

@@ -248,9 +248,12 @@ def _plan(recipe: Recipe, source: Network, split: Split, work: Workdir) -> tuple
         curves = work.run(
             prune.measure_curves, source, groups, scores, fit, criterion, compensate, allocation, multiple, device
         )
-    plan = work.run(
-        prune.choose, source, groups, scores, curves, fit, selection, settings, round_to(recipe), device, seed
-    )
+    try:
+        plan = work.run(
+            prune.choose, source, groups, scores, curves, fit, selection, settings, round_to(recipe), device, seed
+        )
+    except PruningError as error:
+        raise error.at(recipe.where("prune.target")) from error
     return source, groups, plan
 
 

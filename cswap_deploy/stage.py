@@ -4,7 +4,7 @@
 <work>/lock                         held while a run lives
 <work>/digests.json                 file digests, remembered by path, size and times
 <work>/history.json                 which results the last runs used; others are removed
-<work>/holdout_reads                how often something new was judged on the hold-out images
+<work>/holdout_reads                how often something new was compared on the hold-out images
 <work>/stages/<stage>/<key>/        stage.json and the files of one result
 <work>/tmp/                         unfinished results; emptied at the start of a run
 """
@@ -181,12 +181,12 @@ class Workdir:
 
     @property
     def holdout_reads(self) -> int:
-        """How often something new was judged on the hold-out images in this work folder; the dense network alone does not count."""
+        """How often something new was compared with the dense network on the hold-out images; that network alone does not count."""
         path = self.root / "holdout_reads"
         text = path.read_bytes() if path.exists() else b"0"
         if not text.strip().isdigit() or len(text) > 20:
             raise WorkdirError(
-                f"{path} does not hold a number, so how often the hold-out was read is lost",
+                f"{path} does not hold a number, so how often something was compared on the hold-out images is lost",
                 "write the number that the last bundle's manifest gives as holdout_reads into it",
             )
         return int(text)

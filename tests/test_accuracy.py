@@ -88,7 +88,7 @@ def test_first_and_first_five_of_each_predictor(project):
     truth = [0, 1, 5]
     ahead = Canned([[6, 5, 4, 3, 2, 1], [1, 6, 2, 3, 4, 5], [6, 5, 4, 3, 2, 1]])
     behind = Canned([[1, 6, 2, 3, 4, 5], [6, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
-    labels, (one, two) = evaluate((ahead, behind), network(project, 6), image_set(project, truth))
+    labels, (one, two) = evaluate({"one": ahead, "two": behind}, network(project, 6), image_set(project, truth))
     assert labels == (0, 1, 5)
     assert one == Evaluation((0, 1, 0), (True, True, False))
     assert two == Evaluation((1, 0, 5), (False, True, True))
@@ -96,12 +96,12 @@ def test_first_and_first_five_of_each_predictor(project):
 
 def test_with_fewer_than_five_classes_every_class_is_among_the_first_five(project):
     logits = Canned([[0, 1], [0, 1], [0, 1]])
-    _, (outcome,) = evaluate((logits,), network(project, 2), image_set(project, [0, 1, 0]))
+    _, (outcome,) = evaluate({"a": logits}, network(project, 2), image_set(project, [0, 1, 0]))
     assert outcome == Evaluation((1, 1, 1), (True, True, True))
 
 
 def test_of_equal_logits_the_first_class_counts(project):
-    _, (outcome,) = evaluate((Canned([[2.0] * 7] * 2),), network(project, 7), image_set(project, [0, 6]))
+    _, (outcome,) = evaluate({"a": Canned([[2.0] * 7] * 2)}, network(project, 7), image_set(project, [0, 6]))
     assert outcome == Evaluation((0, 0), (True, False))
 
 
@@ -110,9 +110,9 @@ def test_logits_that_are_not_finite_are_never_right(project):
     recording = progress.Recording()
     with progress.reporting(recording):
         broken = Canned([[nan, nan, nan], [0, inf, 0], [0, 1, 0]])
-        _, (outcome,) = evaluate((broken,), network(project, 3), image_set(project, [0, 1, 1]))
+        _, (outcome,) = evaluate({"broken": broken}, network(project, 3), image_set(project, [0, 1, 1]))
     assert outcome == Evaluation((-1, -1, 1), (False, False, True))
-    assert recording.of("warn") == ["model 1 of 1: logits of 2 images are not finite and count as wrong"]
+    assert recording.of("warn") == ["broken: logits of 2 images are not finite and count as wrong"]
 
 
 def test_images_come_in_batches_in_their_order_and_progress_is_told(project):
@@ -120,7 +120,7 @@ def test_images_come_in_batches_in_their_order_and_progress_is_told(project):
     perfect = Canned(np.eye(6)[truth].tolist())
     recording = progress.Recording()
     with progress.reporting(recording):
-        labels, (outcome,) = evaluate((perfect,), network(project, 6), image_set(project, truth))
+        labels, (outcome,) = evaluate({"a": perfect}, network(project, 6), image_set(project, truth))
     assert perfect.batches == [BATCH, BATCH, 3]
     assert labels == outcome.predicted == tuple(truth)
     assert recording.events[-1] == ("advance", "hold-out images", f"{len(truth)}/{len(truth)}")

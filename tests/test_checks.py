@@ -229,6 +229,7 @@ def test_a_fault_of_the_model_is_told_with_its_line(project, command):
     for settings, where, said in (
         ((f"model.checkpoint={bad}",), f"--set model.checkpoint={bad}: ", "not a valid safetensors file"),
         (("model={name: resnet_18}",), "--set model={name: resnet_18}: ", "timm"),
+        (("model.kwargs={depth: 9}",), "--set model.kwargs={depth: 9}: ", "does not take these arguments"),
         ((), f"{project.recipe}:{place}: ", "returned int"),
     ):
         if not settings:

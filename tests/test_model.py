@@ -595,6 +595,16 @@ def test_outputs_that_are_not_logits(
     refused(hint, message, lambda: load_into(tmp_path / "out", factory=write(own, function="Own")))
 
 
+@pytest.mark.parametrize(("given", "key"), [({"input": {"size": 9}}, "model.input.size"), ({"input": None}, "")])
+def test_an_input_is_at_fault_where_the_recipe_gives_it(
+    tmp_path: Path, write: Callable[..., str], given: dict[str, Any], key: str
+) -> None:
+    flat = "from torch import nn\n\ndef net(**kwargs):\n    return nn.Sequential(nn.Flatten(), nn.Linear(5, 3))\n"
+    with pytest.raises(ModelError, match="cannot run on an input of shape") as refusal:
+        load_into(tmp_path / "out", factory=write(flat), **given)
+    assert refusal.value.key == key and refusal.value.at("here").key == key
+
+
 def test_classes_that_a_factory_ignores(tmp_path: Path, write: Callable[..., str]) -> None:
     deaf = f"{NET}\n\ndef deaf(**kwargs):\n    return net()\n"
     refused("correct model.num_classes", "model.num_classes is 5, and the network has 3 outputs",

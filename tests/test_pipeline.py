@@ -205,6 +205,16 @@ def test_force_reruns_one_stage_and_what_its_result_changes(project, cheap_expor
     assert products(again) == products(first)
 
 
+def test_the_dense_network_is_judged_again_where_the_gate_is_switched_and_nothing_is_compared(project, cheap_export):
+    """The gate refuses a network near chance, so that its switch is an input of the dense network's outcomes, not of the others'."""
+    first = project.build()
+    found = events(project.recipe, ["accuracy.max_drop=null"], project.folder / "work")
+    assert ran(found) == {"accuracy (dense)", "bundle"} | ({"scores"} & ran(found))
+    off = project.build("accuracy.max_drop=null")
+    assert off.manifest["accuracy"]["holdout_reads"] == first.manifest["accuracy"]["holdout_reads"] == 1
+    assert off.manifest["accuracy"]["source"] == first.manifest["accuracy"]["source"]
+
+
 def test_readings_of_the_hold_out_are_counted_where_they_happen(project, cheap_export):
     assert project.build().manifest["accuracy"]["holdout_reads"] == 1
     assert project.build().manifest["accuracy"]["holdout_reads"] == 1
@@ -419,7 +429,7 @@ def test_the_published_resnet56_is_right_as_often_as_published(tmp_path):
         split = work.run(data.split, catalogue, recipe.calibration.scoring, recipe.calibration.holdout, recipe.seed)
     predict = accuracy._torch(source, "cpu")
     holdout = ImageSet(split.holdout, recipe.calibration.images)
-    labels, (outcome,) = accuracy.evaluate((predict,), source, holdout)
+    labels, (outcome,) = accuracy.evaluate({"shipped": predict}, source, holdout)
     assert (len(labels), sum(a == y for a, y in zip(outcome.predicted, labels, strict=True))) == (846, 789)
     assert sum(parameter.numel() for parameter in restore(source).parameters()) == source.params
 

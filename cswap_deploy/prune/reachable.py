@@ -22,7 +22,7 @@ def fault(recipe: Recipe, groups: Groups, multiple: int) -> PruningError | None:
         case MacsTarget(macs=fraction) | ParamsTarget(params=fraction) if fraction >= 1:
             return None
     if not groups.groups:
-        return _nothing(groups)
+        return _nothing(groups).at(where)
     whole = min(left(groups, "macs", multiple), left(groups, "params", multiple)) >= 1
     if whole and not any(group.branch for group in groups.groups):
         widest = max(group.units for group in groups.groups)
