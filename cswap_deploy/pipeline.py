@@ -445,7 +445,7 @@ def status(recipe: Recipe, work: Workdir) -> Iterator[tuple[str, str]]:
     except WouldRun as first:
         stopped, reason = first.name, first.reason
     except PruningError:
-        stopped, reason = "scores", "refused: the target cannot be reached"
+        stopped, reason = "scores", "refused: prune.target is out of reach"
     passed = {reference.partition("/")[0] for reference in work.used}
     names = outline.stages(recipe)
     later = {*(names[names.index(stopped) :] if stopped in names else ())}

@@ -193,7 +193,11 @@ def _lines(wishes: Wishes, seen: _Seen) -> Iterator[str]:
         yield f"  checkpoint: {_path(wishes.checkpoint, path)}"
     else:
         yield "  # checkpoint: weights.safetensors   # your weights: .safetensors, or .pth without code in it"
-    yield "  # input: {size: 224}                # where the preprocessing differs from the model's own"
+    if key == "factory":
+        yield "  # What the network was trained with; where it is not given, ImageNet's at 224 pixels is taken:"
+        yield "  # input: {size: 32, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], crop_pct: 1.0}"
+    else:
+        yield "  # input: {size: 224}                # where the preprocessing differs from the model's own"
     yield ""
     yield from _calibration(wishes, seen, path)
     yield ""
@@ -294,10 +298,14 @@ def _escaped(letter: str) -> str:
 
 def _path(path: Path, file: Path) -> str:
     """Absolute as it is, else relative to the recipe's folder; one that starts with ~ would be taken for a home folder."""
-    here = path.parent.resolve() / path.name
-    text = os.path.relpath(here, file.parent.resolve())
     if path.is_absolute():
         return _scalar(str(path))
+    here = path.parent.resolve() / path.name
+    text = os.path.relpath(path.absolute(), file.parent.absolute())
+    if (
+        file.parent / text
+    ).parent.resolve() / path.name != here:  # a link on the way, above which `..` is another folder
+        text = os.path.relpath(here, file.parent.resolve())
     return _scalar(str(here) if text.startswith("~") else text if text.strip() else f"./{text}")
 
 

@@ -93,6 +93,8 @@ def gate(accuracy: dict[str, Any]) -> str:
     what = "the drop" if asked["rule"] == "point" else f"the upper bound of the drop at {sure}"
     held = {"pass": "within", "fail": "beyond"}[asked["verdict"]]
     limit = f"{asked['max_drop_pp']:g} point{'' if asked['max_drop_pp'] == 1 else 's'}"
+    if asked["verdict"] == "fail" and accuracy["drop_ci95_pp"][0] > asked["max_drop_pp"]:
+        return f"{what} is beyond {limit} on {images}, and so is the whole 95 % interval"
     proof = "proven" if asked["proven"] else "not proven"
     more = f"; about {asked['images_to_prove']} images would prove it" if asked["images_to_prove"] else ""
     return f"{what} is {held} {limit} on {images}, {proof} at {sure} (one-sided){'' if asked['proven'] else more}"

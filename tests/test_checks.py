@@ -270,7 +270,7 @@ def test_a_target_out_of_reach_is_told_beside_what_would_run(project):
     found = checks.check(project.load("prune.target={macs: 0.001}", "accuracy.max_drop=null"), work)
     assert len(found.faults) == 1 and "asks to keep 0.001" in found.faults[0].message
     told = dict(found.stages)
-    assert told["groups"] == "up to date" and told["scores"] == "refused: the target cannot be reached"
+    assert told["groups"] == "up to date" and told["scores"] == "refused: prune.target is out of reach"
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])

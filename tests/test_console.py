@@ -477,7 +477,20 @@ def words_of_html(page: str) -> str:
 def test_the_gate_in_words(gate, expected):
     asked = {"max_drop_pp": 0.5, "rule": "point", "confidence": 0.95, **gate}
     assert wording.level(0.975) == "97.5 %"
-    assert wording.gate({"images": 80, "gate": asked}) == expected
+    assert wording.gate({"images": 80, "gate": asked, "drop_ci95_pp": [-0.5, 3.0]}) == expected
+
+
+def test_a_drop_that_is_beyond_for_certain_is_not_called_unproven():
+    asked = {
+        "max_drop_pp": 0.5,
+        "rule": "point",
+        "confidence": 0.95,
+        "verdict": "fail",
+        "proven": False,
+        "images_to_prove": None,
+    }
+    told = wording.gate({"images": 80, "gate": asked, "drop_ci95_pp": [0.6, 3.0]})
+    assert told == "the drop is beyond 0.5 points on 80 hold-out images, and so is the whole 95 % interval"
 
 
 def test_every_reason_of_an_unstable_measurement_is_told():

@@ -159,7 +159,7 @@ def test_figures_on_the_page_are_the_manifest_s(manifest):
     shown = [
         "81.10 %", "82.10 %", "83.10 %", "91.10 %", "92.10 %", "93.10 %", "71.10 % to 85.10 %", "73.10 % to 87.10 %",
         "4321 hold-out images", "Drop +1.23 points", "-0.45 to +3.21", "98.76 %", "77 images only the dense", "66 only",
-        "read 9 times", "seven +12.34 56", "within 2.25 points on 4321", "not proven at 97 % (one-sided)", "8765 images",
+        "compared on them 9 times", "seven +12.34 56", "within 2.25 points on 4321", "not proven at 97 % (one-sided)", "8765 images",
         "2.35 M", "5.43 M", "45.67 M", "98.76 M", "43.17 %", "46.24 %", "1000 877 123 removed", "17 steps",
         "layer1.conv1 30 of 80", "Opset 21", "IR version 9", "432 nodes (543", "13 real images", "2.34e-06", "123.4 dB",
     ]  # fmt: skip

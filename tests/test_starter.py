@@ -132,6 +132,18 @@ def test_a_pool_is_divided_in_two(tmp_path):
     assert call("check", tmp_path / "r.yaml", "--work", tmp_path / "work").exit_code == 0
 
 
+def test_a_link_is_written_as_it_was_typed_where_that_leads_to_the_same(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "shared").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "behind").symlink_to(tmp_path / "elsewhere" / "deep")
+    path, recipe_file = Path("shared/w.pth"), tmp_path / "own" / "r.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert starter._path(path, recipe_file) == "../shared/w.pth"
+    text = starter._path(path, tmp_path / "behind" / "r.yaml")  # whose `..` is `elsewhere`
+    assert (tmp_path / "behind" / text.strip('"')).resolve() == (tmp_path / "elsewhere" / "deep" / "w.pth")
+
+
 def test_images_are_found_and_written_relative_to_the_recipe(tmp_path, monkeypatch):
     project = make_project(tmp_path / "project")
     monkeypatch.chdir(project.folder)

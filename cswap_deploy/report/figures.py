@@ -330,7 +330,7 @@ def tiles(m: Facts) -> Iterator[Row]:
     allowed = f"{limit:g} allowed" if accuracy["gate"]["verdict"] != "off" else "no gate"
     state = {"pass": "good", "fail": "bad"}.get(accuracy["gate"]["verdict"], "")
     yield {"title": "Top-1 drop", "value": points(accuracy["drop_pp"]), "detail": f"points, {allowed}", "state": state,
-           "note": "" if accuracy["gate"]["proven"] or accuracy["gate"]["verdict"] == "off" else "not proven"}  # fmt: skip
+           "note": "not proven" if accuracy["gate"]["verdict"] == "pass" and not accuracy["gate"]["proven"] else ""}  # fmt: skip
     for title, key in (("Compute", "macs"), ("Parameters", "params")):
         before, after = m["model"][key], m["pruned"][key]
         yield {"title": title, "value": share(after / before), "detail": f"{count(before)} → {count(after)}",
