@@ -226,7 +226,7 @@ def test_a_build_reports_on_standard_error_and_answers_on_standard_output(quicks
     again = ["build", QUICKSTART, "--work", quickstart.work, *(f"--set={setting}" for setting in quickstart.overrides)]
     result = call(*again)
     assert result.exit_code == 0
-    assert [line.split()[-3:] for line in result.stderr.splitlines()] == [["up", "to", "date"]] * 11
+    assert [line.split()[-3:] for line in result.stderr.splitlines()] == [["up", "to", "date"]] * 12
     assert result.stdout.startswith("quickstart: resnet18") and f"{quickstart.work}/bundle" in result.stdout
     quiet = call(*again, "--quiet")
     assert (quiet.stdout, quiet.stderr) == (result.stdout, "")

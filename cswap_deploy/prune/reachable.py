@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cswap_deploy.artifacts import Groups
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.select import CostKind, narrowest
+from cswap_deploy.prune.select import CostKind, narrowest, nothing, unreachable
 from cswap_deploy.recipe import MacsTarget, ParamsTarget, Recipe
 from cswap_deploy.wording import plural
 
@@ -22,7 +22,7 @@ def fault(recipe: Recipe, groups: Groups, multiple: int) -> PruningError | None:
         case MacsTarget(macs=fraction) | ParamsTarget(params=fraction) if fraction >= 1:
             return None
     if not groups.groups:
-        return _nothing(groups).at(where)
+        return nothing(groups).at(where)
     whole = min(left(groups, "macs", multiple), left(groups, "params", multiple)) >= 1
     if whole and not any(group.branch for group in groups.groups):
         widest = max(group.units for group in groups.groups)
@@ -39,27 +39,3 @@ def fault(recipe: Recipe, groups: Groups, multiple: int) -> PruningError | None:
         case _:
             return None
     return found and found.at(where)
-
-
-def unreachable(
-    groups: Groups, kind: CostKind, fraction: float, multiple: int, share: float = 1.0
-) -> PruningError | None:
-    """Why so small a part of the dense network's cost cannot be reached.
-
-    `share`: the dense network's part of all that the groups' costs count, biases that compensation may add among them.
-    """
-    if not groups.groups:
-        return _nothing(groups)
-    least = left(groups, kind, multiple) / share
-    if fraction >= least - 1e-9:
-        return None
-    return PruningError(
-        f"prune.target asks to keep {fraction:g} of the {kind}; with every group at its narrowest "
-        f"(round_to {multiple}) {least:.3f} is left",
-        f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
-    )
-
-
-def _nothing(groups: Groups) -> PruningError:
-    reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
-    return PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")

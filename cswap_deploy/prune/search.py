@@ -15,10 +15,9 @@ from cswap_deploy.prune.compensate import with_systems
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
 from cswap_deploy.prune.curves import Gauge, leaving_order
 from cswap_deploy.prune.damage import Damage
-from cswap_deploy.prune.reachable import unreachable
 from cswap_deploy.prune.refit import Structure, examine
 from cswap_deploy.prune.renewed import renewed
-from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest, ranking
+from cswap_deploy.prune.select import CostKind, Kept, choose_units, narrowest, ranking, unreachable
 from cswap_deploy.prune.systems import Systems
 from cswap_deploy.recipe import (
     AllocationSettings,

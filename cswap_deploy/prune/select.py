@@ -40,6 +40,31 @@ def narrowest(groups: Groups, kind: CostKind, round_to: int) -> float:
     return groups.cost(keep)[kind == "macs"] / groups.cost({})[kind == "macs"]
 
 
+def unreachable(
+    groups: Groups, kind: CostKind, fraction: float, multiple: int, share: float = 1.0
+) -> PruningError | None:
+    """Why so small a part of the dense network's cost cannot be reached.
+
+    `share`: the dense network's part of all that the groups' costs count, biases that compensation may add among them.
+    """
+    if not groups.groups:
+        return nothing(groups)
+    least = narrowest(groups, kind, multiple) / share
+    if fraction >= least - 1e-9:
+        return None
+    return PruningError(
+        f"prune.target asks to keep {fraction:g} of the {kind}; with every group at its narrowest "
+        f"(round_to {multiple}) {least:.3f} is left",
+        f"raise prune.target.{kind}, lower prune.round_to, or shorten prune.skip",
+    )
+
+
+def nothing(groups: Groups) -> PruningError:
+    """That no group may be narrowed, and why."""
+    reasons = "; ".join(f"{item.name}: {item.reason}" for item in groups.refused[:3])
+    return PruningError(f"nothing in this network can be pruned ({reasons})", "set prune.target: null")
+
+
 Ranking = list[tuple[int, float]]
 
 
