@@ -397,12 +397,16 @@ def others(recipe: Recipe, ready: prepared.Prepared, multiple: int, folder: Path
     Two processes of one thread, each task with a work folder of its own: a fit is only half as fast again with two threads.
     """
     multiples = (*(number for number in (multiple,) if number > MULTIPLES[0]), *MULTIPLES)
+    with Workdir(folder / "split").open() as work:
+        calibration = recipe.calibration
+        catalogue = data.catalogue(calibration.images, None, ready.source.outputs, work.digest)
+        split = work.run(data.split, catalogue, calibration.scoring, calibration.holdout, recipe.seed)
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        path = pool.submit(along_path, recipe, ready, multiples, folder / "path")
+        path = pool.submit(along_path, recipe, ready, split, multiples, folder / "path")
 
         def fitted(kind: str, kept: Sequence[Kept]) -> list[Future[Otherwise]]:
             return [
-                pool.submit(kept_otherwise, recipe, ready, keep, folder / f"{kind}-{number}")
+                pool.submit(kept_otherwise, recipe, ready, split, keep, folder / f"{kind}-{number}")
                 for number, keep in enumerate(kept, 1)
             ]
 
@@ -415,18 +419,11 @@ def others(recipe: Recipe, ready: prepared.Prepared, multiple: int, folder: Path
             raise
 
 
-def split_of(asked: Recipe, ready: prepared.Prepared, work: Workdir) -> Split:
-    """The one of the builds."""
-    catalogue = data.catalogue(asked.calibration.images, None, ready.source.outputs, work.digest)
-    return work.run(data.split, catalogue, asked.calibration.scoring, asked.calibration.holdout, asked.seed)
-
-
-def kept_otherwise(asked: Recipe, ready: prepared.Prepared, keep: Kept, folder: Path) -> Otherwise:
+def kept_otherwise(asked: Recipe, ready: prepared.Prepared, split: Split, keep: Kept, folder: Path) -> Otherwise:
     """Cut, compensated and exported as a build does it."""
     root = asked.calibration.images
+    fit, holdout = ImageSet(split.fit, root), ImageSet(split.holdout, root)
     with Workdir(folder).open() as work:
-        split = split_of(asked, ready, work)
-        fit, holdout = ImageSet(split.fit, root), ImageSet(split.holdout, root)
         plan = PruningPlan(keep, (), None)
         pruned = work.run(prune.apply, ready.source, ready.groups, plan, fit, asked.prune.compensate, asked.device)
         exported = work.run(export.to_onnx, pruned, split.labels, fit, asked.onnx)
@@ -455,15 +452,16 @@ def coarsest(multiples: Sequence[int], allows: Callable[[int], bool]) -> int:
     return next(filter(allows, multiples), multiples[-1])
 
 
-def along_path(asked: Recipe, ready: prepared.Prepared, multiples: Sequence[int], folder: Path) -> list[Kept]:
+def along_path(
+    asked: Recipe, ready: prepared.Prepared, split: Split, multiples: Sequence[int], folder: Path
+) -> list[Kept]:
     """As the tool prunes for MACs: without emptying branches."""
     settings, scores, where = asked.prune, ready.plan.dense_scores, resolve_device(asked.device)
     groups, multiple = ready.groups.without_branches, MULTIPLES[0]
     assert scores and isinstance(settings.allocation, CurvesAllocation)
     criterion, compensate, allocation = settings.criterion, settings.compensate, settings.allocation
+    fit, selection = (ImageSet(part, asked.calibration.images) for part in (split.fit, split.selection))
     with Workdir(folder).open() as work:
-        split = split_of(asked, ready, work)
-        fit, selection = (ImageSet(part, asked.calibration.images) for part in (split.fit, split.selection))
         curves = work.run(
             prune.measure_curves, ready.source, groups, scores, fit, criterion, compensate, allocation, multiple, where
         )

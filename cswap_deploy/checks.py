@@ -41,7 +41,8 @@ def check(recipe: Recipe, folder: Path, *, prove: bool = False) -> CheckReport:
     facts = {"model": model.describe(recipe.model)}
     with work.open():
         taken, outputs, groups = _network(recipe, work, prove)
-        assumed = " (ImageNet's: model.input is not given)" if recipe.model.factory and not recipe.model.input else ""
+        unsaid = recipe.model.factory and not recipe.model.input and taken == model.FACTORY_INPUT
+        assumed = " (ImageNet's: model.input is not given)" if unsaid else ""
         facts |= {"input": f"{taken.shown}{assumed}"} if taken else {}
         calibration = recipe.calibration
         catalogue = data.catalogue(calibration.images, calibration.labels, outputs, work.digest)

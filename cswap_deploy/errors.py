@@ -16,6 +16,7 @@ CswapError             1   the base; raised bare it is a bug of ours
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, ClassVar
 
 from typing_extensions import Self
@@ -36,7 +37,10 @@ class CswapError(Exception):
 
     def at(self, where: str) -> Self:
         """The same, told with its place."""
-        return type(self)(f"{where}: {self.message}", self.hint)
+        told = copy(self)
+        told.message = f"{where}: {self.message}"
+        told.args = (told.message,)
+        return told
 
 
 class UsageError(CswapError):
@@ -72,9 +76,6 @@ class ModelError(CswapError):
     def __init__(self, message: str, hint: str = "", *, key: str = "") -> None:
         super().__init__(message, hint)
         self.key = key
-
-    def at(self, where: str) -> Self:
-        return type(self)(f"{where}: {self.message}", self.hint, key=self.key)
 
 
 class PruningError(ModelError):
