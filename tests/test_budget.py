@@ -863,6 +863,7 @@ def test_the_benchmark_counts_and_compares_at_equal_latency() -> None:
     assert bench.at([(1.0, 0.0), (0.4, 6.0), (0.6, 2.0)], 0.5) == pytest.approx(4.0)
     report = {
         "clock": "wall",
+        "seed": 29,
         "load": [0, 0],
         "rows": [],
         "predictions": {"net": [(1.0, 1.0), (1.1, 1.0)]},
@@ -874,6 +875,7 @@ def test_the_benchmark_counts_and_compares_at_equal_latency() -> None:
     report["others"] = {"macs": [(1.0, 0.0, 1.0), (0.4, 6.0, 0.7)], "uniform": [(1.0, 0.0, 1.0), (0.4, 9.0, 0.4)]}
     text = "\n".join(bench.table(report))
     assert "within: 2 of 3; above: 2 of 3" in text and "| +2.00 at 0.440 | +5.60 | +8.40 |" in text and "10.0%" in text
+    assert "2 settings (seed 29)" in text
     assert "the whole took 50 min" in text and "  0.440: 95.00%, macs 72.00%, uniform 44.00%" in text
 
 
