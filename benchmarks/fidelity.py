@@ -93,7 +93,8 @@ class Bench:
         units = [(number, unit) for number, group in enumerate(self.groups) for unit in range(group.units)]
         order = np.random.default_rng(self.seed).permutation(len(units))[:sample]
         parts = [[units[k] for k in order[part::3]] for part in range(3)]
-        means = input_means(self.module, self.groups, self.batches) if self.intervention == "mean" else {}
+        layers = sorted({member.module for group in self.groups for member in group.consumers})
+        means = input_means(self.module, layers, self.batches) if self.intervention == "mean" else {}
         spent = {name: Spent() for name in ("plain", "exact", "screened", "attribution")}
         loop = spent["plain"].on(lambda: self.plain(parts[0], means))
         first = spent["attribution"].on(self._attribution)

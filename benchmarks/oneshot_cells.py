@@ -147,7 +147,8 @@ def _code(ours: bool, bare: bool) -> str:
     if bare:
         return _digest([*(package / name for name in BARE), *own], "")
     settings = PruneSettings().model_dump_json(include={"criterion", "compensate", "allocation"})
-    return _digest([*sorted((package / "prune").rglob("*.py")), *own], settings)
+    path = [HERE / "oneshot_paths.py", HERE / "oneshot_nets.py", package / "data.py", package / "images.py"]
+    return _digest([*sorted((package / "prune").rglob("*.py")), *path, *own], settings)
 
 
 def _digest(files: Sequence[Path], settings: str) -> str:

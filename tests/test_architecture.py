@@ -28,7 +28,8 @@ FLOORS = {
     "prune.search prune.renewed prune.select prune.replay prune.criteria prune.criteria.* prune.folded prune.reading prune.residual "
     "repeats budget.values budget.shared budget.sizes budget.emptied budget.narrow "
     "budget.design budget.staircase budget.loop budget.account "
-    "prune.reachable prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts prune.screened",
+    "prune.reachable prune.systems prune.producers prune.grouped prune.suffix prune.exact prune.attribution prune.verdicts "
+    "prune.gradients prune.screened",
     2: "prune budget export variants accuracy engine latency assembling",
     3: "pipeline outline engines metering surveying planning sweeping errands checks measuring verify engine_check doctor doctor_host "
     "findings schemas starter",

@@ -41,7 +41,8 @@ def plain_loop(ablations: Ablations, number: int, unit: int, means: dict[str, Te
 def test_every_unit_and_image_is_as_in_a_plain_loop(name: str, intervention: Any) -> None:
     entry = zoo.ZOO[name]
     ablations = Ablations.prepare(entry.build(), entry.groups.groups, zoo.batches(entry, 7), intervention)
-    means = input_means(ablations.module, ablations.groups, ablations.batches) if intervention == "mean" else {}
+    layers = sorted({member.module for group in ablations.groups for member in group.consumers})
+    means = input_means(ablations.module, layers, ablations.batches) if intervention == "mean" else {}
     for number, found in enumerate(everything(ablations)):
         for unit in range(ablations.groups[number].units):
             assert torch.allclose(found[:, unit], plain_loop(ablations, number, unit, means), rtol=1e-4, atol=1e-5)

@@ -12,10 +12,10 @@ from typing_extensions import assert_never
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Group, HeadDims
-from cswap_deploy.prune.ablation import channel_axis, taps
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import Keep, add_bias, masked_copy, positions
 from cswap_deploy.prune.producers import partners
+from cswap_deploy.prune.reading import input_means
 from cswap_deploy.prune.refit import Structure, examine, refit
 from cswap_deploy.prune.systems import Systems
 from cswap_deploy.recipe import (
@@ -27,7 +27,7 @@ from cswap_deploy.recipe import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def compensated(
@@ -37,12 +37,32 @@ def compensated(
     batches: Batches,
     settings: CompensationSettings,
     structure: Structure | None = None,
+    systems: Systems | None = None,
 ) -> nn.Module:
     """A masked copy of `dense` that has absorbed the units which left, as far as the recipe's method can.
 
-    Give the same `structure` to all calls on one network with the same images, so that it is examined once.
+    Give the same `structure` to all calls on one network with the same images, so that it is examined once. `systems`: where
+    least squares is the method, the normal equations of all consumers in the copy are noted there.
     """
-    module, _ = with_systems(dense, groups, keep, batches, settings, structure or Structure())
+    import torch
+
+    module = masked_copy(dense, groups, keep)
+    gone, silent = _gone_inputs(groups, keep), _silent(groups, keep)
+    with torch.no_grad():
+        match settings:
+            case LeastSquaresCompensation():
+                structure = structure or Structure()
+                examine(dense, structure, batches, gone)
+                moving = partners(groups, structure.sites)
+                refit(dense, module, gone, batches, structure, moving, settings.producer_steps, silent, systems)
+            case MeanCompensation() if any(gone.values()):
+                _fold_means(dense, module, {name: lost for name, lost in gone.items() if lost}, batches)
+            case BatchNormCompensation() if any(gone.values()) or any(silent.values()):
+                _reestimate(module, batches)
+            case NoCompensation() | MeanCompensation() | BatchNormCompensation():
+                pass
+            case _:
+                assert_never(settings)
     return module
 
 
@@ -55,26 +75,8 @@ def with_systems(
     structure: Structure,
 ) -> tuple[nn.Module, Systems]:
     """`compensated`, and the normal equations of all consumers in it where least squares is the method."""
-    import torch
-
-    module = masked_copy(dense, groups, keep)
-    gone, silent = _gone_inputs(groups, keep), _silent(groups, keep)
     systems: Systems = {}
-    with torch.no_grad():
-        match settings:
-            case LeastSquaresCompensation():
-                examine(dense, structure, batches, gone)
-                producers = partners(groups, structure.sites)
-                systems = refit(dense, module, gone, batches, structure, producers, settings.producer_steps, silent)
-            case MeanCompensation() if any(gone.values()):
-                _fold_means(dense, module, {name: lost for name, lost in gone.items() if lost}, batches)
-            case BatchNormCompensation() if any(gone.values()) or any(silent.values()):
-                _reestimate(module, batches)
-            case NoCompensation() | MeanCompensation() | BatchNormCompensation():
-                pass
-            case _:
-                assert_never(settings)
-    return module, systems
+    return compensated(dense, groups, keep, batches, settings, structure, systems), systems
 
 
 def _gone_inputs(groups: Sequence[Group], keep: Keep) -> dict[str, list[int]]:
@@ -102,21 +104,12 @@ def _silent(groups: Sequence[Group], keep: Keep) -> dict[str, list[int]]:
 
 
 def _fold_means(dense: nn.Module, module: nn.Module, gone: Mapping[str, list[int]], batches: Batches) -> None:
-    import torch
-
-    sums: dict[str, Tensor] = {}
-    for images, _ in batches:
-        with taps(dense, list(gone)) as seen:
-            dense(images)
-        for name, inputs in seen.items():
-            axis = channel_axis(dense.get_submodule(name))
-            flat = torch.cat([tap.movedim(axis, -1).flatten(0, -2) for tap in inputs])
-            sums[name] = sums.get(name, 0) + flat.mean(0) * len(images)
+    means = input_means(dense, list(gone), batches)
     for name, indices in gone.items():
         weight: Any = dense.get_submodule(name).weight
         reach = weight[:, indices].flatten(2).sum(2) if weight.ndim > 2 else weight[:, indices]
         bias = add_bias(module, name)
-        bias += reach @ (sums[name][indices] / len(batches))
+        bias += reach @ means[name][indices]
 
 
 # --- batchnorm: statistics of the masked network

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cswap_deploy.prune.least_squares import RIDGE, SCARCE
+from cswap_deploy.prune.least_squares import ridge_of
 from cswap_deploy.prune.replay import Walk
 from cswap_deploy.prune.rows import Rows, is_sized
 from cswap_deploy.prune.systems import Block, Site, norm_of, start_of, write
@@ -117,8 +117,7 @@ class _Sums:
         import torch
 
         power, rows = self.gram.diagonal(dim1=1, dim2=2), float(self.gram[0, -1, -1])
-        scarcity = max(1.0, SCARCE * self.gram.shape[1] / max(1.0, rows))
-        ridge = RIDGE * scarcity * (power + 1e-3 * power.mean().clamp_min(1e-30))
+        ridge = ridge_of(power, self.gram.shape[1] - 1, rows)
         pull = ridge[:, :, None] * _weights(self.layer, start).double()
         found = torch.linalg.solve(self.gram + torch.diag_embed(ridge), self.cross + pull)
         weights: Tensor = found.transpose(0, 1).flatten(1).float()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group, Groups, HeadDims, InputSpec, Refusal
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.attribution import require_gradients
 from cswap_deploy.prune.branches import candidates as branch_candidates
 from cswap_deploy.prune.costs import cost_terms
+from cswap_deploy.prune.gradients import require_gradients
 from cswap_deploy.prune.head_dims import Inner, within_heads
 from cswap_deploy.prune.proof import branches, proven
 from cswap_deploy.prune.proposals import SUMMED, Proposals, overlap, propose

@@ -65,10 +65,7 @@ class NormalEquations:
 
     def ridge(self) -> Tensor:
         """(columns + 1,) what is added to the diagonal."""
-        power = self.gram.diagonal()
-        live = power[power > 0]
-        scarcity = max(1.0, SCARCE * (len(self.gram) - 1) / max(1.0, self.rows))
-        return RIDGE * scarcity * (power + 1e-3 * (live.mean() if len(live) else 1.0))
+        return ridge_of(self.gram.diagonal(), len(self.gram) - 1, self.rows)
 
     def regularised(self, index: Tensor) -> Tensor:
         """(n, n): the Gram matrix of the n columns of `index`, the ridge on its diagonal."""
@@ -110,6 +107,13 @@ class Nested:
         weights = torch.zeros(self.size, self.half.shape[1], dtype=torch.float32, device=self.half.device)
         weights[self.index[:count]] = found.float()
         return weights
+
+
+def ridge_of(power: Tensor, columns: int, rows: float) -> Tensor:
+    """What is added to the diagonal `power`, of any shape, of the normal equations of so many columns and rows."""
+    live = power[power > 0]
+    scarcity = max(1.0, SCARCE * columns / max(1.0, rows))
+    return RIDGE * scarcity * (power + 1e-3 * (live.mean() if len(live) else 1.0))
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -126,8 +126,9 @@ def readings(
     members = {member: group.units for group in groups for member in group.consumers}
     with torch.no_grad():
         image = next(iter(batches.first(1)))[0]
-        _require_rows_by_image(module, sorted({member.module for member in members}), image)
-        means = input_means(module, groups, batches) if intervention == "mean" else {}
+        layers = sorted({member.module for member in members})
+        _require_rows_by_image(module, layers, image)
+        means = input_means(module, layers, batches) if intervention == "mean" else {}
         walk = Walk(module, batches, Reuse())
         order = in_order(module, [member.module for member in members], image)
         place = {name: number for number, name in enumerate(order)}
@@ -173,11 +174,10 @@ def _explainable(name: str, layer: Any) -> bool:
     return channels <= MOST_COLUMNS
 
 
-def input_means(module: nn.Module, groups: Sequence[Group], batches: Batches) -> dict[str, Tensor]:
-    """Mean of each consumer's input channels over images and positions."""
+def input_means(module: nn.Module, layers: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+    """Mean of each layer's input channels over images and positions."""
     import torch
 
-    layers = sorted({member.module for group in groups for member in group.consumers})
     sums: dict[str, Tensor] = {}
     with torch.no_grad():
         for images, _ in batches:

@@ -82,8 +82,9 @@ def refit(
     producers: Mapping[str, Partner],
     steps: int,
     silent: Mapping[str, Sequence[int]],
-) -> Systems:
-    """Fit the layers of `module`, a masked copy of `dense`, in place; give the systems of the layers in `gone`.
+    systems: Systems | None = None,
+) -> None:
+    """Fit the layers of `module`, a masked copy of `dense`, in place; note in `systems` those of the layers in `gone`.
 
     `gone`: per consumer of a group the input channels that have left, perhaps none. Layers before the first cut stay as they are.
     `structure` is that of `dense`, examined on these images. Producers are moved in `steps` steps where their consumer has lost
@@ -94,7 +95,6 @@ def refit(
     there, here = Walk(dense, batches, structure.reuse), Walk(module, batches, structure.reuse)
     some = batches.first(structure.movers)
     movers = Movers(dense, module, some, structure.reuse, structure.sites, structure.order, len(batches), steps)
-    systems: Systems = {}
     changed, kept = False, set[str]()
     for number, name in enumerate(structure.order, 1):
         lost, partner, quiet = gone.get(name), producers.get(name), silent.get(name, ())
@@ -110,7 +110,7 @@ def refit(
             continue
         wanted = _wanted(site, name, there, structure)
         system, blocks = _gather(site, dense, name, wanted, here, frozenset(lost or ()), quiet)
-        if lost is not None:
+        if lost is not None and systems is not None:
             systems[name] = system
         weights = _solution(system, site, blocks) if fits else system.start
         if fits:
@@ -119,7 +119,6 @@ def refit(
             moved = movers.move(name, partner.consumer, system, weights, frozenset(gone[partner.consumer]))
             kept |= partner.between if moved else set()
         progress.advance("layers fitted", number, len(structure.order))
-    return systems
 
 
 def _narrowed(module: nn.Module, consumer: str, lost: Sequence[int]) -> bool:
