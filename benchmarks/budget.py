@@ -84,7 +84,7 @@ UNIFORM = (0.75, 0.55, 0.35, 0.2, 0.1)
 Drops between them are taken from straight lines, so they must not lie far from each other where drops bend."""
 MULTIPLES = (8, 4)
 """Of units, where the multiple that pays leaves no network as narrow."""
-STEP = 0.1
+STEP = 0.15
 """Of the dense MACs that leave in one step of that path, at most: as in the builds beside it, five to half of the latency."""
 UNSEEN, UNSEEN_S = 16, 2.0
 """Random settings that the prediction is judged on, and how long each is sampled."""

@@ -12,7 +12,7 @@ from torch import nn
 from cswap_deploy import recipe
 from cswap_deploy.artifacts import Curve, Group, GroupScores
 from cswap_deploy.prune.batches import Batches
-from cswap_deploy.prune.compensate import compensated
+from cswap_deploy.prune.compensate import compensated, seen
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
 from cswap_deploy.prune.cut import cut_copy
 from cswap_deploy.prune.damage import Damage
@@ -58,6 +58,10 @@ ABLATIONS: dict[str, How] = {
     "128 curve images": How(allocation=recipe.CurvesAllocation(images=128)),
     "512 curve images": How(allocation=recipe.CurvesAllocation(images=512)),
     "256 fit images": How(fit=256),
+    "256 fit images without copies": How(fit=256, compensate=recipe.LeastSquaresCompensation(views=1)),
+    "128 fit images": How(fit=128),
+    "128 fit images without copies": How(fit=128, compensate=recipe.LeastSquaresCompensation(views=1)),
+    "two views": How(compensate=recipe.LeastSquaresCompensation(views=2)),
     "384 fit images": How(fit=384),
 }
 
@@ -111,7 +115,7 @@ def on_path(cut: float, stride: float) -> bool:
 def passing(case: Case, how: How) -> Passing:
     """The search, but for what it has to know of the dense network to begin there."""
     fit = case.fit.first(how.fit)
-    structure = _structure(case, how, fit.first(SEARCH_IMAGES), case.structure)
+    structure = _structure(case, how, seen(fit, how.compensate).first(SEARCH_IMAGES), case.structure)
     bench = Bench(
         case.dense,
         case.groups,
@@ -146,14 +150,15 @@ def _first(search: Passing, how: How) -> recipe.CriterionSettings:
 
 def shipped(case: Case, how: How, kept: Kept) -> nn.Module:
     """What ships with these units: fitted on all images, and cut."""
-    fit, groups = case.fit.first(how.fit), case.groups.groups
+    fit, groups = seen(case.fit.first(how.fit), how.compensate), case.groups.groups
     structure = _structure(case, how, fit, case.shipped)
     return cut_copy(compensated(case.dense, groups, kept, fit, how.compensate, structure), groups, kept)
 
 
 def _structure(case: Case, how: How, fit: Batches, whole: Structure) -> Structure:
     """Of the dense network; what `how` is without is taken out of it. `whole`: the one to use where nothing is."""
-    if how.fit >= len(case.fit) and not how.without:
+    all_images = how.fit >= len(case.fit) and getattr(how.compensate, "views", "auto") == "auto"
+    if all_images and not how.without:
         return whole
     structure = Structure(reuse=whole.reuse)
     examine(case.dense, structure, fit, ())

@@ -68,6 +68,16 @@ def normalise(pixels: Pixels, spec: InputSpec) -> NDArray[np.float32]:
     return values
 
 
+def shifted(pixels: Pixels, random: np.random.Generator) -> Pixels:
+    """Each image moved by its own random step of up to an eighth of height and width; what comes in is reflected at the border."""
+    reach = [size // 8 for size in pixels.shape[2:]]
+    wide = np.pad(pixels, [(0, 0), (0, 0), *((step, step) for step in reach)], mode="reflect")
+    tops, lefts = (random.integers(0, 2 * step + 1, len(pixels)) for step in reach)
+    height, width = pixels.shape[2:]
+    places = zip(wide, tops, lefts, strict=True)
+    return np.stack([image[:, top : top + height, left : left + width] for image, top, left in places])
+
+
 def transform(picture: Picture, spec: InputSpec) -> Picture:
     """Resize, and centre crop or borders to the height and width of `spec`, to the bit as timm's `transforms_imagenet_eval`."""
     from PIL.Image import Resampling, new

@@ -292,6 +292,10 @@ class LeastSquaresCompensation(Settings):
         le=20,
         description="Gauss-Newton steps in which the layer that makes a group's units moves too, 0 for none",
     )
+    views: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = Field(
+        default="auto",
+        description="times that each fit image is seen, shifted by up to an eighth of its size; auto: as often as makes 768 in all",
+    )
 
 
 class CurvesAllocation(Settings):

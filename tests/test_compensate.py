@@ -14,7 +14,7 @@ from cswap_deploy.artifacts import Groups, HeadDims, HeadRows
 from cswap_deploy.progress import Recording, reporting
 from cswap_deploy.prune import refit
 from cswap_deploy.prune.batches import Batches
-from cswap_deploy.prune.compensate import compensated
+from cswap_deploy.prune.compensate import compensated, seen
 from cswap_deploy.prune.cut import cut_copy, masked_copy
 from cswap_deploy.prune.groups import find
 from cswap_deploy.recipe import (
@@ -497,3 +497,34 @@ def test_an_exception_inside_the_forward_leaves_dense_as_it_was(name: str, metho
             compensated(dense, entry.groups.groups, zoo.half(entry.groups), zoo.batches(entry), METHODS[method])
     handle.remove()
     assert zoo.same(before, zoo.fingerprint(dense))
+
+
+# --- copies of few images
+
+
+def test_few_images_are_filled_up_and_many_are_not() -> None:
+    entry = zoo.ZOO["residual"]
+
+    def counts(images: int, settings: CompensationSettings) -> tuple[int, int]:
+        found = seen(zoo.batches(entry, images), settings)
+        return found.originals, found.copies
+
+    auto = LeastSquaresCompensation()
+    assert [counts(images, auto) for images in (50, 100, 500, 768, 900)] == [
+        (50, 280), (100, 560), (500, 268), (768, 0), (900, 0)
+    ]  # fmt: skip
+    assert counts(900, LeastSquaresCompensation(views=2)) == (900, 720)
+    assert counts(50, LeastSquaresCompensation(views=1)) == (50, 0)
+    assert {counts(50, settings) for settings in METHODS.values() if settings != auto} == {(50, 0)}
+
+
+@pytest.mark.parametrize("name", ["residual", "vit"])
+def test_copies_of_few_images_help_on_images_that_are_not_among_them(name: str) -> None:
+    entry = zoo.ZOO[name]
+    dense, keep, others = entry.build(), zoo.half(entry.groups), zoo.batches(entry, 64, seed=9)
+    errors = []
+    for views in (1, 8):
+        settings = LeastSquaresCompensation(views=views)
+        few = seen(zoo.batches(entry, 16), settings)
+        errors.append(error(compensated(dense, entry.groups.groups, keep, few, settings), dense, others))
+    assert errors[1] < 0.95 * errors[0]

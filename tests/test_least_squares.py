@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cswap_deploy.prune.least_squares import RIDGE, SCARCE, WHOLE, NormalEquations
+from cswap_deploy.errors import PruningError
+from cswap_deploy.prune.least_squares import RIDGE, SCARCE, WHOLE, NormalEquations, factorised
 
 COLUMNS, OUTPUTS = 6, 3
 NATURAL = torch.arange(COLUMNS)
@@ -126,3 +127,41 @@ def test_the_square_of_many_columns_is_that_of_one_product(columns: int) -> None
     equations = NormalEquations.empty(columns, 1, "cpu")
     equations.add([(rows.T[None], rows[:, :1].T[None])], torch.arange(columns))
     assert torch.allclose(equations.gram[:-1, :-1], (rows.T @ rows).double(), atol=1e-4)
+
+
+# --- what rounding leaves of the matrix
+
+
+def test_a_definite_matrix_is_factorised_as_it_is() -> None:
+    equations, _, _ = system()
+    matrix = equations.regularised(torch.arange(COLUMNS + 1))
+    factor, added = factorised(matrix)
+    assert torch.equal(factor, torch.linalg.cholesky(matrix)) and not added.any()
+
+
+@pytest.mark.parametrize("error", [1e-3, 1e-2, 0.3])
+def test_a_matrix_that_rounding_left_indefinite_is_made_definite_by_what_it_takes(error: float) -> None:
+    """All columns are one; what is wrong with their products is larger than the ridge."""
+    matrix = torch.ones(50, 50, dtype=torch.float64)
+    matrix.diagonal().mul_(1 - error)
+    factor, added = factorised(matrix)
+    assert torch.allclose(factor @ factor.T, matrix + torch.diag(added)) and error < float(added[0]) <= 10 * error
+
+
+def test_alike_columns_with_rounding_errors_are_solved_near_to_where_they_were() -> None:
+    equations, start = NormalEquations.empty(40, 2, "cpu"), random(41, 2, seed=3)
+    fields = (1 + 1e-4 * random(500, 1, 4)).expand(500, 40, 4)
+    targets = (start[:40].T @ fields[:, :40]) + start[40][:, None]
+    equations.add([(fields, targets)], torch.arange(40))
+    equations.gram[:40, :40].diagonal().mul_(1 - 1e-3)
+    assert int(torch.linalg.cholesky_ex(equations.regularised(torch.arange(41))).info)
+    found = equations.solve(range(40), start)
+    fitted = found[:40].T @ fields + found[40][:, None]
+    assert torch.allclose(fitted, targets, rtol=0, atol=0.02 * float(targets.abs().max()))
+
+
+def test_values_that_are_no_numbers_are_told() -> None:
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[2, 2] = torch.nan
+    with pytest.raises(PruningError, match="a layer of 3 inputs .* no finite numbers"):
+        factorised(matrix)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import assert_never
 
+from cswap_deploy import progress
 from cswap_deploy.artifacts import Curve, Curves, File, Groups, GroupScores, ImageSet, Network, PruningPlan, Scores
 from cswap_deploy.budget.staircase import Steps
 from cswap_deploy.budget.values import Approach, Staircase
@@ -19,7 +20,7 @@ from cswap_deploy.data import require_learned
 from cswap_deploy.digests import digest_of
 from cswap_deploy.model import count
 from cswap_deploy.prune.batches import Batches, resolve_device
-from cswap_deploy.prune.compensate import compensated
+from cswap_deploy.prune.compensate import compensated, seen
 from cswap_deploy.prune.criteria import between_steps, images_used, scorer
 from cswap_deploy.prune.cut import cut_copy, restore, write_plan
 from cswap_deploy.prune.groups import find
@@ -102,7 +103,7 @@ def measure_curves(
     """What narrowing each group of the dense network costs, measured at several widths after compensation."""
     batches = Batches.read(fit, source.input, resolve_device(device))
     dense = restore(source).to(batches.device)
-    structure = _structure(source, fit, SEARCH_IMAGES, batches.device)
+    structure = _structure(source, fit, seen(batches, compensate).first(SEARCH_IMAGES))
     bench = Bench(dense, groups, batches, criterion, compensate, allocation, round_to, structure)
     module, systems = bench.compensated(bench.everything)
     damage = bench.damage(allocation)
@@ -209,16 +210,17 @@ def _search(
     where = resolve_device(device)
     fit_batches, judged = (Batches.read(images, source.input, where) for images in (fit, selection))
     dense, allocation = restore(source).to(where), settings.allocation
-    structure = _structure(source, fit, SEARCH_IMAGES, where)
+    structure = _structure(source, fit, seen(fit_batches, settings.compensate).first(SEARCH_IMAGES))
     bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, allocation, round_to, structure)
     return Search(bench, judged, scores, curves, seed)
 
 
-def _structure(source: Network, fit: ImageSet, images: int, device: str) -> Structure:
-    """For fits of this network on the first `images`: what a stage has found, the next one need not look for."""
+def _structure(source: Network, fit: ImageSet, batches: Batches) -> Structure:
+    """For fits of this network on `batches`, of the first images of `fit`: what a stage has found, the next one need not look for."""
     network = [source.weights.sha256, source.plan and source.plan.sha256, source.outputs]
     built = [encode(part, Path()) for part in (source.architecture, source.input)]
-    return Structure(digest_of([*network, *built, [image.sha256 for image in fit.images[:images]], device]))
+    images = [image.sha256 for image in fit.images[: batches.originals]]
+    return Structure(digest_of([*network, *built, images, batches.copies, batches.device]))
 
 
 def _plan_of(state: State, bench: Bench, scores: Scores, curves: Curves | None) -> PruningPlan:
@@ -250,9 +252,11 @@ def apply(
     """The smaller network: units cut, consumers compensated; weights and a plan.json from which it is rebuilt."""
     dense = pruned = restore(source)
     if plan.keep:
-        batches = Batches.read(fit, source.input, resolve_device(device))
+        batches = seen(Batches.read(fit, source.input, resolve_device(device)), compensate)
         dense = dense.to(batches.device)
-        structure = _structure(source, fit, len(batches), batches.device)
+        if batches.copies:
+            progress.note(f"fitted on {batches.originals} images and {batches.copies} shifted copies of them")
+        structure = _structure(source, fit, batches)
         masked = compensated(dense, groups.groups, plan.keep, batches, compensate, structure)
         pruned = cut_copy(masked, groups.groups, plan.keep).cpu()
     write_plan(out / "plan.json", dense, pruned, source, groups.groups, plan)

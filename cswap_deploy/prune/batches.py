@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cswap_deploy.artifacts import ImageSet, InputSpec
-from cswap_deploy.images import load, normalise
+from cswap_deploy.images import load, normalise, shifted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BATCH_ELEMENTS = 3 << 20
 """Input elements per batch, which holds 64 images at the most: 20 of 3x224x224."""
+UNCOPIED = 5
+"""One in so many images, of the first ones, has no copies."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Batches:
     device: str
     at_most: int = 64
     """Images per batch."""
+    copies: int = 0
+    """So many of the images, the last ones, are shifted copies of others."""
 
     @staticmethod
     def read(images: ImageSet, spec: InputSpec, device: str) -> Batches:
@@ -39,11 +43,30 @@ class Batches:
 
     def first(self, count: int) -> Batches:
         """The first `count` images; a split lists its images in random order."""
-        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
+        copies = max(0, min(count, len(self)) - self.originals)
+        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count], copies=copies)
 
     def divided(self, parts: int) -> Batches:
-        """The same images in so many batches or more."""
-        return replace(self, at_most=min(self.at_most, max(1, -(-len(self) // parts))))
+        """The same images, their originals in so many batches or more."""
+        return replace(self, at_most=min(self.at_most, max(1, -(-self.originals // parts))))
+
+    def with_copies(self, count: int) -> Batches:
+        """And `count` copies, shifted at random by up to an eighth of height and width, reflected at the borders.
+
+        Of all but the first fifth of the images, in turn: those are left to judge what was learnt from the others.
+        """
+        import numpy as np
+
+        rest = np.arange(len(self) // UNCOPIED, len(self))
+        chosen = np.resize(rest, count)
+        pixels = np.concatenate([self.pixels, shifted(self.pixels[chosen], np.random.default_rng(0))])
+        labels = np.concatenate([self.labels, self.labels[chosen]])
+        return replace(self, pixels=pixels, labels=labels, copies=self.copies + count)
+
+    @property
+    def originals(self) -> int:
+        """Images that are no copies; they come first."""
+        return len(self) - self.copies
 
     def __len__(self) -> int:
         return len(self.labels)

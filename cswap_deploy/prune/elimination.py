@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cswap_deploy.prune.least_squares import factorised
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -82,7 +84,7 @@ class _State:
     def of(consumer: Consumer) -> _State:
         import torch
 
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(consumer.gram))
+        inverse = torch.cholesky_inverse(factorised(consumer.gram)[0])
         return _State(inverse, consumer.weight.double().clone(), consumer.owned, consumer.rows)
 
     def part(self, units: Tensor) -> _State:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cswap_deploy.errors import PruningError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -83,8 +85,8 @@ class NormalEquations:
 
         index = torch.tensor([len(self.gram) - 1, *columns], device=self.gram.device)
         ridge = self.ridge()[index]
-        factor = torch.linalg.cholesky(self.regularised(index))
-        right = self.cross[index] + ridge[:, None] * start.double()[index]
+        factor, added = factorised(self.regularised(index))
+        right = self.cross[index] + (ridge + added)[:, None] * start.double()[index]
         half = torch.linalg.solve_triangular(factor, right, upper=False)
         return Nested(index, factor, half, len(self.gram))
 
@@ -107,6 +109,28 @@ class Nested:
         weights = torch.zeros(self.size, self.half.shape[1], dtype=torch.float32, device=self.half.device)
         weights[self.index[:count]] = found.float()
         return weights
+
+
+def factorised(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of a Gram matrix with its ridge, and what was added to its diagonal for that: nothing as a rule.
+
+    Sums of float32 products leave a matrix of many nearly alike columns indefinite where rounding is larger than the ridge; ten,
+    a hundred, ... times as much is added then. Errors: PruningError where that does not help.
+    """
+    import torch
+
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    added, more = torch.zeros_like(matrix.diagonal()), RIDGE
+    while int(failed) and more < 1:
+        more *= 10
+        added = more * matrix.diagonal()
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag(added))
+    if int(failed):
+        raise PruningError(
+            f"the normal equations of a layer of {len(matrix) - 1} inputs cannot be solved: its values are no finite numbers",
+            "check the network's outputs on these images, or set prune.compensate: none",
+        )
+    return factor, added
 
 
 def ridge_of(power: Tensor, columns: int, rows: float) -> Tensor:

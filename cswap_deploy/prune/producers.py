@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.artifacts import Group
 from cswap_deploy.prune.ablation import first_argument
 from cswap_deploy.prune.batches import Batches
-from cswap_deploy.prune.least_squares import SCARCE
+from cswap_deploy.prune.least_squares import SCARCE, factorised
 from cswap_deploy.prune.observe import observe
 from cswap_deploy.prune.replay import Reuse, Walk, answering
 from cswap_deploy.prune.systems import Site, System, rectified
@@ -32,7 +33,8 @@ MOST_IMAGES, FEWEST_IMAGES = 1024, 32
 MAPS_BYTES = 1 << 28
 """Memory for the activations of these images at the widest place."""
 JUDGES = 6
-"""Of this many batches, or more where an input is large, one in so many, rounded down, judges each step and takes no part in it."""
+"""Of this many batches of originals, or more where an input is large, one in so many, rounded down, judges each step and takes no
+part in it, nor has it copies that do."""
 DAMPING = 1e-3
 """Of the producer's side of the matrix, relative to each input's power."""
 OUTPUT_DAMPING = 1e-2
@@ -127,7 +129,7 @@ class Movers:
                 beside = behind.rows.flat(behind.outlet.beside(place))
                 offsets = beside + behind.outlet.constant(place.output)[:, None]
             lessons.append(_Lesson(number, images, *read, goal - behind.outlet.beside(place), offsets))
-        judges = max(1, len(lessons) // JUDGES)
+        judges = max(1, ceil(self.batches.originals / self.batches.size) // JUDGES)
         fitted = System.begin(behind, self.dense, gone)
         pair = _Pair(here, producer, consumer, site, behind, system, fitted, lessons[judges:], lessons[:judges])
         return pair if pair.lessons and pair.enough else None
@@ -300,7 +302,7 @@ class _Pair:
         own = equations.gram[index][:, index] / equations.rows
         own += torch.diag(DAMPING * (own.diagonal() + 1e-3 * own.diagonal().mean()))
         found = torch.zeros_like(equations.gram)
-        found[index[:, None], index] = torch.cholesky_inverse(torch.linalg.cholesky(own))
+        found[index[:, None], index] = torch.cholesky_inverse(factorised(own)[0])
         return found
 
     def _given(self, lesson: _Lesson) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.artifacts import Slice
 from cswap_deploy.prune.ablation import channel_axis
 from cswap_deploy.prune.cut import positions
-from cswap_deploy.prune.least_squares import RIDGE, SCARCE, NormalEquations
+from cswap_deploy.prune.least_squares import RIDGE, SCARCE, NormalEquations, factorised
 from cswap_deploy.prune.rows import Rows
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _unexplained(gram: Tensor, live: Tensor, member: Slice, units: int, kernel: 
     scarcity = max(1.0, SCARCE * (len(gram) - 1) / float(gram[-1, -1]))
     own += torch.diag(RIDGE * scarcity * (own.diagonal() + 1e-3 * own.diagonal().mean()))
     precision = torch.zeros_like(gram)
-    precision[index[:, None], index] = torch.cholesky_inverse(torch.linalg.cholesky(own))
+    precision[index[:, None], index] = torch.cholesky_inverse(factorised(own)[0])
     found = torch.zeros_like(gram[:-1])
     for unit in range(units):
         columns = [c * kernel + k for c in positions(member, [unit]) for k in range(kernel)]

@@ -30,9 +30,9 @@ UNITS = 1 / 64
 """Share of the units that are ablated on all images to learn the screen's error there; as many again because they are in doubt."""
 FEWEST = 8
 """But never fewer than this many, whatever that costs: the screen's error cannot be told from less."""
-BUDGET = 2e13
+BUDGET = 1e13
 """Multiply-accumulates for ablations, a third each for the units that teach, those in doubt and the hard images; one unit on one
-image counts as half a forward. A network of 100 million has 400,000 of them, a resnet50 at 224 pixels 9,800. Beyond 10 billion, with 256
+image counts as half a forward. A network of 100 million has 200,000 of them, a resnet50 at 224 pixels 4,900. Beyond 5 billion, with 256
 images, the fewest units cost more than this."""
 
 

@@ -11,7 +11,7 @@ from cswap_deploy import progress
 from cswap_deploy.artifacts import Axis, CostTerm, Curve, Groups, GroupScores, HeadDims, PruningStep
 from cswap_deploy.prune.allocate import Cost, Widths, choose_widths, least_damage
 from cswap_deploy.prune.batches import Batches
-from cswap_deploy.prune.compensate import with_systems
+from cswap_deploy.prune.compensate import seen, with_systems
 from cswap_deploy.prune.criteria import Scorer, between_steps, scorer
 from cswap_deploy.prune.curves import Gauge, leaving_order
 from cswap_deploy.prune.damage import Damage
@@ -60,10 +60,15 @@ class Bench:
     def everything(self) -> Kept:
         return {group.name: tuple(range(group.units)) for group in self.groups.groups}
 
+    @cached_property
+    def seen(self) -> Batches:
+        """The fit images with the copies that compensation sees; criteria see none."""
+        return seen(self.fit, self.compensate)
+
     def damage(self, allocation: CurvesAllocation) -> Damage:
         """On as many images as the recipe says; on fewer where one forward of the network costs more than a stated work."""
         affordable = max(FEWEST_IMAGES, int(CURVE_MACS / self.groups.cost({})[1]))
-        return Damage.to(self.dense, self.fit.first(min(allocation.images, affordable)), allocation.temperature)
+        return Damage.to(self.dense, self.seen.first(min(allocation.images, affordable)), allocation.temperature)
 
     def compensated(self, keep: Kept) -> tuple[nn.Module, Systems]:
         """The masked network that keeps these units, and its consumers' systems where they are re-fitted.
@@ -73,7 +78,7 @@ class Bench:
         settings = self.compensate
         if isinstance(settings, LeastSquaresCompensation):
             settings = settings.model_copy(update={"producer_steps": 0})
-        images = self.fit.first(SEARCH_IMAGES)
+        images = self.seen.first(SEARCH_IMAGES)
         return with_systems(self.dense, self.groups.groups, keep, images, settings, self.structure)
 
     @property
@@ -97,7 +102,7 @@ class Bench:
             fixed = isinstance(group, HeadDims) and group.queries
             found = leaving_order(module, group, kept, systems) if self.eliminates or fixed else None
             orders[group.name] = found or tuple(unit for unit, _ in reversed(ranking(of_group[group.name], kept)))
-        examine(self.dense, self.structure, self.fit.first(SEARCH_IMAGES), ())
+        examine(self.dense, self.structure, self.seen.first(SEARCH_IMAGES), ())
         return Gauge(module, self.groups.groups, orders, systems, damage, self.structure)
 
     @cached_property
@@ -107,7 +112,7 @@ class Bench:
             case MeanCompensation():
                 names = {member.module for group in self.groups.groups for member in group.consumers}
             case LeastSquaresCompensation():
-                examine(self.dense, self.structure, self.fit.first(SEARCH_IMAGES), ())
+                examine(self.dense, self.structure, self.seen.first(SEARCH_IMAGES), ())
                 sites = {**self.structure.sites, **self.structure.grouped}
                 names = {name for name, site in sites.items() if site and not site.outlet.norm}
             case _:
