@@ -163,5 +163,5 @@ def test_alike_columns_with_rounding_errors_are_solved_near_to_where_they_were()
 def test_values_that_are_no_numbers_are_told() -> None:
     matrix = torch.eye(4, dtype=torch.float64)
     matrix[2, 2] = torch.nan
-    with pytest.raises(PruningError, match="a layer of 3 inputs .* no finite numbers"):
+    with pytest.raises(PruningError, match=r"a layer of 3 inputs .* no finite numbers"):
         factorised(matrix)
