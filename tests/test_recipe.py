@@ -67,7 +67,7 @@ def test_defaults(write: Callable[[str], Path], tmp_path: Path) -> None:
                 "images": 256,
                 "alpha": 0.05,
             },
-            "compensate": {"kind": "least_squares", "producer_steps": 2},
+            "compensate": {"kind": "least_squares", "producer_steps": 2, "views": "auto"},
             "allocation": {"kind": "curves", "temperature": 4.0, "images": 256},
             "steps": 8,
             "round_to": "auto",

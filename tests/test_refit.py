@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -533,15 +534,21 @@ def test_a_structure_is_of_one_network_of_some_images_on_one_device(tmp_path: Pa
     spec = zoo.spec(8)
     source = Network(Architecture("timm", "resnet18", {}, "1"), None, weights, spec, 4, 1, 1, None)
     fit = ImageSet(tuple(Image(f"{name}.png", name, 0) for name in "abc"), tmp_path)
+
+    def seen(images: int, copies: int = 0, device: str = "cpu") -> Batches:
+        pixels = np.zeros((images + copies, 3, 8, 8), np.uint8)
+        return Batches(pixels, np.zeros(images + copies, np.int64), spec, device, copies=copies)
+
     others = [
-        (replace(source, weights=replace(weights, sha256="b")), fit, 2, "cpu"),
-        (replace(source, architecture=Architecture("timm", "resnet34", {}, "1")), fit, 2, "cpu"),
-        (replace(source, input=zoo.spec(16)), fit, 2, "cpu"),
-        (source, replace(fit, images=fit.images[::-1]), 2, "cpu"),
-        (source, fit, 3, "cpu"),
-        (source, fit, 2, "cuda"),
+        (replace(source, weights=replace(weights, sha256="b")), fit, seen(2)),
+        (replace(source, architecture=Architecture("timm", "resnet34", {}, "1")), fit, seen(2)),
+        (replace(source, input=zoo.spec(16)), fit, seen(2)),
+        (source, replace(fit, images=fit.images[::-1]), seen(2)),
+        (source, fit, seen(3)),
+        (source, fit, seen(2, copies=1)),
+        (source, fit, seen(2, device="cuda")),
     ]
-    keys = {prune._structure(*asked).key for asked in [(source, fit, 2, "cpu"), *others]}
+    keys = {prune._structure(*asked).key for asked in [(source, fit, seen(2)), *others]}
     assert len(keys) == 1 + len(others)
     same = replace(fit, images=(*fit.images[:2], Image("d.png", "d", 0)), root=tmp_path / "elsewhere")
     assert prune._structure(source, same, 2, "cpu").key == prune._structure(source, fit, 2, "cpu").key
