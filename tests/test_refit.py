@@ -551,7 +551,7 @@ def test_a_structure_is_of_one_network_of_some_images_on_one_device(tmp_path: Pa
     keys = {prune._structure(*asked).key for asked in [(source, fit, seen(2)), *others]}
     assert len(keys) == 1 + len(others)
     same = replace(fit, images=(*fit.images[:2], Image("d.png", "d", 0)), root=tmp_path / "elsewhere")
-    assert prune._structure(source, same, 2, "cpu").key == prune._structure(source, fit, 2, "cpu").key
+    assert prune._structure(source, same, seen(2)).key == prune._structure(source, fit, seen(2)).key
 
 
 def test_a_layer_that_is_not_fitted_is_told_of_by_each_stage_that_would(monkeypatch: pytest.MonkeyPatch) -> None:
