@@ -548,10 +548,10 @@ def test_a_structure_is_of_one_network_of_some_images_on_one_device(tmp_path: Pa
         (source, fit, seen(2, copies=1)),
         (source, fit, seen(2, device="cuda")),
     ]
-    keys = {prune._structure(*asked).key for asked in [(source, fit, seen(2)), *others]}
+    keys = {prune._key(*asked) for asked in [(source, fit, seen(2)), *others]}
     assert len(keys) == 1 + len(others)
     same = replace(fit, images=(*fit.images[:2], Image("d.png", "d", 0)), root=tmp_path / "elsewhere")
-    assert prune._structure(source, same, seen(2)).key == prune._structure(source, fit, seen(2)).key
+    assert prune._key(source, same, seen(2)) == prune._key(source, fit, seen(2))
 
 
 def test_a_layer_that_is_not_fitted_is_told_of_by_each_stage_that_would(monkeypatch: pytest.MonkeyPatch) -> None:

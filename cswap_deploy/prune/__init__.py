@@ -103,8 +103,8 @@ def measure_curves(
     """What narrowing each group of the dense network costs, measured at several widths after compensation."""
     batches = Batches.read(fit, source.input, resolve_device(device))
     dense = restore(source).to(batches.device)
-    structure = _structure(source, fit, seen(batches, compensate).first(SEARCH_IMAGES))
-    bench = Bench(dense, groups, batches, criterion, compensate, allocation, round_to, structure)
+    bench = Bench(dense, groups, batches, criterion, compensate, allocation, round_to)
+    bench.structure.key = _key(source, fit, bench.seen.first(SEARCH_IMAGES))
     module, systems = bench.compensated(bench.everything)
     damage = bench.damage(allocation)
     found = bench.gauge(module, systems, bench.everything, scores.groups, damage).curves(round_to)
@@ -210,17 +210,18 @@ def _search(
     where = resolve_device(device)
     fit_batches, judged = (Batches.read(images, source.input, where) for images in (fit, selection))
     dense, allocation = restore(source).to(where), settings.allocation
-    structure = _structure(source, fit, seen(fit_batches, settings.compensate).first(SEARCH_IMAGES))
-    bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, allocation, round_to, structure)
+    bench = Bench(dense, groups, fit_batches, settings.criterion, settings.compensate, allocation, round_to)
+    bench.structure.key = _key(source, fit, bench.seen.first(SEARCH_IMAGES))
     return Search(bench, judged, scores, curves, seed)
 
 
-def _structure(source: Network, fit: ImageSet, batches: Batches) -> Structure:
-    """For fits of this network on `batches`, of the first images of `fit`: what a stage has found, the next one need not look for."""
+def _key(source: Network, fit: ImageSet, batches: Batches) -> str:
+    """Of the structure for fits of this network on `batches`, of the first images of `fit`: what a stage has found, the next one need not
+    look for."""
     network = [source.weights.sha256, source.plan and source.plan.sha256, source.outputs]
     built = [encode(part, Path()) for part in (source.architecture, source.input)]
     images = [image.sha256 for image in fit.images[: batches.originals]]
-    return Structure(digest_of([*network, *built, images, batches.copies, batches.device]))
+    return digest_of([*network, *built, images, batches.copies, batches.device])
 
 
 def _plan_of(state: State, bench: Bench, scores: Scores, curves: Curves | None) -> PruningPlan:
@@ -256,7 +257,7 @@ def apply(
         dense = dense.to(batches.device)
         if batches.copies:
             progress.note(f"fitted on {batches.originals} images and {batches.copies} shifted copies of them")
-        structure = _structure(source, fit, batches)
+        structure = Structure(_key(source, fit, batches))
         masked = compensated(dense, groups.groups, plan.keep, batches, compensate, structure)
         pruned = cut_copy(masked, groups.groups, plan.keep).cpu()
     write_plan(out / "plan.json", dense, pruned, source, groups.groups, plan)

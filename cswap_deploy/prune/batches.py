@@ -57,11 +57,15 @@ class Batches:
         """
         import numpy as np
 
-        rest = np.arange(len(self) // UNCOPIED, len(self))
-        chosen = np.resize(rest, count)
+        chosen = np.resize(np.arange(self.uncopied, len(self)), count)
         pixels = np.concatenate([self.pixels, shifted(self.pixels[chosen], np.random.default_rng(0))])
         labels = np.concatenate([self.labels, self.labels[chosen]])
         return replace(self, pixels=pixels, labels=labels, copies=self.copies + count)
+
+    @property
+    def uncopied(self) -> int:
+        """Of the first images, those that get no copies."""
+        return len(self) // UNCOPIED
 
     @property
     def originals(self) -> int:

@@ -12,7 +12,7 @@ from typing_extensions import assert_never
 
 from cswap_deploy import progress
 from cswap_deploy.artifacts import Group, HeadDims
-from cswap_deploy.prune.batches import UNCOPIED, Batches
+from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.cut import Keep, add_bias, masked_copy, positions
 from cswap_deploy.prune.producers import partners
 from cswap_deploy.prune.reading import input_means
@@ -29,7 +29,6 @@ from cswap_deploy.recipe import (
 if TYPE_CHECKING:
     from torch import nn
 
-
 FIT_IMAGES, MOST_VIEWS = 768, 8
 """As many images as `views: auto` fills up to with shifted copies, with at most so many views of one."""
 
@@ -43,7 +42,7 @@ def seen(fit: Batches, settings: CompensationSettings) -> Batches:
             most = views * len(fit)
         case _:
             return fit
-    copies = min(most, (views - 1) * (len(fit) - len(fit) // UNCOPIED))
+    copies = min(most, (views - 1) * (len(fit) - fit.uncopied))
     return fit.with_copies(copies) if copies else fit
 
 

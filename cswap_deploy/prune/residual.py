@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy.artifacts import Slice
 from cswap_deploy.prune.ablation import channel_axis
 from cswap_deploy.prune.cut import positions
-from cswap_deploy.prune.least_squares import RIDGE, SCARCE, NormalEquations, factorised
+from cswap_deploy.prune.least_squares import NormalEquations, factorised, ridge_of
 from cswap_deploy.prune.rows import Rows
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def _unexplained(gram: Tensor, live: Tensor, member: Slice, units: int, kernel: 
 
     index = torch.cat([live, live.new_ones(1)]).nonzero()[:, 0]
     own = gram[index][:, index]
-    scarcity = max(1.0, SCARCE * (len(gram) - 1) / float(gram[-1, -1]))
-    own += torch.diag(RIDGE * scarcity * (own.diagonal() + 1e-3 * own.diagonal().mean()))
+    own += torch.diag(ridge_of(own.diagonal(), len(gram) - 1, float(gram[-1, -1])))
     precision = torch.zeros_like(gram)
     precision[index[:, None], index] = torch.cholesky_inverse(factorised(own)[0])
     found = torch.zeros_like(gram[:-1])
