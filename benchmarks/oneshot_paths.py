@@ -55,6 +55,8 @@ ABLATIONS: dict[str, How] = {
     "all curves anew": How(without="scaled curves"),
     "one step": How(),
     "temperature 1": How(allocation=recipe.CurvesAllocation(temperature=1.0)),
+    "32 curve images": How(allocation=recipe.CurvesAllocation(images=32)),
+    "64 curve images": How(allocation=recipe.CurvesAllocation(images=64)),
     "128 curve images": How(allocation=recipe.CurvesAllocation(images=128)),
     "512 curve images": How(allocation=recipe.CurvesAllocation(images=512)),
     "256 fit images": How(fit=256),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.least_squares import RIDGE, SCARCE, WHOLE, NormalEquations, factorised
+from cswap_deploy.prune.least_squares import RIDGE, SCARCE, UNSHIFTED, WHOLE, NormalEquations, factorised
 
 COLUMNS, OUTPUTS = 6, 3
 NATURAL = torch.arange(COLUMNS)
@@ -127,6 +127,22 @@ def test_the_square_of_many_columns_is_that_of_one_product(columns: int) -> None
     equations = NormalEquations.empty(columns, 1, "cpu")
     equations.add([(rows.T[None], rows[:, :1].T[None])], torch.arange(columns))
     assert torch.allclose(equations.gram[:-1, :-1], (rows.T @ rows).double(), atol=1e-4)
+
+
+def test_rounding_of_many_alike_columns_is_of_what_sets_them_apart() -> None:
+    columns = UNSHIFTED + 6
+    rows = 30 + random(1500, columns) / 10
+    targets = rows[:, :2] + random(len(rows), 2, seed=1) / 10
+    order = random(columns, seed=2).argsort()
+    equations = NormalEquations.empty(columns, 2, "cpu")
+    for first, last in ((0, 900), (900, 1500)):  # rows are counted on from one call to the next
+        pairs = zip(rows[first:last, order].split(400), targets[first:last].split(400), strict=True)
+        equations.add([(fields.T[None], wanted.T[None]) for fields, wanted in pairs], order)
+    whole = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+    gram, cross = whole.double().T @ whole.double(), whole.double().T @ targets.double()
+    plainly = ((whole.T @ whole).double() - gram).abs().max(), ((whole.T @ targets).double() - cross).abs().max()
+    assert float((equations.gram - gram).abs().max()) < 0.01 * float(plainly[0])
+    assert float((equations.cross - cross).abs().max()) < 0.01 * float(plainly[1])
 
 
 # --- what rounding leaves of the matrix

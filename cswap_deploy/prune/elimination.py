@@ -8,7 +8,7 @@ of a unit are seen for what they are: the first costs nothing, the second then a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cswap_deploy.prune.least_squares import factorised
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 96
 """Down-dates of all that is left per group, about: of wider groups several units leave between two, each given those before it."""
+STALE = 1 / 6
+"""Share of the rows and columns that may be of units that have left; they are then taken out."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ def _cheapest(states: Sequence[_State], pool: Tensor, count: int) -> tuple[Tenso
 
 @dataclass
 class _State:
-    """The inverse of what is left, and the weights that are best for it; rows and columns of what has left are stale."""
+    """The inverse of what is left, and the weights that are best for it; rows and columns of what is `gone` are stale."""
 
     inverse: Tensor
     weight: Tensor
     owned: Tensor
     rows: float
+    gone: list[int] = field(default_factory=list)
 
     @staticmethod
     def of(consumer: Consumer) -> _State:
@@ -102,7 +105,7 @@ class _State:
         index = self.owned[units]
         blocks = self.inverse[index[:, :, None], index[:, None, :]]
         own = self.weight[index]
-        found: Tensor = (own * torch.linalg.solve(blocks, own)).sum((1, 2)) / self.rows
+        found: Tensor = torch.linalg.solve(blocks, own @ own.mT).diagonal(dim1=1, dim2=2).sum(1) / self.rows
         return found
 
     def drop(self, units: Tensor) -> None:
@@ -112,5 +115,17 @@ class _State:
         towards = torch.linalg.solve(self.inverse[gone][:, gone], torch.cat([self.inverse[gone], self.weight[gone]], 1))
         size = len(self.inverse)
         sides = self.inverse[:, gone]
-        self.weight -= sides @ towards[:, size:]
-        self.inverse -= sides @ towards[:, :size]
+        self.weight.addmm_(sides, towards[:, size:], alpha=-1)
+        self.inverse.addmm_(sides, towards[:, :size], alpha=-1)
+        self.gone += gone.tolist()
+        if len(self.gone) > STALE * size:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Take out what is stale."""
+        import torch
+
+        left = torch.ones(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
+        left[self.gone] = False
+        self.owned = (left.cumsum(0) - 1)[self.owned]
+        self.inverse, self.weight, self.gone = self.inverse[left][:, left], self.weight[left], []

@@ -18,6 +18,9 @@ RIDGE = 1e-4
 """Ridge relative to each input's own power; it pulls towards the weights that the layer had."""
 SCARCE = 8
 """With fewer rows than this per unknown the ridge is stronger in proportion."""
+UNSHIFTED = 1024
+"""Columns beyond which sums are taken about the first block's mean. Rounding grows with what nearly alike columns have in common, which
+grows with their number; without their mean it stays below the ridge."""
 WHOLE = 256
 """Columns up to which the square is one product; beyond it what is symmetric is not computed twice."""
 
@@ -44,14 +47,26 @@ class NormalEquations:
 
         Columns that are not in `order` are never there.
         """
+        import torch
+
         gram = self.gram.new_zeros(len(order), len(order))
         sums = self.gram.new_zeros(len(order))
+        shift, rows, wanted = None, self.rows, self.cross[-1].clone()
         for fields, targets in blocks:
-            flat = _rows(fields)
+            if shift is None and len(order) > UNSHIFTED:
+                shift = _rows(fields).mean(0)
+            about = fields if shift is None else fields - shift[:, None]
+            flat = _rows(about)
             gram += _square(flat)
             sums += flat.sum(0)
             self.gram[-1, -1] += len(flat)
-            self.add_cross(fields, targets, order)
+            self.add_cross(about, targets, order)
+        if shift is not None:
+            means = shift.double()
+            half = torch.outer(sums + (self.rows - rows) / 2 * means, means)
+            gram += half + half.T
+            sums += (self.rows - rows) * means
+            self.cross[order] += torch.outer(means, self.cross[-1] - wanted)
         self.gram[order[:, None], order] += gram
         self.gram[order, -1] += sums
         self.gram[-1, order] += sums
@@ -59,7 +74,7 @@ class NormalEquations:
     def add_cross(self, fields: Tensor, targets: Tensor, order: Tensor) -> None:
         wanted = _rows(targets)
         self.cross[order] += _rows(fields).T @ wanted
-        self.cross[-1] += wanted.sum(0)
+        self.cross[-1] += wanted.sum(0, dtype=self.cross.dtype)
 
     @property
     def rows(self) -> float:

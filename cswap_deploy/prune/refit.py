@@ -9,7 +9,7 @@ layer is fitted (`producers`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from cswap_deploy import progress
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.grouped import grouped_rows, refit_grouped
 from cswap_deploy.prune.least_squares import NormalEquations
-from cswap_deploy.prune.observe import observe, outlet
+from cswap_deploy.prune.observe import Place, observe, outlet
 from cswap_deploy.prune.producers import FEWEST_IMAGES as FEWEST_MOVERS
 from cswap_deploy.prune.producers import MAPS_BYTES, MOST_IMAGES, Movers, Partner
 from cswap_deploy.prune.replay import CACHE_BYTES, Reuse, Walk, finished_before, in_order
@@ -63,6 +63,11 @@ class Structure:
     def bytes(self) -> int:
         return sum(part.nbytes for parts in self.wanted.values() for part in parts)
 
+    def keep(self, name: str, wanted: list[Tensor]) -> None:
+        """While memory allows."""
+        if sum(part.nbytes for part in wanted) + self.bytes <= WANTED_BYTES:
+            self.wanted[name] = wanted
+
     def draw_denser(self, times: float) -> None:
         """All sites, as `Rows.denser`."""
 
@@ -93,6 +98,7 @@ def refit(
     """
     batches = batches.first(structure.images)
     there, here = Walk(dense, batches, structure.reuse), Walk(module, batches, structure.reuse)
+    same = not any(gone.values()) and not any(silent.values())
     some = batches.first(structure.movers)
     movers = Movers(dense, module, some, structure.reuse, structure.sites, structure.order, len(batches), steps)
     changed, kept = False, set[str]()
@@ -108,8 +114,8 @@ def refit(
             refit_grouped(grouped, dense, module, name, _wanted(grouped, name, there, structure), here)
         if site is None:
             continue
-        wanted = _wanted(site, name, there, structure)
-        system, blocks = _gather(site, dense, name, wanted, here, frozenset(lost or ()), quiet)
+        visits = _visits(site, name, here, here if same else there, structure)
+        system, blocks = _gather(site, dense, name, visits, frozenset(lost or ()), quiet)
         if lost is not None and systems is not None:
             systems[name] = system
         weights = _solution(system, site, blocks) if fits else system.start
@@ -232,24 +238,38 @@ def _site(dense: nn.Module, name: str, rows: Rows, images: Tensor, once: Collect
 def _wanted(site: Site, name: str, there: Walk, structure: Structure) -> list[Tensor]:
     """Per batch (images, outputs, positions): what the sum, or where there is none the output, was in the dense network.
 
-    In terms of the layer's output, at the positions that are drawn of each batch. Kept from fit to fit while memory allows.
+    In terms of the layer's output, at the positions that are drawn of each batch. Kept from fit to fit.
     """
     if name in structure.wanted:
         return structure.wanted[name]
-    rows, way = site.rows, site.outlet
-    places = there.visit(name, as_far_as_sum=way.summed)
-    found = [rows.pick(place.output + way.beside(place), seed).contiguous() for seed, place in enumerate(places)]
-    if sum(part.nbytes for part in found) + structure.bytes <= WANTED_BYTES:
-        structure.wanted[name] = found
+    places = there.visit(name, as_far_as_sum=site.outlet.summed)
+    found = [_target(site, place, seed) for seed, place in enumerate(places)]
+    structure.keep(name, found)
     return found
+
+
+def _target(site: Site, place: Place, seed: int) -> Tensor:
+    return site.rows.pick(place.output + site.outlet.beside(place), seed).contiguous()
+
+
+def _visits(site: Site, name: str, here: Walk, there: Walk, structure: Structure) -> Iterator[tuple[Place, Tensor]]:
+    """Per batch what the layer does in the compensated network, and what `_wanted` says; one walk where the two are one."""
+    places = here.visit(name, as_far_as_sum=site.outlet.summed)
+    if here is not there or name in structure.wanted:
+        yield from zip(places, _wanted(site, name, there, structure), strict=True)
+        return
+    found: list[Tensor] = []
+    for seed, place in enumerate(places):
+        found.append(_target(site, place, seed))
+        yield place, found[-1]
+    structure.keep(name, found)
 
 
 def _gather(
     site: Site,
     dense: nn.Module,
     name: str,
-    wanted: Sequence[Tensor],
-    here: Walk,
+    visits: Iterable[tuple[Place, Tensor]],
     gone: frozenset[int],
     silent: Sequence[int],
 ) -> tuple[System, list[Block]]:
@@ -257,8 +277,8 @@ def _gather(
     system, kept = System.begin(site, dense, gone, tuple(silent)), list[Block]()
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        for seed, found in enumerate(here.visit(name, as_far_as_sum=site.outlet.summed)):
-            for block in Block.of(site, found, wanted[seed], seed, system.read):
+        for seed, (found, wanted) in enumerate(visits):
+            for block in Block.of(site, found, wanted, seed, system.read):
                 kept.extend([block] if site.outlet.rectified else [])
                 yield block.fields, block.targets
 
@@ -271,15 +291,15 @@ def _solution(system: System, site: Site, blocks: Sequence[Block]) -> Tensor:
     weights = system.solve()
     if blocks:
         order = site.rows.order(system.read)
-        cross = _rectified_cross(weights, site.outlet.sign(weights.shape[1]), blocks, order)
+        cross = system.equations.cross + _rectified_cross(weights, site.outlet.sign(weights.shape[1]), blocks, order)
         weights = replace(system, equations=NormalEquations(system.equations.gram, cross)).solve()
     return weights
 
 
 def _rectified_cross(weights: Tensor, sign: Tensor, blocks: Sequence[Block], order: Tensor) -> Tensor:
-    """U'Y with Y moved as far as the rectifier lets it be."""
+    """What U'Y gains when Y is moved as far as the rectifier lets it be."""
     found = NormalEquations.empty(len(weights) - 1, weights.shape[1], str(weights.device))
     for block in blocks:
         fit = block.fields.transpose(1, 2) @ weights[order] + weights[-1]
-        found.add_cross(block.fields, block.moved(fit.transpose(1, 2), sign), order)
+        found.add_cross(block.fields, block.moved(fit.transpose(1, 2), sign) - block.targets, order)
     return found.cross

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CURVE_MACS = 5e10
 """Multiply-accumulates of one pass over the images of the curves: 256 images of up to 200 million each."""
-FEWEST_IMAGES = 64
+FEWEST_IMAGES = 32
 """But never fewer images."""
 SEARCH_IMAGES = 384
 """Fit images that the networks between steps are fitted on; what ships is fitted on all."""
