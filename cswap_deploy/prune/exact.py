@@ -68,11 +68,13 @@ class Ablations:
         wanted = [mask & ~self._idle(number) for number, mask in enumerate(wanted)]
         total, done = sum(int(mask.sum()) for mask in wanted), 0
         with torch.no_grad():
-            for numbers in self._sections():
-                start = 0
+            for numbers in self._sections([number for number, mask in enumerate(wanted) if bool(mask.any())]):
+                end = 0
                 for images, labels in self.batches:
-                    end = start + len(images)
+                    start, end = end, end + len(images)
                     some = [number for number in numbers if bool(wanted[number][start:end].any())]
+                    if not some:
+                        continue
                     short = [suffix for number in some if (suffix := self.suffixes[number]) is not None]
                     clean = observed(self.fast, short, images, labels)
                     for number in some:
@@ -80,7 +82,6 @@ class Ablations:
                         found[number][start:end][mask] = self._batch(number, mask, clean)
                         done += int(mask.sum())
                         progress.advance("ablations", done, total)
-                    start = end
         return found
 
     def _idle(self, number: int) -> Tensor:
@@ -161,14 +162,15 @@ class Ablations:
         tolerance = PROOF_TOLERANCE * max(1.0, float(wanted.abs().max()))
         return bool(((found - wanted).abs() <= tolerance).all())
 
-    def _sections(self) -> Iterator[list[int]]:
-        """Groups whose kept activations of one batch fit into KEPT_BYTES together."""
+    def _sections(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Of these groups those whose kept activations of one batch fit into KEPT_BYTES together."""
         import torch
 
         images, labels = next(iter(self.batches.first(1)))
         section: list[int] = []
         kept: dict[str, int] = {}
-        for number, suffix in enumerate(self.suffixes):
+        for number in numbers:
+            suffix = self.suffixes[number]
             own: dict[str, int] = {}
             if suffix is not None:
                 with torch.no_grad():
@@ -180,7 +182,8 @@ class Ablations:
                 section, kept = [], {}
             section.append(number)
             kept |= own
-        yield section
+        if section:
+            yield section
 
 
 def _log_p(module: nn.Module, clean: Clean) -> Tensor:
