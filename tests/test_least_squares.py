@@ -77,6 +77,15 @@ def test_leading_columns_are_the_solution_on_them_alone(count: int) -> None:
     assert torch.allclose(nested.leading(count).double(), expected, atol=1e-5)
 
 
+def test_other_targets_reuse_the_factor() -> None:
+    equations, _, _ = system()
+    other, start = random(COLUMNS + 1, OUTPUTS, seed=4).double(), random(COLUMNS + 1, OUTPUTS, seed=2)
+    columns = [4, 0, 3]
+    found = equations.nested(columns, start).towards(other).leading()
+    assert torch.equal(found, NormalEquations(equations.gram, other).solve(columns, start))
+    assert not torch.allclose(found, equations.solve(columns, start), atol=1e-3)
+
+
 def test_without_rows_the_weights_stay_what_they_were() -> None:
     start = random(COLUMNS + 1, OUTPUTS).double()
     found = NormalEquations.empty(COLUMNS, OUTPUTS, "cpu").solve([1, 2, 5], start)

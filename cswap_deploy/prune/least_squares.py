@@ -6,7 +6,7 @@ W = argmin |U W - Y|^2 + ridge |W - W_start|^2 with U the layer's receptive fiel
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cswap_deploy.errors import PruningError
@@ -92,7 +92,7 @@ class NormalEquations:
 
     def solve(self, columns: Sequence[int], start: Tensor) -> Tensor:
         """Weights (columns + 1, outputs) that use these columns and the bias alone; `start` (columns + 1, outputs)."""
-        return self.nested(columns, start).leading(len(columns))
+        return self.nested(columns, start).leading()
 
     def nested(self, columns: Sequence[int], start: Tensor) -> Nested:
         """One factorisation for all leading parts of `columns`: the solutions without the last ones come almost free."""
@@ -101,25 +101,34 @@ class NormalEquations:
         index = torch.tensor([len(self.gram) - 1, *columns], device=self.gram.device)
         ridge = self.ridge()[index]
         factor, added = factorised(self.regularised(index))
-        right = self.cross[index] + (ridge + added)[:, None] * start.double()[index]
-        half = torch.linalg.solve_triangular(factor, right, upper=False)
-        return Nested(index, factor, half, len(self.gram))
+        pull = (ridge + added)[:, None] * start.double()[index]
+        half = torch.linalg.solve_triangular(factor, self.cross[index] + pull, upper=False)
+        return Nested(index, factor, pull, half, len(self.gram))
 
 
 @dataclass(frozen=True)
 class Nested:
-    """Cholesky factor L of the regularised normal equations in the order of `index`, and L^-1 of their right-hand side."""
+    """Cholesky factor L of the regularised normal equations in the order of `index`, and L^-1 of their right-hand side, in which the
+    ridge has the part `pull`."""
 
     index: Tensor
     factor: Tensor
+    pull: Tensor
     half: Tensor
     size: int
 
-    def leading(self, count: int) -> Tensor:
-        """Weights (columns + 1, outputs) in float32 that use the bias and the first `count` columns; the others are 0."""
+    def towards(self, cross: Tensor) -> Nested:
+        """The same inputs with other targets."""
         import torch
 
-        count += 1
+        half = torch.linalg.solve_triangular(self.factor, cross[self.index] + self.pull, upper=False)
+        return replace(self, half=half)
+
+    def leading(self, count: int | None = None) -> Tensor:
+        """Weights (columns + 1, outputs) in float32 that use the bias and the first `count` columns, or all; the others are 0."""
+        import torch
+
+        count = len(self.index) if count is None else count + 1
         found = torch.linalg.solve_triangular(self.factor[:count, :count].T, self.half[:count], upper=True)
         weights = torch.zeros(self.size, self.half.shape[1], dtype=torch.float32, device=self.half.device)
         weights[self.index[:count]] = found.float()

@@ -288,12 +288,12 @@ def _gather(
 
 def _solution(system: System, site: Site, blocks: Sequence[Block]) -> Tensor:
     """(columns + 1, outputs)"""
-    weights = system.solve()
-    if blocks:
-        order = site.rows.order(system.read)
-        cross = system.equations.cross + _rectified_cross(weights, site.outlet.sign(weights.shape[1]), blocks, order)
-        weights = replace(system, equations=NormalEquations(system.equations.gram, cross)).solve()
-    return weights
+    plain = system.nested()
+    weights = plain.leading()
+    if not blocks:
+        return weights
+    sign, order = site.outlet.sign(weights.shape[1]), site.rows.order(system.read)
+    return plain.towards(system.equations.cross + _rectified_cross(weights, sign, blocks, order)).leading()
 
 
 def _rectified_cross(weights: Tensor, sign: Tensor, blocks: Sequence[Block], order: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cswap_deploy.prune.cut import add_bias
-from cswap_deploy.prune.least_squares import NormalEquations
+from cswap_deploy.prune.least_squares import Nested, NormalEquations
 from cswap_deploy.prune.observe import Outlet, Place
 from cswap_deploy.prune.rows import Rows
 
@@ -65,7 +65,11 @@ class System:
 
     def solve(self) -> Tensor:
         """(columns + 1, outputs): the ridge solution that reads the channels that are left."""
-        return self.equations.solve(self.columns(self.channels), self.start)
+        return self.nested().leading()
+
+    def nested(self) -> Nested:
+        """That solution with its factor."""
+        return self.equations.nested(self.columns(self.channels), self.start)
 
     def columns(self, channels: Collection[int]) -> list[int]:
         return [channel * self.kernel + k for channel in channels for k in range(self.kernel)]
