@@ -157,8 +157,10 @@ class Ablations:
         found = suffix.log_p(self.fast, clean, units, rows, taken)
         wanted = found.clone()
         for unit in set(units.tolist()):
-            with self._without(number, unit, clean):
-                wanted = torch.where(units == unit, _log_p(self._runner(number), clean), wanted)
+            own = units == unit
+            part = replace(clean, images=clean.images[own], labels=clean.labels[own])
+            with self._without(number, unit, part):
+                wanted[own] = _log_p(self._runner(number), part)
         tolerance = PROOF_TOLERANCE * max(1.0, float(wanted.abs().max()))
         return bool(((found - wanted).abs() <= tolerance).all())
 
