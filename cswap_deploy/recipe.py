@@ -308,7 +308,7 @@ class CurvesAllocation(Settings):
     images: int = Field(
         default=256,
         ge=1,
-        description="images of the fit split to measure it on; as many as take 5e10 MACs, or 64, if these are fewer",
+        description="images of the fit split to measure it on; as many as take 5e10 MACs, or 32, if these are fewer",
     )
 
 

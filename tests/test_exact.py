@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
+from cswap_deploy.prune import exact
 from cswap_deploy.prune.ablation import ablated
 from cswap_deploy.prune.exact import Ablations
 from cswap_deploy.prune.folded import folded_copy, narrow
@@ -64,6 +66,23 @@ def test_only_what_is_asked_for_is_told() -> None:
     found, whole = ablations.effects(masks), everything(ablations)
     assert [int((~values.isnan()).sum()) for values in found] == [0, 2, 0]
     assert torch.allclose(found[1][2:4, 3], whole[1][2:4, 3], rtol=1e-4, atol=1e-6)
+
+
+def test_batches_and_groups_that_are_not_asked_for_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group in a section of its own."""
+    monkeypatch.setattr(exact, "KEPT_BYTES", 1)
+    entry = zoo.ZOO["chain"]
+    batches = replace(zoo.batches(entry, 9), at_most=3)
+    ablations = Ablations.prepare(entry.build(), entry.groups.groups, batches, "zero")
+    masks = [torch.zeros(9, group.units, dtype=torch.bool) for group in ablations.groups]
+    masks[0][6:, 1] = masks[2][7, 0] = masks[2][1, 2] = True
+    whole = everything(ablations)
+    run, forwards = exact.observed, list[int]()
+    monkeypatch.setattr(exact, "observed", lambda *given: forwards.append(len(given[1])) or run(*given))
+    for found, wanted, mask in zip(ablations.effects(masks), whole, masks, strict=True):
+        assert torch.equal(~found.isnan(), mask)
+        assert torch.allclose(found[mask], wanted[mask], rtol=1e-4, atol=1e-6)
+    assert len([suffixes for suffixes in forwards if suffixes]) == 3 + 2  # two of them to see what the groups keep
 
 
 class MeetsItsBatch(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cswap_deploy.errors import PruningError
-from cswap_deploy.prune.least_squares import RIDGE, SCARCE, UNSHIFTED, WHOLE, NormalEquations, factorised
+from cswap_deploy.prune.least_squares import PLAIN_COLUMNS, RIDGE, SCARCE, WHOLE, NormalEquations, crossed, factorised
 
 COLUMNS, OUTPUTS = 6, 3
 NATURAL = torch.arange(COLUMNS)
@@ -111,11 +111,9 @@ def test_scarce_rows_are_pulled_harder_in_proportion() -> None:
 
 def test_another_target_reuses_the_gram_matrix() -> None:
     equations, rows, wanted = system()
-    again = NormalEquations.empty(COLUMNS, OUTPUTS, "cpu")
     fields = rows[:, :-1].float().T[None]
-    again.add_cross(fields, wanted.float().T[None], NATURAL)
-    assert torch.allclose(again.cross, equations.cross, atol=1e-3)
-    assert not again.gram.any()
+    again = crossed([(fields, wanted.float().T[None])], NATURAL, equations.cross)
+    assert torch.allclose(again, equations.cross, atol=1e-3)
 
 
 def test_columns_come_in_any_order_and_those_that_do_not_come_are_zero() -> None:
@@ -139,8 +137,9 @@ def test_the_square_of_many_columns_is_that_of_one_product(columns: int) -> None
 
 
 def test_rounding_of_many_alike_columns_is_of_what_sets_them_apart() -> None:
-    columns = UNSHIFTED + 6
+    columns = PLAIN_COLUMNS + 6
     rows = 30 + random(1500, columns) / 10
+    rows[400:, :30] = 0  # of the first block alone
     targets = rows[:, :2] + random(len(rows), 2, seed=1) / 10
     order = random(columns, seed=2).argsort()
     equations = NormalEquations.empty(columns, 2, "cpu")
@@ -151,7 +150,11 @@ def test_rounding_of_many_alike_columns_is_of_what_sets_them_apart() -> None:
     gram, cross = whole.double().T @ whole.double(), whole.double().T @ targets.double()
     plainly = ((whole.T @ whole).double() - gram).abs().max(), ((whole.T @ targets).double() - cross).abs().max()
     assert float((equations.gram - gram).abs().max()) < 0.01 * float(plainly[0])
+    assert float((equations.gram - gram)[:30, :30].abs().max()) < 1e-6 * float(gram[0, 0])
     assert float((equations.cross - cross).abs().max()) < 0.01 * float(plainly[1])
+    pairs = zip(rows[:, order].split(400), targets.split(400), strict=True)
+    again = crossed([(fields.T[None], wanted.T[None]) for fields, wanted in pairs], order, cross)
+    assert float((again - cross).abs().max()) < 0.01 * float(plainly[1])
 
 
 # --- what rounding leaves of the matrix

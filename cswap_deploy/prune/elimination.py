@@ -128,4 +128,5 @@ class _State:
         left = torch.ones(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
         left[self.gone] = False
         self.owned = (left.cumsum(0) - 1)[self.owned]
-        self.inverse, self.weight, self.gone = self.inverse[left][:, left], self.weight[left], []
+        index = left.nonzero()[:, 0]
+        self.inverse, self.weight, self.gone = self.inverse[index[:, None], index], self.weight[index], []

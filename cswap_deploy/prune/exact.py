@@ -155,10 +155,10 @@ class Ablations:
         units = (first + rows % 2) % self.groups[number].units
         taken = None if suffix.head is None else suffix.head.taken(clean.inputs[suffix.head.member.module])
         found = suffix.log_p(self.fast, clean, units, rows, taken)
-        wanted = found.clone()
+        wanted = torch.full_like(found, torch.nan)
         for unit in set(units.tolist()):
             own = units == unit
-            part = replace(clean, images=clean.images[own], labels=clean.labels[own])
+            part = Clean(clean.images[own], clean.labels[own], clean.log_p[own], {}, {})
             with self._without(number, unit, part):
                 wanted[own] = _log_p(self._runner(number), part)
         tolerance = PROOF_TOLERANCE * max(1.0, float(wanted.abs().max()))

@@ -18,9 +18,9 @@ RIDGE = 1e-4
 """Ridge relative to each input's own power; it pulls towards the weights that the layer had."""
 SCARCE = 8
 """With fewer rows than this per unknown the ridge is stronger in proportion."""
-UNSHIFTED = 1024
-"""Columns beyond which sums are taken about the first block's mean. Rounding grows with what nearly alike columns have in common, which
-grows with their number; without their mean it stays below the ridge."""
+PLAIN_COLUMNS = 1024
+"""Columns up to which products are summed as they are. Rounding grows with what nearly alike columns have in common, and that with
+their number; of more columns each block's mean is taken out first, and what it adds is computed in float64."""
 WHOLE = 256
 """Columns up to which the square is one product; beyond it what is symmetric is not computed twice."""
 
@@ -51,30 +51,23 @@ class NormalEquations:
 
         gram = self.gram.new_zeros(len(order), len(order))
         sums = self.gram.new_zeros(len(order))
-        shift, rows, wanted = None, self.rows, self.cross[-1].clone()
+        means: list[Tensor] = []
+        halves: list[Tensor] = []
         for fields, targets in blocks:
-            if shift is None and len(order) > UNSHIFTED:
-                shift = _rows(fields).mean(0)
-            about = fields if shift is None else fields - shift[:, None]
-            flat = _rows(about)
+            flat, mean = _about_mean(_rows(fields))
             gram += _square(flat)
-            sums += flat.sum(0)
+            _add_cross(self.cross, flat, mean, _rows(targets), order)
             self.gram[-1, -1] += len(flat)
-            self.add_cross(about, targets, order)
-        if shift is not None:
-            means = shift.double()
-            half = torch.outer(sums + (self.rows - rows) / 2 * means, means)
-            gram += half + half.T
-            sums += (self.rows - rows) * means
-            self.cross[order] += torch.outer(means, self.cross[-1] - wanted)
+            left = flat.sum(0).double()
+            sums += left + len(flat) * mean
+            means.append(mean)
+            halves.append(left + len(flat) / 2 * mean)
+        if len(order) > PLAIN_COLUMNS and means:
+            out, half = torch.stack(means), torch.stack(halves)
+            gram.addmm_(half.T, out).addmm_(out.T, half)
         self.gram[order[:, None], order] += gram
         self.gram[order, -1] += sums
         self.gram[-1, order] += sums
-
-    def add_cross(self, fields: Tensor, targets: Tensor, order: Tensor) -> None:
-        wanted = _rows(targets)
-        self.cross[order] += _rows(fields).T @ wanted
-        self.cross[-1] += wanted.sum(0, dtype=self.cross.dtype)
 
     @property
     def rows(self) -> float:
@@ -135,6 +128,16 @@ class Nested:
         return weights
 
 
+def crossed(blocks: Iterable[tuple[Tensor, Tensor]], order: Tensor, like: Tensor) -> Tensor:
+    """U'Y of blocks as in `NormalEquations.add`, with the shape of `like` (columns + 1, outputs)."""
+    import torch
+
+    found = torch.zeros_like(like)
+    for fields, targets in blocks:
+        _add_cross(found, *_about_mean(_rows(fields)), _rows(targets), order)
+    return found
+
+
 def factorised(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor of a Gram matrix with its ridge, and what was added to its diagonal for that: nothing as a rule.
 
@@ -162,6 +165,21 @@ def ridge_of(power: Tensor, columns: int, rows: float) -> Tensor:
     live = power[power > 0]
     scarcity = max(1.0, SCARCE * columns / max(1.0, rows))
     return RIDGE * scarcity * (power + 1e-3 * (live.mean() if len(live) else 1.0))
+
+
+def _about_mean(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, columns) without their mean where the columns are many, and what was taken out (columns,), in float64."""
+    if rows.shape[1] <= PLAIN_COLUMNS:
+        return rows, rows.new_zeros(rows.shape[1]).double()
+    mean = rows.mean(0)
+    return rows - mean, mean.double()
+
+
+def _add_cross(cross: Tensor, rows: Tensor, mean: Tensor, wanted: Tensor, order: Tensor) -> None:
+    """Rows (n, columns) that are without their `mean`; `wanted` (n, outputs)."""
+    total = wanted.sum(0, dtype=cross.dtype)
+    cross[order] += (rows.T @ wanted).double().addr_(mean, total)
+    cross[-1] += total
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cswap_deploy import progress
 from cswap_deploy.prune.batches import Batches
 from cswap_deploy.prune.grouped import grouped_rows, refit_grouped
-from cswap_deploy.prune.least_squares import NormalEquations
+from cswap_deploy.prune.least_squares import crossed
 from cswap_deploy.prune.observe import Place, observe, outlet
 from cswap_deploy.prune.producers import FEWEST_IMAGES as FEWEST_MOVERS
 from cswap_deploy.prune.producers import MAPS_BYTES, MOST_IMAGES, Movers, Partner
@@ -63,9 +63,9 @@ class Structure:
     def bytes(self) -> int:
         return sum(part.nbytes for parts in self.wanted.values() for part in parts)
 
-    def keep(self, name: str, wanted: list[Tensor]) -> None:
+    def remember(self, name: str, wanted: list[Tensor]) -> None:
         """While memory allows."""
-        if sum(part.nbytes for part in wanted) + self.bytes <= WANTED_BYTES:
+        if name not in self.wanted and sum(part.nbytes for part in wanted) + self.bytes <= WANTED_BYTES:
             self.wanted[name] = wanted
 
     def draw_denser(self, times: float) -> None:
@@ -98,7 +98,7 @@ def refit(
     """
     batches = batches.first(structure.images)
     there, here = Walk(dense, batches, structure.reuse), Walk(module, batches, structure.reuse)
-    same = not any(gone.values()) and not any(silent.values())
+    same = not any(gone.values()) and not any(silent.values())  # nothing else differs in a masked copy
     some = batches.first(structure.movers)
     movers = Movers(dense, module, some, structure.reuse, structure.sites, structure.order, len(batches), steps)
     changed, kept = False, set[str]()
@@ -114,7 +114,7 @@ def refit(
             refit_grouped(grouped, dense, module, name, _wanted(grouped, name, there, structure), here)
         if site is None:
             continue
-        visits = _visits(site, name, here, here if same else there, structure)
+        visits = _visits(site, name, here, None if same else there, structure)
         system, blocks = _gather(site, dense, name, visits, frozenset(lost or ()), quiet)
         if lost is not None and systems is not None:
             systems[name] = system
@@ -238,13 +238,13 @@ def _site(dense: nn.Module, name: str, rows: Rows, images: Tensor, once: Collect
 def _wanted(site: Site, name: str, there: Walk, structure: Structure) -> list[Tensor]:
     """Per batch (images, outputs, positions): what the sum, or where there is none the output, was in the dense network.
 
-    In terms of the layer's output, at the positions that are drawn of each batch. Kept from fit to fit.
+    In terms of the layer's output, at the positions that are drawn of each batch. Kept from fit to fit while memory allows.
     """
     if name in structure.wanted:
         return structure.wanted[name]
     places = there.visit(name, as_far_as_sum=site.outlet.summed)
     found = [_target(site, place, seed) for seed, place in enumerate(places)]
-    structure.keep(name, found)
+    structure.remember(name, found)
     return found
 
 
@@ -252,17 +252,19 @@ def _target(site: Site, place: Place, seed: int) -> Tensor:
     return site.rows.pick(place.output + site.outlet.beside(place), seed).contiguous()
 
 
-def _visits(site: Site, name: str, here: Walk, there: Walk, structure: Structure) -> Iterator[tuple[Place, Tensor]]:
-    """Per batch what the layer does in the compensated network, and what `_wanted` says; one walk where the two are one."""
+def _visits(
+    site: Site, name: str, here: Walk, there: Walk | None, structure: Structure
+) -> Iterator[tuple[Place, Tensor]]:
+    """Per batch what the layer does in the compensated network, and what `_wanted` says; `there` is None where both networks are one."""
     places = here.visit(name, as_far_as_sum=site.outlet.summed)
-    if here is not there or name in structure.wanted:
+    if there is not None:
         yield from zip(places, _wanted(site, name, there, structure), strict=True)
         return
     found: list[Tensor] = []
     for seed, place in enumerate(places):
         found.append(_target(site, place, seed))
         yield place, found[-1]
-    structure.keep(name, found)
+    structure.remember(name, found)
 
 
 def _gather(
@@ -292,14 +294,15 @@ def _solution(system: System, site: Site, blocks: Sequence[Block]) -> Tensor:
     weights = plain.leading()
     if not blocks:
         return weights
-    sign, order = site.outlet.sign(weights.shape[1]), site.rows.order(system.read)
-    return plain.towards(system.equations.cross + _rectified_cross(weights, sign, blocks, order)).leading()
+    order, cross = site.rows.order(system.read), system.equations.cross
+    gains = _rectified_gains(weights, site.outlet.sign(weights.shape[1]), blocks, order)
+    return plain.towards(cross + crossed(gains, order, cross)).leading()
 
 
-def _rectified_cross(weights: Tensor, sign: Tensor, blocks: Sequence[Block], order: Tensor) -> Tensor:
-    """What U'Y gains when Y is moved as far as the rectifier lets it be."""
-    found = NormalEquations.empty(len(weights) - 1, weights.shape[1], str(weights.device))
+def _rectified_gains(
+    weights: Tensor, sign: Tensor, blocks: Sequence[Block], order: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Fields, and how far the rectifier lets the targets be moved towards the fit."""
     for block in blocks:
         fit = block.fields.transpose(1, 2) @ weights[order] + weights[-1]
-        found.add_cross(block.fields, block.moved(fit.transpose(1, 2), sign) - block.targets, order)
-    return found.cross
+        yield block.fields, block.moved(fit.transpose(1, 2), sign) - block.targets

@@ -65,10 +65,10 @@ class System:
 
     def solve(self) -> Tensor:
         """(columns + 1, outputs): the ridge solution that reads the channels that are left."""
-        return self.nested().leading()
+        return self.equations.solve(self.columns(self.channels), self.start)
 
     def nested(self) -> Nested:
-        """That solution with its factor."""
+        """The same with its factor."""
         return self.equations.nested(self.columns(self.channels), self.start)
 
     def columns(self, channels: Collection[int]) -> list[int]:
