@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## install, prune the embedded digit classifier, show before and after
 	$(BIN)/cswap-deploy build recipes/quickstart.yaml
 
-test: $(INSTALLED)  ## the tests (12 to 22 minutes on 2 cores)
+test: $(INSTALLED)  ## the tests (20 to 30 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 coverage: $(INSTALLED)  ## the tests, and which lines of the package they do not reach

@@ -354,7 +354,16 @@ def test_widths_that_make_the_same_network_are_one_candidate(wide: tuple[nn.Modu
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one image", "any batch"])
-@pytest.mark.parametrize("gone", [("a1.0",), ("c2.0",), ("d1.0",), ("b1.0", "a1.0"), ("a1.0", "b1.0", "c2.0", "d1.0")])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        pytest.param(("a1.0",), marks=pytest.mark.slow),
+        ("c2.0",),
+        pytest.param(("d1.0",), marks=pytest.mark.slow),
+        pytest.param(("b1.0", "a1.0"), marks=pytest.mark.slow),
+        ("a1.0", "b1.0", "c2.0", "d1.0"),
+    ],
+)
 def test_what_ships_and_what_is_measured_for_it_are_one_graph(
     gone: tuple[str, ...], dynamic: bool, wide: tuple[nn.Module, Groups], tmp_path: Path
 ) -> None:
